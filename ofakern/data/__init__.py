@@ -1,0 +1,1 @@
+"""Examples, packed batches and readers."""

@@ -1,0 +1,1 @@
+"""OFA+: the generalist encoder-decoder. It knows no vocabulary, instruction or loss."""
