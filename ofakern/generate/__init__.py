@@ -1,0 +1,32 @@
+"""Search for answers: greedy, beams, sampling, under what a target may look like."""
+
+from ofakern.generate.automaton import (
+    ChoiceTokens,
+    FixedTokens,
+    FreeTokens,
+    RangeTokens,
+    RepeatTokens,
+    TargetElement,
+    TokenAutomaton,
+    compile_target,
+)
+from ofakern.generate.config import GenerationConfig
+from ofakern.generate.scoring import SpecialTokens
+from ofakern.generate.search import DecodeState, Hypothesis, StepDecoder, generate
+
+__all__ = [
+    "ChoiceTokens",
+    "DecodeState",
+    "FixedTokens",
+    "FreeTokens",
+    "GenerationConfig",
+    "Hypothesis",
+    "RangeTokens",
+    "RepeatTokens",
+    "SpecialTokens",
+    "StepDecoder",
+    "TargetElement",
+    "TokenAutomaton",
+    "compile_target",
+    "generate",
+]
