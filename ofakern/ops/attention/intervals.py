@@ -116,7 +116,9 @@ def intervals_from_mask(mask: Tensor) -> Tensor:
         if rows.shape[1] == 0:
             raise OfakernValueError(f"{where}: mask must have at least one head, got {list(mask.shape)}")
         if rows.shape[1] > 1 and not bool((rows == rows[:, :1]).all()):
-            raise OfakernValueError(f"{where}: mask must be the same for every head, got {list(mask.shape)} that differs")
+            raise OfakernValueError(
+                f"{where}: mask must be the same for every head, got {list(mask.shape)} that differs"
+            )
         rows = rows[:, 0]
     batch, queries, keys = rows.shape
     if keys == 0:
@@ -168,7 +170,9 @@ def check_intervals(where: str, name: str, intervals: Tensor, queries: int, keys
         got = intervals.dtype if isinstance(intervals, Tensor) else type(intervals).__name__
         raise OfakernTypeError(f"{where}: {name} must be an int32 tensor, got {got}")
     if intervals.device.type != "cpu":
-        raise OfakernValueError(f"{where}: {name} must be on the CPU, got {intervals.device}\nTry: build, then .to(device)")
+        raise OfakernValueError(
+            f"{where}: {name} must be on the CPU, got {intervals.device}\nTry: build, then .to(device)"
+        )
     if tuple(intervals.shape) != (queries, 2):
         raise OfakernValueError(f"{where}: {name} must have shape [Nq={queries},2], got {list(intervals.shape)}")
     lo, hi = intervals.numpy().T

@@ -1,0 +1,16 @@
+"""Attention with structured position bias; README.md here has the formula, the dropout bits and the backends."""
+
+from ofakern.ops.attention import intervals
+from ofakern.ops.attention.api import attention
+from ofakern.ops.attention.intervals import intervals_from_mask
+from ofakern.ops.attention.layout import AttentionLayout, RelativeTerm
+from ofakern.ops.attention.padded import scaled_dot_product_attention
+
+__all__ = [
+    "AttentionLayout",
+    "RelativeTerm",
+    "attention",
+    "intervals",
+    "intervals_from_mask",
+    "scaled_dot_product_attention",
+]

@@ -1,0 +1,195 @@
+"""The registered ops `ofakern::attention_fwd` and `ofakern::attention_bwd`, and the autograd around them.
+
+Schemas are complete on import; the autograd.Function stands outside the ops, because that costs half of what
+`register_autograd` costs, and is not used when nothing needs a gradient. Arguments are checked in api.py and again by the
+binding; here they are only brought into the form that kernels take.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ofakern.errors import BackendError, OfakernRuntimeError
+from ofakern.ops import native
+from ofakern.ops.attention.backends import UNAVAILABLE
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? q_pos, Tensor? k_pos, "
+    "Tensor? table0, Tensor? q_coord0, Tensor? k_coord0, Tensor? same0, "
+    "Tensor? table1, Tensor? q_coord1, Tensor? k_coord1, Tensor? same1, "
+    "Tensor? head_scale, Tensor? dropout_seed, "
+    "Tensor visible, Tensor q_offsets, Tensor k_offsets, Tensor key_seen, Tensor k_range, "
+    "float scale, float dropout_p"
+)
+_Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE = 0, 1, 2, 3, 4, 5, 9, 13
+_DIFFERENTIABLE = (_Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE)
+_TENSORS = 20  # how many of the inputs are tensors; scale and dropout_p follow
+
+_library = torch.library.Library("ofakern", "FRAGMENT")
+_library.define(f"attention_fwd({_INPUTS}) -> (Tensor out, Tensor lse)")
+# An absent input's gradient is a tensor without elements: a schema cannot return `Tensor?`.
+_library.define(
+    f"attention_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}) -> (Tensor dq, Tensor dk, Tensor dv, "
+    "Tensor dq_pos, Tensor dk_pos, Tensor dtable0, Tensor dtable1, Tensor dhead_scale)"
+)
+
+
+def run(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """out and lse of `_INPUTS` in that order; differentiable in q, k, v, q_pos, k_pos, the tables and head_scale."""
+    result: tuple[Tensor, Tensor]
+    if torch.is_grad_enabled() and any(_requires_grad(inputs[n]) for n in _DIFFERENTIABLE):
+        result = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
+    else:
+        result = torch.ops.ofakern.attention_fwd(*inputs)
+    return result
+
+
+def _requires_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = torch.ops.ofakern.attention_fwd(*inputs)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *inputs[:_TENSORS])
+        ctx.numbers = inputs[_TENSORS:]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * (_TENSORS + len(ctx.numbers))
+        if dout is None and dlse is None:
+            return tuple(grads)
+        out, lse, *tensors = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        arguments = (dout, dlse, out, lse, *tensors, *ctx.numbers)
+        # Gradients are enabled here only under create_graph=True: then the result must refuse to be differentiated again.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            results = _AttentionBackward.apply(*arguments)  # type: ignore[no-untyped-call]
+        else:
+            results = torch.ops.ofakern.attention_bwd(*arguments)
+        for n, result in zip(_DIFFERENTIABLE, results, strict=True):
+            if tensors[n] is not None:
+                grads[n] = result
+        return tuple(grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> NoReturn:
+        _refuse_vmap(info, in_dims, *inputs)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = torch.ops.ofakern.attention_bwd(*arguments)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        raise OfakernRuntimeError(
+            "attention: a compiled backend's gradient must not be differentiated again, got a double backward\n"
+            "Try: backend='reference', which differentiates any number of times."
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> NoReturn:
+        _refuse_vmap(info, in_dims, *inputs)
+
+
+def _refuse_vmap(info: Any, in_dims: Any, *inputs: Any) -> NoReturn:
+    raise OfakernRuntimeError(
+        "attention: a compiled backend must not be called under vmap, got a batched tensor\n"
+        "Try: pack the batch as samples of one layout, or backend='reference'."
+    )
+
+
+def _kernel_ready(tensor: Tensor | None) -> Tensor | None:
+    """Kernels take any strides but the last one, and DLPack would hand over a negative view's bits silently wrong."""
+    if tensor is None:
+        return None
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _prepare(inputs: tuple[Any, ...]) -> list[Any]:
+    ready = list(inputs)
+    for n in (_Q, _K, _V, _Q_POS, _K_POS):
+        ready[n] = _kernel_ready(ready[n])
+    for n in (*range(_TABLE0, _TENSORS),):
+        if ready[n] is not None:
+            ready[n] = ready[n].resolve_neg().contiguous()
+    return ready
+
+
+def _module() -> Any:
+    reason = UNAVAILABLE["cpu"]
+    if reason is not None:
+        raise BackendError(f"attention: backend 'cpu' cannot run this call: {reason}")
+    return native.cpu
+
+
+def _forward_cpu(*inputs: Any) -> tuple[Tensor, Tensor]:
+    module, threads = _module(), torch.get_num_threads()
+    ready = _prepare(inputs)
+    q, v = ready[_Q], ready[_V]
+    out = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype)
+    lse = torch.empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+    workspace = torch.empty(module.attention_forward_workspace(*ready, threads), dtype=torch.uint8)
+    module.attention_forward(out, lse, workspace, *ready, threads)
+    return out, lse
+
+
+def _backward_cpu(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    module, threads = _module(), torch.get_num_threads()
+    ready = _prepare(inputs)
+    grads = [_empty_gradient(ready[n]) for n in _DIFFERENTIABLE]
+    workspace = torch.empty(module.attention_backward_workspace(*ready, threads), dtype=torch.uint8)
+    module.attention_backward(
+        *grads,
+        workspace,
+        out.contiguous(),
+        lse.contiguous(),
+        _kernel_ready(dout),
+        None if dlse is None else dlse.resolve_neg().contiguous(),
+        *ready,
+        threads,
+    )
+    return tuple(torch.empty(0) if grad is None else grad for grad in grads)
+
+
+def _empty_gradient(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    q, v = inputs[_Q], inputs[_V]
+    shape = (q.shape[0], q.shape[1])
+    return q.new_empty((*shape, v.shape[2])), q.new_empty(shape, dtype=torch.float32)
+
+
+def _backward_fake(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    absent = {"dtype": torch.float32, "device": inputs[_Q].device}
+    return tuple(
+        torch.empty(0, **absent) if inputs[n] is None else inputs[n].new_empty(inputs[n].shape) for n in _DIFFERENTIABLE
+    )
+
+
+_library.impl("attention_fwd", _forward_cpu, "CPU")
+_library.impl("attention_bwd", _backward_cpu, "CPU")
+torch.library.register_fake("ofakern::attention_fwd", _forward_fake, lib=_library)
+torch.library.register_fake("ofakern::attention_bwd", _backward_fake, lib=_library)
+torch.library.register_vmap("ofakern::attention_fwd", _refuse_vmap, lib=_library)
+torch.library.register_vmap("ofakern::attention_bwd", _refuse_vmap, lib=_library)

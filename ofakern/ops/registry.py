@@ -1,0 +1,51 @@
+"""The static table of ops and their backends: what can run here, and why the rest cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ofakern.errors import OfakernValueError
+from ofakern.ops.attention import api as attention_api
+from ofakern.ops.attention import backends as attention_backends
+
+
+class _Op(NamedTuple):
+    unavailable: dict[str, str | None]
+    refusals: Callable[..., tuple[str, dict[str, str | None]]]
+
+
+_OPS: dict[str, _Op] = {"attention": _Op(attention_backends.UNAVAILABLE, attention_api.refusals)}
+
+
+def ops() -> tuple[str, ...]:
+    """The names of all ops."""
+    return tuple(_OPS)
+
+
+def backends(op: str) -> dict[str, str | None]:
+    """Each backend of an op: None when it is available, else the reason why not."""
+    return dict(_entry("backends", op).unavailable)
+
+
+def explain(op: str, *args: object, **kwargs: object) -> str:
+    """Prints and returns which backend would run `op(*args, **kwargs)`, and why each other would not.
+
+    Raises what the op itself would raise for wrong arguments; a backend that cannot run is told, not raised.
+    """
+    wanted, reasons = _entry("explain", op).refusals(*args, **kwargs)
+    lines = [
+        f"{op}: runs on {wanted!r}" if reasons[wanted] is None else f"{op}: {wanted!r} was asked for and cannot run"
+    ]
+    for name, reason in reasons.items():
+        state = "chosen" if name == wanted and reason is None else "can run, not chosen" if reason is None else reason
+        lines.append(f"  {name:<10} {state}")
+    text = "\n".join(lines)
+    print(text)
+    return text
+
+
+def _entry(where: str, op: str) -> _Op:
+    if op not in _OPS:
+        raise OfakernValueError(f"{where}: op must be one of {', '.join(_OPS)}, got {op!r}")
+    return _OPS[op]
