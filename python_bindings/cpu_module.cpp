@@ -1,0 +1,23 @@
+// ofakern._cpu: the instruction set and the ops that run on a CPU. Signatures: ofakern/_cpu.pyi.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "core/isa.h"
+#include "tensor_caster.h"
+
+namespace ofakern {
+void bind_attention(pybind11::module_& m);
+}
+
+PYBIND11_MODULE(_cpu, m) {
+  ofakern::register_errors();
+  m.def("isa", [] { return std::string(ofakern::name_of(ofakern::active_isa())); });
+  m.def("compiled_isas", &ofakern::compiled_isas);
+  m.def("supported_isas", &ofakern::supported_isas);
+  m.def("set_isa", &ofakern::set_isa);
+  m.def("describe",
+        [](pybind11::handle tensor) { return ofakern::describe(ofakern::view_of("describe", "tensor", tensor)); });
+#ifdef OFAKERN_OP_ATTENTION
+  ofakern::bind_attention(m);
+#endif
+}

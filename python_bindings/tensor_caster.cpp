@@ -1,0 +1,165 @@
+#include "tensor_caster.h"
+
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace ofakern {
+namespace {
+
+std::string type_name(py::handle object) {
+  return std::string(py::str(py::type::handle_of(object).attr("__module__"))) + "." +
+         std::string(py::str(py::type::handle_of(object).attr("__qualname__")));
+}
+
+const dlpack::ExchangeApi& find_exchange_api(const char* where, const char* argument, py::handle object) {
+  const py::handle type = py::type::handle_of(object);
+  if (!py::hasattr(type, "__dlpack_c_exchange_api__")) {
+    if (!py::hasattr(type, "__dlpack__")) Checker(where).fail_type(argument, "be a torch.Tensor", type_name(object));
+    throw BackendError(std::string(where) + ": " + argument + " must be a tensor with DLPack's C exchange table, got " +
+                       type_name(object) + " without it\nTry: torch 2.11 or newer");
+  }
+  const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  if (api->version.major != dlpack::kMajorVersion || api->tensor_from_py_object_no_sync == nullptr) {
+    throw BackendError(std::string(where) + ": " + argument +
+                       " must come with DLPack 1.x's exchange table, got version " +
+                       std::to_string(api->version.major) + "." + std::to_string(api->version.minor));
+  }
+  return *api;
+}
+
+bool to_dtype(dlpack::DataType type, DType* out) {
+  if (type.lanes != 1) return false;
+  const std::pair<std::pair<int, int>, DType> known[] = {
+      {{dlpack::kFloat, 32}, DType::f32}, {{dlpack::kFloat, 16}, DType::f16}, {{dlpack::kBfloat, 16}, DType::bf16},
+      {{dlpack::kFloat, 64}, DType::f64}, {{dlpack::kInt, 32}, DType::i32},   {{dlpack::kInt, 64}, DType::i64},
+      {{dlpack::kUInt, 8}, DType::u8},    {{dlpack::kBool, 8}, DType::u8},
+  };
+  for (const auto& [code_and_bits, dtype] : known) {
+    if (code_and_bits.first == type.code && code_and_bits.second == type.bits) {
+      *out = dtype;
+      return true;
+    }
+  }
+  return false;
+}
+
+// torch may keep a negation as a bit of the tensor; DLPack hands over the memory without it.
+bool is_negated(py::handle tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  PyObject* const result = PyObject_CallMethodNoArgs(tensor.ptr(), name);
+  if (result == nullptr) throw py::error_already_set();
+  const bool negated = result == Py_True;
+  Py_DECREF(result);
+  return negated;
+}
+
+}  // namespace
+
+const dlpack::ExchangeApi& exchange_api(const char* where, const char* argument, py::handle object) {
+  // Types are few and kept alive by the reference taken here, so an address never comes back as another type.
+  static auto* const cache = new std::vector<std::pair<PyTypeObject*, const dlpack::ExchangeApi*>>();
+  PyTypeObject* const type = Py_TYPE(object.ptr());
+  for (const auto& [known, api] : *cache) {
+    if (known == type) return *api;
+  }
+  const dlpack::ExchangeApi& api = find_exchange_api(where, argument, object);
+  Py_INCREF(type);
+  cache->emplace_back(type, &api);
+  return api;
+}
+
+TensorView view_of(const char* where, const char* argument, py::handle object) {
+  TensorView view;
+  if (object.is_none()) return view;
+  const Checker check(where);
+  const dlpack::ExchangeApi& api = exchange_api(where, argument, object);
+  dlpack::Tensor tensor{};
+  if (api.tensor_from_py_object_no_sync(object.ptr(), &tensor) != 0) {
+    const py::error_already_set error;
+    check.fail_type(argument, "be a dense CPU or CUDA tensor", std::string(py::str(error.value())));
+  }
+  if (tensor.device.device_type == dlpack::kCpu) {
+    view.device = Device::cpu;
+  } else if (tensor.device.device_type == dlpack::kCuda) {
+    view.device = Device::cuda;
+    view.device_index = tensor.device.device_id;
+  } else {
+    check.fail_value(argument, "be on the CPU or a CUDA device", std::string(py::str(object.attr("device"))));
+  }
+  if (!to_dtype(tensor.dtype, &view.dtype)) {
+    check.fail_type(argument, "be float32, float16, bfloat16, float64, int32, int64, uint8 or bool",
+                    std::string(py::str(object.attr("dtype"))));
+  }
+  if (tensor.ndim > kMaxDims) {
+    check.fail_value(argument, "have at most " + std::to_string(kMaxDims) + " dimensions", std::to_string(tensor.ndim));
+  }
+  view.ndim = tensor.ndim;
+  for (int d = 0; d < tensor.ndim; ++d) {
+    view.shape[d] = tensor.shape[d];
+    view.stride[d] = tensor.strides[d];
+  }
+  if (tensor.data == nullptr && view.numel() > 0) {
+    check.fail_type(argument, "hold data", "a " + type_name(object) + " without any (fake or meta)");
+  }
+  view.data = tensor.data == nullptr ? nullptr : static_cast<char*>(tensor.data) + tensor.byte_offset;
+  if (is_negated(object)) {
+    check.fail_value(argument, "not be a negative-bit view", describe(view), argument + std::string(".resolve_neg()"));
+  }
+  return view;
+}
+
+Arguments::Arguments(const char* where, const py::args& args, std::size_t count) : where_(where), args_(args) {
+  if (args.size() != count) {
+    throw py::type_error(std::string(where) + " takes " + std::to_string(count) + " arguments, got " +
+                         std::to_string(args.size()));
+  }
+}
+
+py::handle Arguments::next() { return PyTuple_GET_ITEM(args_.ptr(), static_cast<py::ssize_t>(position_++)); }
+
+TensorView Arguments::tensor(const char* argument) { return view_of(where_, argument, next()); }
+
+double Arguments::real(const char* argument) {
+  const py::handle object = next();
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1.0 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    Checker(where_).fail_type(argument, "be a float", type_name(object));
+  }
+  return value;
+}
+
+std::int64_t Arguments::integer(const char* argument) {
+  const py::handle object = next();
+  const long long value = PyLong_AsLongLong(object.ptr());
+  if (value == -1 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    Checker(where_).fail_type(argument, "be an int of 64 bits", type_name(object));
+  }
+  return value;
+}
+
+void register_errors() {
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    const auto raise = [](const char* name, const Error& error) {
+      PyErr_SetString(py::module_::import("ofakern.errors").attr(name).ptr(), error.what());
+    };
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const ValueError& error) {
+      raise("OfakernValueError", error);
+    } catch (const TypeError& error) {
+      raise("OfakernTypeError", error);
+    } catch (const BackendError& error) {
+      raise("BackendError", error);
+    } catch (const Error& error) {
+      raise("OfakernRuntimeError", error);
+    }
+  });
+}
+
+}  // namespace ofakern

@@ -1,0 +1,44 @@
+// torch.Tensor -> TensorView through DLPack's C exchange table: no libtorch, no reference counting, dtype and size
+// known.
+//
+// A view borrows: it is valid while the Python argument lives. Views are made with the GIL held; kernels run without
+// it.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "core/check.h"
+#include "core/tensor_view.h"
+#include "dlpack.h"
+
+namespace ofakern {
+
+// The exchange table of an object's type, cached per type (Tensor and Parameter are two).
+// Throws TypeError for what is no tensor, BackendError for a torch without the table (before 2.11).
+const dlpack::ExchangeApi& exchange_api(const char* where, const char* argument, pybind11::handle object);
+
+// None gives an undefined view. Refused: no tensor, fake and meta tensors (they have no data), dtypes kernels do not
+// know, devices other than CPU and CUDA, more than 8 dimensions, views with the negative bit (DLPack drops it
+// silently).
+TensorView view_of(const char* where, const char* argument, pybind11::handle object);
+
+// Reads a call's arguments in order, each by the name its messages should carry.
+class Arguments {
+ public:
+  Arguments(const char* where, const pybind11::args& args, std::size_t count);
+  TensorView tensor(const char* argument);
+  double real(const char* argument);
+  std::int64_t integer(const char* argument);
+
+ private:
+  pybind11::handle next();
+
+  const char* where_;
+  const pybind11::args& args_;
+  std::size_t position_ = 0;
+};
+
+// C++ errors of csrc/core/check.h become the classes of ofakern/errors.py.
+void register_errors();
+
+}  // namespace ofakern
