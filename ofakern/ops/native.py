@@ -1,4 +1,4 @@
-"""The compiled modules, imported once. A module that does not load leaves its reason here, for BackendError and `info`."""
+"""The compiled modules, imported once. One that does not load leaves its reason here, for BackendError and `info`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public door of attention; the kernels' half of the room is csrc/ops/attention/. All arguments are checked here."""
+"""The public door of attention: every argument is checked here. The room's other half: csrc/ops/attention/."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def attention(
         scale: of both dot products; `K**-0.5` when None.
         dropout_p: in [0,1), of the probabilities. dropout_seed: int64 `[2]` (seed, offset); drawn from torch's default
             generator when None. Equal seeds give equal masks on every backend.
-        return_lse: also return the log-sum-exp `[Nq,H]` (natural, float32, -inf for a query without keys; differentiable).
+        return_lse: also return the log-sum-exp `[Nq,H]`: natural, float32 (float64 beside float64 q), differentiable,
+            -inf for a query without keys.
         backend: "auto", "cpu", "cuda", "triton" or "reference" (plain torch, O(H*Nq*Nk) memory). Never falls back.
 
     Returns:
@@ -112,7 +113,7 @@ def attention(
 
 
 def refusals(*args: object, **kwargs: object) -> tuple[str, dict[str, str | None]]:
-    """The backend that `attention(*args, **kwargs)` asks for, and each backend's reason not to run it (None: it can)."""
+    """The backend that `attention(*args, **kwargs)` asks for, and each one's reason against the call (None: it can)."""
     bound = _signature.bind(*args, **kwargs)
     bound.apply_defaults()
     values = dict(bound.arguments)

@@ -63,6 +63,6 @@ def select(backend: str, q: Tensor, v: Tensor, q_pos: Tensor | None) -> str:
         named = f"backend {chosen!r}" + (" (chosen by 'auto')" if backend == "auto" else "")
         raise BackendError(
             f"attention: {named} cannot run this call: {reason}\n"
-            "Try: backend='reference' (plain torch, O(T^2) memory), or ofakern.explain('attention', ...) for all reasons."
+            "Try: backend='reference' (plain torch, O(T^2) memory); ofakern.explain gives all reasons."
         )
     return chosen

@@ -1,6 +1,6 @@
 """Builders of the intervals that `attention` takes as masks: int32 `[Nq,2]`, query i sees keys `lo <= j < hi`.
 
-Tokens of all samples stand end to end; lengths are tokens per sample (a sequence of ints or an integer tensor on the CPU).
+Tokens of all samples stand end to end; lengths are tokens per sample (ints, or an integer tensor on the CPU).
 The same builders make `same` of a relative term: `full` over the lengths of the segments gives each token its segment.
 """
 
@@ -68,9 +68,10 @@ def with_prefix_keys(
 ) -> Tensor:
     """Renumbers intervals for keys that gain `prefix_length` prefix keys at the front of every sample.
 
-    intervals were built for `k_lengths`; the keys are then `[prefix of sample 0, keys of sample 0, prefix of sample 1, ...]`,
-    and the layout's key lengths are `k_lengths + prefix_length`. With `visible=True` every query also sees its sample's prefix,
-    so its interval must begin where its sample's keys begin (or be empty). With `visible=False` (a term's `same`) it does not.
+    intervals were built for `k_lengths`; the keys are then `[prefix of sample 0, keys of sample 0, prefix of sample 1,
+    ...]`, and the layout's key lengths are `k_lengths + prefix_length`. With `visible=True` every query also sees its
+    sample's prefix, so its interval must begin where its sample's keys begin (or be empty); with `visible=False` (a
+    term's `same`) it does not.
     """
     where = "with_prefix_keys"
     queries = as_lengths(where, "q_lengths", q_lengths)
@@ -142,8 +143,9 @@ def as_lengths(where: str, name: str, lengths: Lengths, samples: int | None = No
     if isinstance(lengths, Tensor):
         if lengths.device.type != "cpu":
             raise OfakernValueError(f"{where}: {name} must be on the CPU, got {lengths.device}")
-        lengths = lengths.detach().numpy()
-    counts = np.asarray(lengths)
+        counts = lengths.detach().numpy()
+    else:
+        counts = np.asarray(lengths)
     if counts.ndim != 1:
         raise OfakernValueError(f"{where}: {name} must be one number per sample, got shape {list(counts.shape)}")
     if counts.size and counts.dtype.kind not in "iu":
@@ -180,7 +182,7 @@ def check_intervals(where: str, name: str, intervals: Tensor, queries: int, keys
     if wrong.any():
         i = int(np.argmax(wrong))
         raise OfakernValueError(
-            f"{where}: {name}[{i}] must satisfy 0 <= lo <= hi <= {keys} (the number of keys), got {(int(lo[i]), int(hi[i]))}"
+            f"{where}: {name}[{i}] must satisfy 0 <= lo <= hi <= Nk = {keys}, got {(int(lo[i]), int(hi[i]))}"
         )
 
 

@@ -1,7 +1,7 @@
 """`AttentionLayout`: what does not change from layer to layer, built and validated once per batch on the CPU.
 
-The fields are the plain tensors of `AttentionLayoutView` in csrc/ops/attention/attention.h. A layout is a pytree, so it can
-be an argument of compiled and exported functions.
+The fields are the plain tensors of `AttentionLayoutView` in csrc/ops/attention/attention.h. A layout is a pytree, so it
+can be an argument of compiled and exported functions.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class AttentionLayout:
         """Validates a batch's intervals and coordinates and derives what kernels need; O(N log N), vectorised.
 
         visible int32 `[Nq,2]` on the CPU; q_lengths, k_lengths: tokens per sample; at most two terms.
-        Raises OfakernTypeError and OfakernValueError: wrong dtypes and shapes, intervals outside the keys or reversed, and
-        tables too short (or coordinates too small) for a pair that reads them.
+        Raises OfakernTypeError and OfakernValueError: wrong dtypes and shapes, intervals outside the keys or reversed,
+        and tables too short (or coordinates too small) for a pair that reads them.
         """
         q_counts = as_lengths(_WHERE, "q_lengths", q_lengths)
         k_counts = as_lengths(_WHERE, "k_lengths", k_lengths, samples=len(q_counts))
@@ -165,8 +165,8 @@ def _check_term(name: str, term: RelativeTerm, window: np.ndarray, queries: int,
     if low.min() < 0 or high.max() >= term.rows:
         i = int(np.argmax((low < 0) | (high >= term.rows)))
         raise OfakernValueError(
-            f"{_WHERE}: {name} must read rows within [0, {term.rows}), got rows {int(low[i])}..{int(high[i])} at query {int(query[i])} "
-            f"(all queries: {int(low.min())}..{int(high.max())})\n"
+            f"{_WHERE}: {name} must read rows within [0, {term.rows}), got rows {int(low[i])}..{int(high[i])} "
+            f"at query {int(query[i])} (all queries: {int(low.min())}..{int(high.max())})\n"
             "Try: a longer table, a larger origin in q_coord, or narrower same intervals."
         )
 
@@ -182,7 +182,7 @@ def _check_coordinates(name: str, coordinates: Tensor, letter: str, count: int) 
 
 
 def _range_extrema(values: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """min and max of values over each non-empty `[lo, hi)`, by a sparse table: a range is two overlapping powers of two."""
+    """min and max of values over each non-empty `[lo, hi)`, by a sparse table (two powers of two cover a range)."""
     level_of = np.frexp((hi - lo).astype(np.float64))[1] - 1  # floor(log2(length)), exact
     smallest, largest = np.empty(len(lo), np.int64), np.empty(len(lo), np.int64)
     small = large = values

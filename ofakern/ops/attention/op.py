@@ -1,8 +1,8 @@
 """The registered ops `ofakern::attention_fwd` and `ofakern::attention_bwd`, and the autograd around them.
 
 Schemas are complete on import; the autograd.Function stands outside the ops, because that costs half of what
-`register_autograd` costs, and is not used when nothing needs a gradient. Arguments are checked in api.py and again by the
-binding; here they are only brought into the form that kernels take.
+`register_autograd` costs, and is not used when nothing needs a gradient. Arguments are checked in api.py and again by
+the binding; here they are only brought into the form that kernels take.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE = 0, 1, 2, 3, 4, 5, 9,
 _DIFFERENTIABLE = (_Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE)
 _TENSORS = 20  # how many of the inputs are tensors; scale and dropout_p follow
 
-_library = torch.library.Library("ofakern", "FRAGMENT")
+_library: Any = torch.library.Library("ofakern", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(f"attention_fwd({_INPUTS}) -> (Tensor out, Tensor lse)")
 # An absent input's gradient is a tensor without elements: a schema cannot return `Tensor?`.
 _library.define(
@@ -72,7 +72,7 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         arguments = (dout, dlse, out, lse, *tensors, *ctx.numbers)
-        # Gradients are enabled here only under create_graph=True: then the result must refuse to be differentiated again.
+        # Gradients are enabled here only under create_graph=True: then the result must refuse a second derivative.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             results = _AttentionBackward.apply(*arguments)  # type: ignore[no-untyped-call]
         else:

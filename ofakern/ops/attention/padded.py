@@ -41,15 +41,16 @@ def scaled_dot_product_attention(
 
     Args:
         query: `[B,H,T,K]`; key `[B,Hk,S,K]`; value `[B,Hk,S,V]`. Hk other than H needs enable_gqa, as in torch.
-        attn_mask: bool, broadcastable to `[B,H,T,S]`, True where the key takes part; every row one run of keys, equal for all heads.
-            Float masks are refused: a bias goes into terms and tables or q_pos and k_pos, where it costs no T x S matrix.
+        attn_mask: bool, broadcastable to `[B,H,T,S]`, True where the key takes part; every row one run of keys, equal
+            for all heads. Float masks are refused: a bias goes into terms and tables or q_pos and k_pos, where it
+            costs no T x S matrix.
         is_causal: query i sees keys `j <= i`. key_lengths: real keys per sample, the rest of S is padding.
         q_pos: `[B,H,T,P]`, k_pos: `[B,Hk,S,P]`, tables, head_scale, backend, dropout_seed: as in `attention`.
         terms: one per table, in positions within a sample: q_coord int32 `[T]` or `[B,T]`, k_coord `[S]` or `[B,S]`,
             same `[T,2]` or `[B,T,2]`.
-        layout: a layout of B samples of T queries and S keys, instead of attn_mask, is_causal, key_lengths and terms. Building one
-            copies masks to the CPU and validates: build it once with `padded_layout` and share it between layers (and under
-            `torch.compile(fullgraph=True)`).
+        layout: a layout of B samples of T queries and S keys, instead of attn_mask, is_causal, key_lengths and terms.
+            Building one copies masks to the CPU and validates: build it once with `padded_layout` and share it between
+            layers (and under `torch.compile(fullgraph=True)`).
 
     Returns:
         `[B,H,T,V]`. A query that sees no key gives 0 (torch gives NaN).
@@ -78,7 +79,7 @@ def scaled_dot_product_attention(
         dropout_seed=dropout_seed,
         backend=backend,
     )
-    return out.unflatten(0, (batch, length)).transpose(1, 2)
+    return out.view(batch, length, *out.shape[1:]).transpose(1, 2)
 
 
 def padded_layout(
@@ -91,7 +92,7 @@ def padded_layout(
     key_lengths: Lengths | None = None,
     terms: Sequence[RelativeTerm] = (),
 ) -> AttentionLayout:
-    """The layout (on the CPU) of a padded batch: B samples of `queries` and `keys` tokens. Arguments as of the front door."""
+    """The layout, on the CPU, of a padded batch: B samples of `queries` and `keys` tokens; else as the front door."""
     if attn_mask is None and key_lengths is None and not terms:
         return _plain_layout(batch, queries, keys, is_causal)
     if attn_mask is not None:
@@ -188,7 +189,8 @@ def _check_padded(
         if name not in ("query", "key") and (tensor.shape[0], tensor.shape[2]) != (tokens.shape[0], tokens.shape[2]):
             other = "query" if name == "q_pos" else "key"
             raise OfakernValueError(
-                f"{_WHERE}: {name} must have {other}'s B and length ({tokens.shape[0]}, {tokens.shape[2]}), got {list(tensor.shape)}"
+                f"{_WHERE}: {name} must have {other}'s B and length ({tokens.shape[0]}, {tokens.shape[2]}), "
+                f"got {list(tensor.shape)}"
             )
     if key.shape[0] != query.shape[0]:
         raise OfakernValueError(f"{_WHERE}: key must have query's B = {query.shape[0]}, got {list(key.shape)}")

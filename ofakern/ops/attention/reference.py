@@ -1,7 +1,7 @@
 """The oracle of `attention` in plain torch. The contract: csrc/ops/attention/attention.h; the formula: README.md here.
 
-Works in any float dtype (statistics in at least float32), differentiates through autograd any number of times, and needs
-O(H * Nq * Nk) memory. It imports nothing of ours, so that no kernel can bend it.
+Works in any float dtype (statistics in at least float32), differentiates through autograd any number of times, and
+needs O(H * Nq * Nk) memory. It imports nothing of ours, so that no kernel can bend it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def attention_reference(
 
     q `[Nq,H,K]`, k `[Nk,Hk,K]`, v `[Nk,Hk,V]`, q_pos `[Nq,H,P]`, k_pos `[Nk,Hk,P]`, visible int `[Nq,2]`,
     terms `(table [H,R], q_coord int [Nq], k_coord int [Nk], same int [Nq,2])`, head_scale `[H]`,
-    dropout_seed int64 `[2]` (seed, offset). Returns out `[Nq,H,V]` in q's dtype and lse `[Nq,H]` in the statistics' dtype.
+    dropout_seed int64 `[2]` (seed, offset). Returns out `[Nq,H,V]` in q's dtype and lse `[Nq,H]` in the dtype of
+    the statistics.
     """
     with torch.autocast(q.device.type, enabled=False):
         stat = torch.promote_types(q.dtype, torch.float32)
@@ -91,7 +92,8 @@ def dropout_keep(
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Philox4x32-10 on int64 tensors that hold 32-bit words (broadcast together); four words per counter."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    shape = torch.broadcast_shapes(*(word.shape for word in counter))  # type: ignore[no-untyped-call]
+    c0, c1, c2, c3 = (word.expand(shape) for word in counter)
     k0, k1 = key
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps like uint64
@@ -134,7 +136,7 @@ def _relative(table: Tensor, q_coord: Tensor, k_coord: Tensor, active: Tensor) -
     if table.shape[1] == 0:  # a table without rows is allowed when no pair reads it
         return table.new_zeros(())
     rows = torch.where(active, q_coord.long()[:, None] - k_coord.long()[None, :], 0)
-    bias = table.index_select(1, rows.flatten()).unflatten(1, rows.shape)
+    bias = table.index_select(1, rows.flatten()).view(-1, *rows.shape)
     return torch.where(active, bias, 0.0)
 
 
