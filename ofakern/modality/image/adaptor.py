@@ -1,0 +1,172 @@
+"""Image adaptors: `image_resnet`, `image_vit` and `image_patch_embed`. value: float32 `[n, 3, S, S]`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ofakern.errors import OfakernValueError
+from ofakern.modality.image.resnet import CHANNELS, STRIDE, ResNet
+from ofakern.modality.image.vit import VisionTransformer
+from ofakern.nn.adaptor import Adaptor, AdaptorConfig, SegmentValues, SideShape, relative_tables, table_weights
+from ofakern.nn.relative import RelativeBlock, grid_block, grid_coordinates
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageResnetConfig(AdaptorConfig):
+    """bucket_size: the largest grid side; drop_path: of the backbone's blocks."""
+
+    name: ClassVar[str] = "image_resnet"
+    resnet_type: str = "resnet101"
+    bucket_size: int = 42
+    drop_path: float = 0.0
+    freeze_batch_norm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageVitConfig(AdaptorConfig):
+    """bucket_size: the largest grid side; drop_path: of the backbone's blocks."""
+
+    name: ClassVar[str] = "image_vit"
+    vit_type: str = "vit_base"
+    bucket_size: int = 42
+    drop_path: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePatchEmbedConfig(AdaptorConfig):
+    """Images and patches of one fixed size (pixels); class_token: a learned token in front of the patches."""
+
+    name: ClassVar[str] = "image_patch_embed"
+    image_height: int = 224
+    image_width: int = 224
+    patch_height: int = 16
+    patch_width: int = 16
+    class_token: bool = True
+
+
+class _GridAdaptor(Adaptor):
+    """What backbones with a 2-D grid of patches share: position rows, relative tables, coordinates."""
+
+    def __init__(self, config: ImageResnetConfig | ImageVitConfig, side: SideShape, features: int) -> None:
+        super().__init__(config, side)
+        self.bucket_size = config.bucket_size
+        self.embed_image_positions = nn.Embedding(config.bucket_size**2 + 1, side.dim)
+        self.image_proj = nn.Linear(features, side.dim)
+        rows = (2 * config.bucket_size - 1) ** 2 + 3
+        self.image_rel_pos_table_list = relative_tables(side.tables, rows, side.heads)
+
+    @abstractmethod
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches per column and row of an image of `height x width` pixels."""
+
+    def position(self, values: SegmentValues) -> Tensor:
+        height, width = self._grid_of(values)
+        device = values.value.device
+        # Row 0 of the table is the begin token of image codes; a row of patches always spans bucket_size entries.
+        rows = torch.arange(height, device=device)[:, None] * self.bucket_size + torch.arange(width, device=device) + 1
+        positions: Tensor = self.embed_image_positions(rows.flatten())
+        return positions.repeat(values.value.shape[0], 1)
+
+    def block(self, values: SegmentValues, causal: bool) -> RelativeBlock:
+        return grid_block(*self._grid_of(values), self.bucket_size)
+
+    def coordinates(self, values: SegmentValues) -> Tensor:
+        return grid_coordinates(*self._grid_of(values)).repeat(values.value.shape[0])
+
+    def tables(self) -> Sequence[Tensor]:
+        return table_weights(self.image_rel_pos_table_list)
+
+    def _grid_of(self, values: SegmentValues) -> tuple[int, int]:
+        height, width = self.grid(values.value.shape[2], values.value.shape[3])
+        _check_tokens(type(self).__name__, values, height * width)
+        return height, width
+
+
+class ImageResnetAdaptor(_GridAdaptor):
+    """ResNet features at stride 16, projected to the model's width."""
+
+    def __init__(self, config: ImageResnetConfig, side: SideShape) -> None:
+        super().__init__(config, side, CHANNELS)
+        self.embed_images = ResNet(config.resnet_type, config.drop_path, config.freeze_batch_norm)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return -(-height // STRIDE), -(-width // STRIDE)
+
+    def embed(self, values: SegmentValues, embed_tokens: nn.Embedding) -> Tensor:
+        features = self.embed_images(values.value).permute(0, 2, 3, 1).flatten(0, 2)
+        projected: Tensor = self.image_proj(features)
+        return projected
+
+
+class ImageVitAdaptor(_GridAdaptor):
+    """Vision transformer patches, projected to the model's width."""
+
+    def __init__(self, config: ImageVitConfig, side: SideShape) -> None:
+        backbone = VisionTransformer(config.vit_type, config.drop_path)
+        super().__init__(config, side, backbone.shape.width)
+        self.embed_images = backbone
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return self.embed_images.grid(height, width)
+
+    def embed(self, values: SegmentValues, embed_tokens: nn.Embedding) -> Tensor:
+        projected: Tensor = self.image_proj(self.embed_images(values.value))
+        return projected
+
+
+class ImagePatchEmbedAdaptor(Adaptor):
+    """One strided convolution per image, positions by patch number. It has no relative bias."""
+
+    def __init__(self, config: ImagePatchEmbedConfig, side: SideShape) -> None:
+        super().__init__(config, side)
+        if config.image_height % config.patch_height or config.image_width % config.patch_width:
+            raise OfakernValueError(
+                f"ImagePatchEmbedConfig: image must be a multiple of the patch ({config.patch_height} x "
+                f"{config.patch_width}), got {config.image_height} x {config.image_width}"
+            )
+        self.config = config
+        patch = (config.patch_height, config.patch_width)
+        self.tokens = (config.image_height // patch[0]) * (config.image_width // patch[1]) + int(config.class_token)
+        self.proj = nn.Conv2d(3, side.dim, patch, stride=patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, side.dim)) if config.class_token else None
+        self.embed_image_positions = nn.Embedding(self.tokens, side.dim)
+
+    def embed(self, values: SegmentValues, embed_tokens: nn.Embedding) -> Tensor:
+        images = values.value
+        expected = (3, self.config.image_height, self.config.image_width)
+        if tuple(images.shape[1:]) != expected:
+            raise OfakernValueError(
+                f"ImagePatchEmbedAdaptor: images must be {list(expected)} each, got {list(images.shape[1:])}"
+            )
+        _check_tokens("ImagePatchEmbedAdaptor", values, self.tokens)
+        x: Tensor = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        return x.flatten(0, 1)
+
+    def position(self, values: SegmentValues) -> Tensor:
+        return self.embed_image_positions.weight.repeat(values.value.shape[0], 1)
+
+    def block(self, values: SegmentValues, causal: bool) -> None:
+        return None
+
+    def coordinates(self, values: SegmentValues) -> Tensor:
+        return torch.zeros(values.positions.shape[0], dtype=torch.int64)
+
+    def tables(self) -> Sequence[Tensor]:
+        return ()
+
+
+def _check_tokens(where: str, values: SegmentValues, tokens: int) -> None:
+    given = values.positions.shape[0]
+    if given != tokens * values.value.shape[0]:
+        raise OfakernValueError(
+            f"{where}: length must be {tokens} tokens for images of {values.value.shape[2]} x "
+            f"{values.value.shape[3]}, got {given / max(values.value.shape[0], 1):g}"
+        )

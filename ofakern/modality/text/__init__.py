@@ -1,0 +1,1 @@
+"""Text: noise and tokens of a slot, and back to text."""
