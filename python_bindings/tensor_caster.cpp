@@ -9,16 +9,24 @@ namespace ofakern {
 namespace {
 
 std::string type_name(py::handle object) {
-  return std::string(py::str(py::type::handle_of(object).attr("__module__"))) + "." +
-         std::string(py::str(py::type::handle_of(object).attr("__qualname__")));
+  const py::handle type = py::type::handle_of(object);
+  const std::string module = py::str(type.attr("__module__"));
+  const std::string name = py::str(type.attr("__qualname__"));
+  return module == "builtins" ? name : module + "." + name;
 }
+
+// torch's errors carry a C++ stack below their first line.
+std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
 
 const dlpack::ExchangeApi& find_exchange_api(const char* where, const char* argument, py::handle object) {
   const py::handle type = py::type::handle_of(object);
   if (!py::hasattr(type, "__dlpack_c_exchange_api__")) {
-    if (!py::hasattr(type, "__dlpack__")) Checker(where).fail_type(argument, "be a torch.Tensor", type_name(object));
-    throw BackendError(std::string(where) + ": " + argument + " must be a tensor with DLPack's C exchange table, got " +
-                       type_name(object) + " without it\nTry: torch 2.11 or newer");
+    if (!py::isinstance(object, py::module_::import("torch").attr("Tensor"))) {
+      Checker(where).fail_type(argument, "be a torch.Tensor", type_name(object));
+    }
+    throw BackendError(
+        std::string(where) + ": " + argument + " must be a tensor with DLPack's C exchange table, got one of torch " +
+        std::string(py::str(py::module_::import("torch").attr("__version__"))) + "\nTry: torch 2.11 or newer");
   }
   const py::object capsule = type.attr("__dlpack_c_exchange_api__");
   const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -80,7 +88,7 @@ TensorView view_of(const char* where, const char* argument, py::handle object) {
   dlpack::Tensor tensor{};
   if (api.tensor_from_py_object_no_sync(object.ptr(), &tensor) != 0) {
     const py::error_already_set error;
-    check.fail_type(argument, "be a dense CPU or CUDA tensor", std::string(py::str(error.value())));
+    check.fail_type(argument, "be a dense CPU or CUDA tensor", first_line(py::str(error.value())));
   }
   if (tensor.device.device_type == dlpack::kCpu) {
     view.device = Device::cpu;

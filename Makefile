@@ -1,0 +1,68 @@
+# ofakern: `make help` lists the targets. Everything happens in .venv inside this clone.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PY := $(BIN)/python
+BUILD := build/editable
+SANITIZED := build/sanitize
+EXTRAS := dev,bench,train
+
+TOOLS_STAMP := .venv/.ofakern-tools
+INSTALL_STAMP := .venv/.ofakern-installed
+
+# cmake and ninja come as wheels: the build finds them through PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build test demo bench lint format sanitize clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(INSTALL_STAMP) build ## .venv with ofakern, its kernels and the developer tools
+
+# An existing .venv is completed, not replaced.
+$(TOOLS_STAMP): constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0 \
+		cmake ninja pybind11 scikit-build-core
+	touch $@
+
+$(INSTALL_STAMP): pyproject.toml $(TOOLS_STAMP)
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+build: $(INSTALL_STAMP) ## rebuild the compiled modules (seconds when little changed)
+	@cmake --build $(BUILD) $(if $(TARGET),--target $(TARGET))
+	@cmake --install $(BUILD) --prefix "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
+
+test: setup ## all tests, compile checks included
+	$(PY) -m pytest -q -n 2 --dist loadfile tests
+
+demo: setup ## train one model on three instructions and show it (about six minutes)
+	$(PY) examples/demo.py
+
+bench: setup ## attention against its peers on this machine
+	$(BIN)/ofakern bench attention --quick
+
+lint: setup ## ruff, mypy and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.h' '*.cpp' '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: setup ## rewrite the sources in the house's format
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+	git ls-files '*.h' '*.cpp' '*.cu' | xargs $(BIN)/clang-format -i
+
+sanitize: setup ## build _cpu with ASan and UBSan and run the op tests with it
+	cmake -S . -B $(SANITIZED) -G Ninja -DOFAKERN_SANITIZE=ON -DOFAKERN_CUDA=OFF -DPython_EXECUTABLE=$(CURDIR)/$(PY)
+	cmake --build $(SANITIZED)
+	$(PY) tests/build/run_sanitized.py $(SANITIZED) -q tests/ops tests/build/test_bindings.py
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist demo-output .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks $(INSTALL_STAMP)
+
+distclean: clean ## remove .venv too
+	rm -rf .venv
