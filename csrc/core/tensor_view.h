@@ -5,7 +5,7 @@
 
 // Inlined always: an out-of-line copy compiled with AVX-512 flags would be a weak symbol that the linker may keep for
 // all.
-#define OFAKERN_INLINE inline __attribute__((always_inline))
+#define OFAKERN_ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace ofakern {
 
@@ -24,15 +24,15 @@ struct TensorView {
   Device device = Device::cpu;
   int device_index = 0;
 
-  OFAKERN_INLINE bool defined() const { return ndim >= 0; }
-  OFAKERN_INLINE std::int64_t numel() const {
+  OFAKERN_ALWAYS_INLINE bool defined() const { return ndim >= 0; }
+  OFAKERN_ALWAYS_INLINE std::int64_t numel() const {
     if (ndim < 0) return 0;
     std::int64_t n = 1;
     for (int d = 0; d < ndim; ++d) n *= shape[d];
     return n;
   }
   template <class T>
-  OFAKERN_INLINE T* as() const {
+  OFAKERN_ALWAYS_INLINE T* as() const {
     return static_cast<T*>(data);
   }
 };
