@@ -28,7 +28,7 @@ _ATTRIBUTES = attributes(
     *NORMALISE,
     *NOISE,
     AttributeSpec("closed_set", "flag", "the answer is one of the task's closed set", sides=TARGET),
-    AttributeSpec("disable_auto_boseos", "flag", "no BOS and EOS around the text group this slot begins"),
+    AttributeSpec("disable_auto_boseos", "flag", "no BOS and EOS around the text group that holds this slot"),
     AttributeSpec(
         "is_label", "flag", "marks the label", sides=TARGET, no_effect="every target slot with loss is a label"
     ),
