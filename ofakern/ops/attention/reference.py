@@ -136,7 +136,7 @@ def _relative(table: Tensor, q_coord: Tensor, k_coord: Tensor, active: Tensor) -
     if table.shape[1] == 0:  # a table without rows is allowed when no pair reads it
         return table.new_zeros(())
     rows = torch.where(active, q_coord.long()[:, None] - k_coord.long()[None, :], 0)
-    bias = table.index_select(1, rows.flatten()).view(-1, *rows.shape)
+    bias = table.index_select(1, rows.flatten()).view(table.shape[0], *rows.shape)
     return torch.where(active, bias, 0.0)
 
 

@@ -1,0 +1,56 @@
+"""Fixtures of the op tests: the compiled module must be there, and each instruction set is forced in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+from ofakern.ops import backends, native
+
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: minutes, not part of the suite (run with -m slow)")
+    config.addinivalue_line("markers", "sanitize: builds with ASan and UBSan and runs the op tests (run with -m sanitize)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = config.option.markexpr
+    skipped = [item for item in items for mark in ("slow", "sanitize") if item.get_closest_marker(mark) and mark not in asked]
+    if skipped:
+        config.hook.pytest_deselected(items=skipped)
+        items[:] = [item for item in items if item not in skipped]
+
+
+@pytest.fixture
+def cpu() -> ModuleType:
+    """The compiled module with attention in it. Its absence is a failure: a suite without kernels proves nothing."""
+    reason = backends("attention")["cpu"]
+    if reason is not None or native.cpu is None:
+        pytest.fail(f"no CPU kernel: {reason}")
+    return native.cpu
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, cpu: ModuleType) -> Iterator[str]:
+    """Forces an instruction set for the test."""
+    name = str(request.param)
+    if name not in cpu.supported_isas():
+        pytest.skip(f"this machine has no {name}")
+    before = cpu.isa()
+    cpu.set_isa(name)
+    yield name
+    cpu.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """The same parallelism everywhere; restored, because some tests change it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
