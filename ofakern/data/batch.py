@@ -151,7 +151,7 @@ class PackedSide:
     def pack(
         cls, samples: Sequence[Sequence[Segment]], target_slots: Sequence[Tensor | None] | None = None
     ) -> PackedSide:
-        """Packs one side. samples: each one's segments in order; target_slots: each one's int32 `[L]` or None (all 0)."""
+        """Packs one side. samples: each one's segments; target_slots: each one's int32 `[L]` or None (all 0)."""
         groups: dict[tuple[Any, ...], list[tuple[Segment, int, int, int]]] = {}
         columns: dict[str, list[Tensor]] = {name: [] for name in _TOKEN_COLUMNS}
         lengths = []
@@ -169,7 +169,7 @@ class PackedSide:
                     columns[name].append(torch.full((count,), value, dtype=torch.int32))
                 row += count
             lengths.append(row - begin)
-        stacked = {
+        stacked: dict[str, Any] = {
             name: torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32) for name, parts in columns.items()
         }
         return cls(

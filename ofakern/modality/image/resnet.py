@@ -35,9 +35,7 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(out)
         self.downsample: nn.Sequential | None = None
         if stride != 1 or channels != out:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out))
         self.drop_path = drop_path
 
     def pairs(self) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -129,7 +127,7 @@ def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, folded: Folded | 
         y: Tensor = norm(conv(x))
         return y
     weight, bias = folded[conv]
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding)  # type: ignore[arg-type]
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
 def _folded_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ofakern.errors import OfakernValueError
+from ofakern.nn.attention import split_heads
 from ofakern.ops.attention import AttentionLayout, attention
 from ofakern.ops.attention.intervals import full
 
@@ -49,8 +50,8 @@ class _Attention(nn.Module):
         nn.init.normal_(self.in_proj_weight, std=0.02)
 
     def forward(self, x: Tensor, layout: AttentionLayout, backend: str) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.unbind(1)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
         y: Tensor = self.out_proj(attention(q, k, v, layout, backend=backend).flatten(-2))
         return y
 
@@ -75,7 +76,7 @@ class _Block(nn.Module):
         if not self.training or self.drop_path == 0:
             return y
         keep = y.new_empty(images, 1, 1).bernoulli_(1.0 - self.drop_path).div_(1.0 - self.drop_path)
-        return (y.unflatten(0, (images, -1)) * keep).flatten(0, 1)
+        return (y.reshape(images, -1, y.shape[-1]) * keep).flatten(0, 1)
 
 
 class _Transformer(nn.Module):
@@ -113,7 +114,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = self.grid(images.shape[2], images.shape[3])
-        x = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        x: Tensor = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         x = self.ln_pre(x + self._positions(height, width).to(x.dtype)).flatten(0, 1)
         counts = [height * width] * images.shape[0]
         layout = AttentionLayout.build(full(counts), counts, counts).to(x.device)
@@ -127,6 +128,6 @@ class VisionTransformer(nn.Module):
         rows = self.positional_embedding[1:]
         if (height, width) == (side, side):
             return rows
-        grid = rows.unflatten(0, (side, side)).permute(2, 0, 1)[None].float()
+        grid = rows.view(side, side, -1).permute(2, 0, 1)[None].float()
         resized = F.interpolate(grid, size=(height, width), mode="bilinear", align_corners=False)
         return resized[0].permute(1, 2, 0).flatten(0, 1)

@@ -1,0 +1,158 @@
+"""Incremental decoding: one token per row and step, over a straightforward key-value cache.
+
+The cache's layout is this module's own. Keys of a row stand in a run of `max_length` slots; a step sees the first
+t + 1 of them, so nothing moves while decoding and the coordinates are those of the full forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ofakern.errors import OfakernValueError
+from ofakern.modality.text.adaptor import TextAdaptor
+from ofakern.model.stacks import Decoder, Memory
+from ofakern.nn.attention import Positions
+from ofakern.ops.attention import AttentionLayout, RelativeTerm
+from ofakern.ops.attention.intervals import cross as cross_intervals
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The tokens of one step as an adaptor sees them: segments of which only position t is here."""
+
+    value: Tensor
+    lengths: Tensor
+    positions: Tensor
+
+
+class DecodeState:
+    """The decoder's state for `rows` hypotheses; rows of one sample stand together, in the samples' order.
+
+    Opaque: callers use `rows`, `length` (tokens fed so far), `max_length` and `reorder`.
+    """
+
+    def __init__(
+        self, decoder: Decoder, memory: Memory, rows_per_sample: int | Sequence[int], max_length: int, target_slot: int
+    ) -> None:
+        counts = [rows_per_sample] * memory.samples if isinstance(rows_per_sample, int) else list(rows_per_sample)
+        if len(counts) != memory.samples or min(counts, default=0) < 0 or max_length < 1:
+            raise OfakernValueError(
+                f"OFAPlus.begin_decode: rows_per_sample must be a count or {memory.samples} counts and max_length at "
+                f"least 1, got {rows_per_sample} and {max_length}"
+            )
+        adaptor = decoder.adaptor.adaptors.get("text")
+        if not isinstance(adaptor, TextAdaptor):
+            raise OfakernValueError("OFAPlus.begin_decode: adaptors must contain 'text', got none")
+        self.max_length = max_length
+        self.length = 0
+        self.target_slot = target_slot
+        self._decoder = decoder
+        self._adaptor = adaptor
+        self._source_lengths = memory.lengths
+        self._sample = np.repeat(np.arange(memory.samples), counts)
+        self._device = memory.states.device
+        relative = decoder.config.use_self_attn_bias
+        block = adaptor.block_of_length(max_length, causal=True).to(self._device) if relative else None
+        self._tables = decoder.adaptor.tables([("text", block)] if block is not None else [])
+        self._rows = block.rows if block is not None else 0
+        self._source = [layer.encoder_attn.keys_values(memory.states) for layer in decoder.decoder_layers()]
+        self._source_k_pos = decoder.cross_keys(memory)
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._k_pos: Tensor | None = None
+        self._cross_layout = self._plan_cross()
+
+    @property
+    def rows(self) -> int:
+        return len(self._sample)
+
+    def reorder(self, index: Tensor) -> None:
+        """Row r becomes what row `index[r]` was. index: int64 `[rows']`, a sample's rows kept together and in order.
+
+        rows' may be smaller (finished samples leave) or larger.
+        """
+        sample = self._sample[index.cpu().numpy()]
+        if (np.diff(sample) < 0).any():
+            raise OfakernValueError(
+                "DecodeState.reorder: index must keep the samples' rows together and in order, "
+                f"got samples {sample.tolist()}"
+            )
+        device_index = index.to(self._device)
+        self._keys = [cache.index_select(0, device_index) for cache in self._keys]
+        self._values = [cache.index_select(0, device_index) for cache in self._values]
+        if self._k_pos is not None:
+            self._k_pos = self._k_pos.index_select(0, device_index)
+        if not np.array_equal(sample, self._sample):
+            self._sample = sample
+            self._cross_layout = self._plan_cross()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """tokens int64 `[rows]` at the next position; returns the decoder's output `[rows, D]`."""
+        if tuple(tokens.shape) != (self.rows,):
+            raise OfakernValueError(
+                f"OFAPlus.decode_step: tokens must have shape [{self.rows}] (the rows), got {list(tokens.shape)}"
+            )
+        if self.length >= self.max_length:
+            raise OfakernValueError(
+                f"OFAPlus.decode_step: max_length ({self.max_length}) must exceed the tokens fed, got {self.length}"
+            )
+        decoder = self._decoder
+        x, positions = self._embed(tokens)
+        q_pos, k_pos = decoder.adaptor.factored(positions)
+        own = Positions(self._plan_self(), q_pos, self._remember_positions(k_pos), decoder.backend)
+        cross = Positions(self._cross_layout, decoder.cross_queries(positions), self._source_k_pos, decoder.backend)
+        for number, layer in enumerate(decoder.decoder_layers()):
+            k, v = layer.self_attn.keys_values(layer.self_input(x))
+            x = layer(x, own, cross, self._source[number], self._tables[number], self._remember(number, k, v))
+        self.length += 1
+        return decoder.finish(x)
+
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        group = self._decoder.adaptor
+        lengths = torch.ones(self.rows, dtype=torch.int32)
+        step = _Step(tokens.to(self._device), lengths, torch.full((self.rows,), self.length, device=self._device))
+        embed, positions = self._adaptor(step, group.embed_tokens)
+        if group.order_embedding is not None:
+            embed = embed + group.order_embedding.weight[self.target_slot]
+        return embed, positions
+
+    def _plan_self(self) -> AttentionLayout:
+        """Row r sees slots r * max_length .. r * max_length + t."""
+        rows, t = self.rows, self.length
+        lo = torch.arange(rows, dtype=torch.int32) * self.max_length
+        visible = torch.stack([lo, lo + t + 1], dim=1)
+        terms = []
+        if self._rows:
+            k_coord = torch.arange(self.max_length, dtype=torch.int32).repeat(rows)
+            terms = [RelativeTerm(torch.full((rows,), t, dtype=torch.int32), k_coord, visible, self._rows)]
+        return AttentionLayout.build(visible, [1] * rows, [self.max_length] * rows, terms).to(self._device)
+
+    def _plan_cross(self) -> AttentionLayout:
+        counts = np.bincount(self._sample, minlength=len(self._source_lengths)).tolist()
+        visible = cross_intervals(counts, self._source_lengths)
+        return AttentionLayout.build(visible, counts, self._source_lengths).to(self._device)
+
+    def _remember_positions(self, k_pos: Tensor | None) -> Tensor | None:
+        if k_pos is None:
+            return None
+        if self._k_pos is None:
+            self._k_pos = self._empty(k_pos)
+        self._k_pos[:, self.length] = k_pos
+        return self._k_pos.flatten(0, 1)
+
+    def _remember(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if len(self._keys) == layer:
+            self._keys.append(self._empty(k))
+            self._values.append(self._empty(v))
+        self._keys[layer][:, self.length] = k
+        self._values[layer][:, self.length] = v
+        return self._keys[layer].flatten(0, 1), self._values[layer].flatten(0, 1)
+
+    def _empty(self, like: Tensor) -> Tensor:
+        # Slots beyond the current step are never read (no query sees them), so they need no value.
+        return like.new_empty((self.rows, self.max_length, *like.shape[1:]))

@@ -1,0 +1,83 @@
+"""OFA+: the generalist encoder-decoder on packed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ofakern.data.batch import PackedBatch, PackedSide
+from ofakern.model.config import OFAConfig
+from ofakern.model.decode import DecodeState
+from ofakern.model.initialise import initialise
+from ofakern.model.stacks import Decoder, Encoder, Memory
+
+# Keys of a state dict that name one tensor: alias -> owner.
+TIED_KEYS = {"decoder.adaptor.embed_tokens.weight": "encoder.adaptor.embed_tokens.weight"}
+
+
+class OFAPlus(nn.Module):
+    """The model. State-dict keys are those OFASys writes (without its integer buffers); embeddings are tied.
+
+    config: `OFAConfig`. backend: of every attention, "auto" unless a test or a measurement wants one in particular.
+    seed: of the initialisation (None: torch's default generator).
+    """
+
+    def __init__(self, config: OFAConfig, backend: str = "auto", seed: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.encoder = Encoder(config, embed_tokens, backend)
+        self.decoder = Decoder(config, embed_tokens, backend)
+        initialise(self, config.pad_id, seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.adaptor.embed_tokens.weight.device
+
+    def prepare(self, batch: PackedBatch) -> PackedBatch:
+        """Builds the batch's layouts now (on the CPU, e.g. in a loader's thread) instead of at its first use."""
+        self.encoder.adaptor.plan(batch.source)
+        self.decoder.adaptor.plan(batch.target)
+        return batch
+
+    def encode(self, side: PackedSide) -> Memory:
+        """The encoder over a source side; the result is opaque."""
+        memory: Memory = self.encoder(side)
+        return memory
+
+    def decode(self, side: PackedSide, memory: Memory) -> Tensor:
+        """The decoder over a target side (decoder inputs), all tokens at once: `[Nt, D]`."""
+        hidden: Tensor = self.decoder(side, memory)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Text output: `[Nt, D]` to `[Nt, V]`, by the tied embeddings."""
+        return F.linear(hidden, self.output_weight)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """`[V, D]`; with `hidden` what a chunked loss needs instead of `logits`."""
+        weight: Tensor = self.decoder.adaptor.embed_tokens.weight
+        return weight
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Hidden states `[Nt, D]` of a batch: `decode(target, encode(source))`."""
+        return self.decode(batch.target, self.encode(batch.source))
+
+    @torch.no_grad()
+    def begin_decode(
+        self, memory: Memory, rows_per_sample: int | Sequence[int], max_length: int, target_slot: int = 0
+    ) -> DecodeState:
+        """Starts incremental decoding of one text segment: rows_per_sample hypotheses (beams) per sample.
+
+        max_length: the most tokens that will be fed (begin token and prefix included). Rows of a sample stand together.
+        """
+        return DecodeState(self.decoder, memory, rows_per_sample, max_length, target_slot)
+
+    @torch.no_grad()
+    def decode_step(self, state: DecodeState, tokens: Tensor) -> Tensor:
+        """Feeds one token per row, int64 `[rows]`; returns the next token's logits `[rows, V]`."""
+        return self.logits(state.step(tokens))

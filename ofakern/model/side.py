@@ -1,0 +1,93 @@
+"""What one side of a batch needs once, for all layers: the attention layout, the relative blocks, the packing order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ofakern.data.batch import AdaptorInput, PackedSide
+from ofakern.errors import OfakernValueError
+from ofakern.nn.adaptor import Adaptor
+from ofakern.nn.relative import RelativeBlock
+from ofakern.ops.attention import AttentionLayout, RelativeTerm
+from ofakern.ops.attention.intervals import causal as causal_intervals
+from ofakern.ops.attention.intervals import cross as cross_intervals
+from ofakern.ops.attention.intervals import full as full_intervals
+
+
+@dataclass(frozen=True)
+class SidePlan:
+    """layout: of self-attention. blocks: (adaptor's name, block) in table order. order: int64 `[N]`, the row of the
+    concatenated adaptor outputs that each packed token takes; None when that is the identity."""
+
+    layout: AttentionLayout
+    blocks: tuple[tuple[str, RelativeBlock], ...]
+    order: Tensor | None
+
+    def to(self, device: torch.device | str) -> SidePlan:
+        return replace(
+            self,
+            layout=self.layout.to(device),
+            blocks=tuple((name, block.to(device)) for name, block in self.blocks),
+            order=None if self.order is None else self.order.to(device),
+        )
+
+
+def plan_side(side: PackedSide, adaptors: Mapping[str, Adaptor], causal: bool, relative: bool) -> SidePlan:
+    """Builds a side's plan on the CPU and moves it to the side's device."""
+    blocks: list[tuple[str, RelativeBlock]] = []
+    q_coord = torch.zeros(side.tokens, dtype=torch.int32)
+    k_coord = torch.zeros(side.tokens, dtype=torch.int32)
+    same = torch.zeros(side.tokens, 2, dtype=torch.int32)
+    base = 0
+    for values in side.segments:
+        adaptor = find_adaptor(adaptors, values)
+        block = adaptor.block(values, causal) if relative else None
+        if block is None:
+            continue
+        rows = values.rows.cpu()
+        coordinates = adaptor.coordinates(values).to(torch.int32)
+        q_coord[rows] = coordinates + block.origin(base)
+        k_coord[rows] = coordinates
+        same[rows] = _own_segments(values)
+        blocks.append((values.adaptor, block))
+        base += block.rows
+    terms = [RelativeTerm(q_coord, k_coord, same, base)] if blocks else []
+    lengths = side.lengths_cpu
+    visible = causal_intervals(lengths) if causal else full_intervals(lengths)
+    layout = AttentionLayout.build(visible, lengths, lengths, terms)
+    return SidePlan(layout, tuple(blocks), _packing_order(side)).to(side.device)
+
+
+def plan_cross(target: PackedSide, source_lengths: tuple[int, ...]) -> AttentionLayout:
+    """Every target token sees its sample's source tokens."""
+    if len(source_lengths) != target.samples:
+        raise OfakernValueError(
+            f"OFAPlus.decode: side must have as many samples as memory ({len(source_lengths)}), got {target.samples}"
+        )
+    visible = cross_intervals(target.lengths_cpu, source_lengths)
+    return AttentionLayout.build(visible, target.lengths_cpu, source_lengths).to(target.device)
+
+
+def find_adaptor(adaptors: Mapping[str, Adaptor], values: AdaptorInput) -> Adaptor:
+    """Raises OfakernValueError when the model has no adaptor for these values on this side."""
+    if values.adaptor not in adaptors:
+        raise OfakernValueError(
+            f"OFAPlus: adaptor must be one of {sorted(adaptors)} on this side, got {values.adaptor!r}"
+        )
+    return adaptors[values.adaptor]
+
+
+def _own_segments(values: AdaptorInput) -> Tensor:
+    lengths, starts = values.lengths.cpu(), values.starts.cpu()
+    return torch.stack([starts, starts + lengths], dim=1).repeat_interleave(lengths, dim=0)
+
+
+def _packing_order(side: PackedSide) -> Tensor | None:
+    if len(side.segments) < 2:
+        return None  # one adaptor fills the rows in their own order
+    rows = torch.cat([values.rows.cpu() for values in side.segments])
+    return torch.argsort(rows)

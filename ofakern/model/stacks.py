@@ -1,0 +1,151 @@
+"""The encoder's and the decoder's stacks of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ofakern.data.batch import PackedSide
+from ofakern.model.adaptors import AdaptorGroup
+from ofakern.model.config import OFAConfig
+from ofakern.model.side import plan_cross
+from ofakern.nn.attention import Positions, split_heads
+from ofakern.nn.layers import DecoderLayer, EncoderLayer, Samples
+from ofakern.ops.attention import AttentionLayout
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The encoder's result. Its content is the model's own: nothing outside `ofakern.model` reads it.
+
+    samples: B.
+    """
+
+    states: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def samples(self) -> int:
+        return len(self.lengths)
+
+
+class Encoder(nn.Module):
+    """Adaptors, layers and the final norm over packed source tokens."""
+
+    def __init__(self, config: OFAConfig, embed_tokens: nn.Embedding, backend: str) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.adaptor = AdaptorGroup(config, source=True, embed_tokens=embed_tokens)
+        rates = _rates(config.encoder_drop_path, config.encoder_layers)
+        self.layers = nn.ModuleList(EncoderLayer(config.layer(rate)) for rate in rates)
+        self.layer_norm = nn.LayerNorm(config.dim) if config.normalize_before else None
+        if config.compat == "ofasys" and not config.use_self_attn_bias:
+            for layer in self.layers:
+                assert isinstance(layer, EncoderLayer)
+                layer.self_attn.scale = layer.self_attn.width**-0.5
+                layer.self_attn.use_head_scale = False
+
+    def forward(self, side: PackedSide) -> Memory:
+        x, positions = self.adaptor(side)
+        plan = self.adaptor.plan(side)
+        q_pos, k_pos = self.adaptor.factored(positions)
+        shared = Positions(plan.layout, q_pos, k_pos, self.backend)
+        samples = Samples(side.sample_id, side.samples)
+        for layer, tables in zip(self.layers, self.adaptor.tables(plan.blocks), strict=True):
+            x = run_layer(self, partial(layer, positions=shared, samples=samples), x, tables=tables)
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        return Memory(x, positions, side.lengths_cpu)
+
+
+class Decoder(nn.Module):
+    """Adaptors, layers and the final norm over packed target tokens."""
+
+    def __init__(self, config: OFAConfig, embed_tokens: nn.Embedding, backend: str) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.adaptor = AdaptorGroup(config, source=False, embed_tokens=embed_tokens)
+        factored = not config.entangle_position_embedding
+        self.cross_pos_q_linear = nn.Linear(config.dim, config.dim) if factored else None
+        self.cross_pos_k_linear = nn.Linear(config.dim, config.dim) if factored else None
+        rates = _rates(config.decoder_drop_path, config.decoder_layers)
+        self.layers = nn.ModuleList(DecoderLayer(config.layer(rate)) for rate in rates)
+        self.layer_norm = nn.LayerNorm(config.dim) if config.normalize_before else None
+
+    def decoder_layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
+    def cross_layout(self, side: PackedSide, memory: Memory) -> AttentionLayout:
+        """Kept in the target side's cache: it depends on the lengths only."""
+        key = ("cross", memory.lengths)
+        layout = side.cache.get(key)
+        if not isinstance(layout, AttentionLayout):
+            layout = plan_cross(side, memory.lengths)
+            side.cache[key] = layout
+        return layout
+
+    def cross_queries(self, positions: Tensor) -> Tensor | None:
+        """q_pos of cross attention `[Nt, H, P]`."""
+        return self._split(self.cross_pos_q_linear, positions)
+
+    def cross_keys(self, memory: Memory) -> Tensor | None:
+        """k_pos of cross attention `[Ns, H, P]`, the same for all layers and steps."""
+        return self._split(self.cross_pos_k_linear, memory.positions)
+
+    def forward(self, side: PackedSide, memory: Memory) -> Tensor:
+        x, positions = self.adaptor(side)
+        plan = self.adaptor.plan(side)
+        q_pos, k_pos = self.adaptor.factored(positions)
+        own = Positions(plan.layout, q_pos, k_pos, self.backend)
+        cross = Positions(
+            self.cross_layout(side, memory), self.cross_queries(positions), self.cross_keys(memory), self.backend
+        )
+        samples = Samples(side.sample_id, side.samples)
+        for layer, tables in zip(self.decoder_layers(), self.adaptor.tables(plan.blocks), strict=True):
+            call = partial(_decoder_layer, layer, own, cross, memory.states, samples)
+            x = run_layer(self, call, x, tables=tables)
+        return self.finish(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        y: Tensor = x if self.layer_norm is None else self.layer_norm(x)
+        return y
+
+    def _split(self, linear: nn.Linear | None, positions: Tensor) -> Tensor | None:
+        return None if linear is None else split_heads(linear(positions), self.config.heads)
+
+
+def run_layer(stack: Encoder | Decoder, call: Callable[..., Any], x: Tensor, **kwargs: Any) -> Tensor:
+    """Runs a layer, recomputing its activations in the backward pass where the config asks for it."""
+    if stack.config.checkpoint_activations and stack.training and torch.is_grad_enabled():
+        y: Tensor = checkpoint(call, x, use_reentrant=False, **kwargs)
+    else:
+        y = call(x, **kwargs)
+    return y
+
+
+def _decoder_layer(
+    layer: DecoderLayer,
+    own: Positions,
+    cross: Positions,
+    source: Tensor,
+    samples: Samples,
+    x: Tensor,
+    tables: tuple[Tensor, ...],
+) -> Tensor:
+    y: Tensor = layer(x, own, cross, layer.encoder_attn.keys_values(source), tables, samples=samples)
+    return y
+
+
+def _rates(last: float, layers: int) -> list[float]:
+    """Drop-path rates rise linearly from 0 to the last layer's."""
+    rates: list[float] = torch.linspace(0, last, layers).tolist()
+    return rates

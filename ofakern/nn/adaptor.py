@@ -1,0 +1,119 @@
+"""The contract between the model and a modality's adaptor: values in, packed embeddings and positions out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ofakern.nn.relative import RelativeBlock
+
+
+class SegmentValues(Protocol):
+    """What an adaptor reads of a batch's `AdaptorInput`."""
+
+    @property
+    def value(self) -> Tensor: ...
+    @property
+    def lengths(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptorConfig:
+    """Options every adaptor has. `None` takes the model's own value."""
+
+    name: ClassVar[str] = ""
+    layernorm_embedding: bool = True
+    layernorm_position: bool = True
+    add_type_embedding: bool = True
+    entangle_position_embedding: bool | None = None
+    scale_embedding: bool = False
+    scale_embedding_gradient: float = 1.0
+    dropout: float | None = None
+
+
+@dataclass(frozen=True)
+class SideShape:
+    """What an adaptor needs to know of the side it is built for. tables: relative tables to hold (1 when shared)."""
+
+    dim: int
+    heads: int
+    tables: int
+    source: bool
+    dropout: float
+    entangle_position_embedding: bool
+
+
+class Adaptor(nn.Module, ABC):
+    """Turns all segments of one kind into embeddings and position embeddings, `[n_tokens, D]` each."""
+
+    def __init__(self, config: AdaptorConfig, side: SideShape) -> None:
+        super().__init__()
+        self.options = config
+        self.side = side
+        self.dropout = side.dropout if config.dropout is None else config.dropout
+        entangle = config.entangle_position_embedding
+        self.entangle = side.entangle_position_embedding if entangle is None else entangle
+        self.embed_scale = side.dim**0.5 if config.scale_embedding else 1.0
+        self.layernorm_embedding = nn.LayerNorm(side.dim) if config.layernorm_embedding else None
+        self.layernorm_position = nn.LayerNorm(side.dim) if config.layernorm_position else None
+        self.type_embedding = nn.Embedding(1, side.dim) if config.add_type_embedding else None
+
+    @abstractmethod
+    def embed(self, values: SegmentValues, embed_tokens: nn.Embedding) -> Tensor:
+        """The raw embeddings `[n_tokens, D]`."""
+
+    @abstractmethod
+    def position(self, values: SegmentValues) -> Tensor:
+        """The raw position embeddings `[n_tokens, D]`."""
+
+    @abstractmethod
+    def block(self, values: SegmentValues, causal: bool) -> RelativeBlock | None:
+        """The relative block for the extents of these values, on the CPU; None: no relative bias."""
+
+    @abstractmethod
+    def coordinates(self, values: SegmentValues) -> Tensor:
+        """Integer coordinates `[n_tokens]` on the CPU, before the block's origin."""
+
+    @abstractmethod
+    def tables(self) -> Sequence[Tensor]:
+        """The relative parameters `[P, H]`, one per layer (one in all when shared)."""
+
+    def forward(self, values: SegmentValues, embed_tokens: nn.Embedding) -> tuple[Tensor, Tensor]:
+        """(embedding, position embedding), `[n_tokens, D]` each, after scale, type embedding, norms and dropout."""
+        position = self.position(values)
+        embed = self.embed(values, embed_tokens)
+        if self.embed_scale != 1.0:
+            embed = embed * self.embed_scale
+        if self.entangle:  # the raw position: its norm serves the bias only
+            embed = embed + position
+        if self.type_embedding is not None and self.side.source:
+            embed = embed + self.type_embedding.weight
+        factor = self.options.scale_embedding_gradient
+        if factor != 1.0:
+            embed = embed * factor + embed.detach() * (1.0 - factor)
+        if self.layernorm_embedding is not None:
+            embed = self.layernorm_embedding(embed)
+        if self.layernorm_position is not None:
+            position = self.layernorm_position(position)
+        return F.dropout(embed, self.dropout, self.training), position
+
+
+def relative_tables(count: int, rows: int, heads: int) -> nn.ModuleList:
+    """`count` parameters `[rows, heads]`, zero: the model starts without relative bias."""
+    tables = nn.ModuleList(nn.Embedding(rows, heads) for _ in range(count))
+    for table in tables:
+        assert isinstance(table, nn.Embedding)
+        nn.init.zeros_(table.weight)
+    return tables
+
+
+def table_weights(tables: nn.ModuleList) -> list[Tensor]:
+    return [table.weight for table in tables if isinstance(table.weight, torch.Tensor)]

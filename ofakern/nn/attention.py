@@ -1,0 +1,103 @@
+"""Multi-head attention with structured position bias on packed tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ofakern.errors import OfakernValueError
+from ofakern.ops.attention import AttentionLayout, attention
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What a stack's layers share: a layout and the factored position term.
+
+    layout: of this attention. q_pos `[Nq, H, P]`, k_pos `[Nk, H, P]`: both or neither. backend: of the op.
+    """
+
+    layout: AttentionLayout
+    q_pos: Tensor | None = None
+    k_pos: Tensor | None = None
+    backend: str = "auto"
+
+
+class MultiheadAttention(nn.Module):
+    """OFA's attention: scores scaled by (head width * attn_scale_factor)^-0.5, heads weighted by `c_attn`.
+
+    dim: model width D; heads: H (divides D; D / H a multiple of 8); dropout: of the probabilities, in training.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        attn_scale_factor: float = 2.0,
+        scale_heads: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % heads or (dim // heads) % 8:
+            raise OfakernValueError(f"MultiheadAttention: dim must be heads ({heads}) times a multiple of 8, got {dim}")
+        self.heads = heads
+        self.width = dim // heads
+        self.scale = (self.width * attn_scale_factor) ** -0.5
+        self.dropout = dropout
+        self.use_head_scale = scale_heads
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.c_attn = nn.Parameter(torch.ones(heads)) if scale_heads else None
+
+    def split(self, x: Tensor) -> Tensor:
+        """`[N, D]` to `[N, H, K]`, a view."""
+        return split_heads(x, self.heads)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v `[Nk, H, K]` of the tokens `[Nk, D]` that will be attended to."""
+        return self.split(self.k_proj(source)), self.split(self.v_proj(source))
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Positions,
+        tables: Sequence[Tensor] = (),
+        keys_values: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """x `[Nq, D]`; keys_values: of other tokens (default: of x itself). Returns `[Nq, D]`."""
+        k, v = self.keys_values(x) if keys_values is None else keys_values
+        out = attention(
+            self.split(self.q_proj(x)),
+            k,
+            v,
+            positions.layout,
+            q_pos=positions.q_pos,
+            k_pos=positions.k_pos,
+            tables=tables,
+            head_scale=self.c_attn if self.use_head_scale else None,
+            scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=positions.backend,
+        )
+        y: Tensor = self.out_proj(out.flatten(-2))
+        return y
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`[N, H * K]` to `[N, H, K]`, a view."""
+    return x.view(x.shape[0], heads, x.shape[1] // heads)
+
+
+def gelu_or_relu(name: str, x: Tensor) -> Tensor:
+    """The activation by its name; gelu is the exact one."""
+    if name == "gelu":
+        return F.gelu(x)
+    if name == "relu":
+        return F.relu(x)
+    raise OfakernValueError(f"activation: name must be 'gelu' or 'relu', got {name!r}")

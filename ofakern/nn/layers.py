@@ -1,0 +1,149 @@
+"""Encoder and decoder layers of OFA: pre- or post-norm with the NormFormer extras, on packed tokens `[N, D]`.
+
+Parameter names are those of the published checkpoints (`attn_ln`, `ffn_layernorm`, `w_resid`, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ofakern.nn.attention import MultiheadAttention, Positions, gelu_or_relu
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What one layer needs to know. Rates are probabilities; `drop_path` is this layer's own."""
+
+    dim: int
+    ffn_dim: int
+    heads: int
+    activation: str = "gelu"
+    normalize_before: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    drop_path: float = 0.0
+    attn_scale_factor: float = 2.0
+    scale_attn: bool = True
+    scale_fc: bool = True
+    scale_heads: bool = True
+    scale_resids: bool = False
+
+    def attention(self) -> MultiheadAttention:
+        return MultiheadAttention(
+            self.dim,
+            self.heads,
+            attn_scale_factor=self.attn_scale_factor,
+            scale_heads=self.scale_heads,
+            dropout=self.attention_dropout,
+        )
+
+    def norm(self, width: int, present: bool = True) -> nn.LayerNorm | None:
+        return nn.LayerNorm(width) if present else None
+
+
+def drop_path(x: Tensor, rate: float, sample_id: Tensor, samples: int) -> Tensor:
+    """Drops a residual branch `[N, D]` for whole samples; kept ones grow by 1 / (1 - rate). sample_id: int `[N]`."""
+    keep = torch.empty(samples, dtype=x.dtype, device=x.device).bernoulli_(1.0 - rate).div_(1.0 - rate)
+    return x * keep.index_select(0, sample_id)[:, None]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which sample a packed token is of: sample_id int32 `[N]`, count B. Needed by drop path only."""
+
+    sample_id: Tensor
+    count: int
+
+
+class _Layer(nn.Module):
+    """The feed-forward half and the residual rules that both kinds of layer share."""
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
+        self.ffn_layernorm = config.norm(config.ffn_dim, config.scale_fc)
+        self.final_layer_norm = nn.LayerNorm(config.dim)
+        self.w_resid = nn.Parameter(torch.ones(config.dim)) if config.scale_resids else None
+
+    def branch(self, y: Tensor, extra_norm: nn.LayerNorm | None, samples: Samples | None) -> Tensor:
+        """What a sub-layer's output goes through before it joins the residual."""
+        if extra_norm is not None:
+            y = extra_norm(y)
+        y = F.dropout(y, self.config.dropout, self.training)
+        if self.training and self.config.drop_path > 0 and samples is not None:
+            y = drop_path(y, self.config.drop_path, samples.sample_id, samples.count)
+        return y
+
+    def before(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return norm(x) if self.config.normalize_before else x
+
+    def after(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return x if self.config.normalize_before else norm(x)
+
+    def feed_forward(self, x: Tensor, samples: Samples | None) -> Tensor:
+        y = gelu_or_relu(self.config.activation, self.fc1(self.before(x, self.final_layer_norm)))
+        y = F.dropout(y, self.config.activation_dropout, self.training)
+        if self.ffn_layernorm is not None:
+            y = self.ffn_layernorm(y)
+        y = self.branch(self.fc2(y), None, samples)
+        residual = x if self.w_resid is None else x * self.w_resid
+        return self.after(residual + y, self.final_layer_norm)
+
+
+class EncoderLayer(_Layer):
+    """Self-attention and feed-forward. x `[N, D]` to `[N, D]`."""
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(config)
+        self.self_attn = config.attention()
+        self.attn_ln = config.norm(config.dim, config.scale_attn)
+        self.self_attn_layer_norm = nn.LayerNorm(config.dim)
+
+    def forward(
+        self, x: Tensor, positions: Positions, tables: Sequence[Tensor] = (), samples: Samples | None = None
+    ) -> Tensor:
+        y = self.self_attn(self.before(x, self.self_attn_layer_norm), positions, tables)
+        x = self.after(x + self.branch(y, self.attn_ln, samples), self.self_attn_layer_norm)
+        return self.feed_forward(x, samples)
+
+
+class DecoderLayer(_Layer):
+    """Self-attention, cross attention to the encoder's tokens, feed-forward. x `[Nt, D]` to `[Nt, D]`."""
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(config)
+        self.self_attn = config.attention()
+        self.self_attn_ln = config.norm(config.dim, config.scale_attn)
+        self.self_attn_layer_norm = nn.LayerNorm(config.dim)
+        self.encoder_attn = config.attention()
+        self.cross_attn_ln = config.norm(config.dim, config.scale_attn)
+        self.encoder_attn_layer_norm = nn.LayerNorm(config.dim)
+
+    def self_input(self, x: Tensor) -> Tensor:
+        """What self-attention's projections see: the incremental decoder projects one step's keys from it."""
+        return self.before(x, self.self_attn_layer_norm)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Positions,
+        cross: Positions,
+        source_keys_values: tuple[Tensor, Tensor],
+        tables: Sequence[Tensor] = (),
+        self_keys_values: tuple[Tensor, Tensor] | None = None,
+        samples: Samples | None = None,
+    ) -> Tensor:
+        """source_keys_values: `encoder_attn.keys_values` of the encoder; self_keys_values: of a cache (default: x)."""
+        y = self.self_attn(self.self_input(x), positions, tables, self_keys_values)
+        x = self.after(x + self.branch(y, self.self_attn_ln, samples), self.self_attn_layer_norm)
+        y = self.encoder_attn(self.before(x, self.encoder_attn_layer_norm), cross, keys_values=source_keys_values)
+        x = self.after(x + self.branch(y, self.cross_attn_ln, samples), self.encoder_attn_layer_norm)
+        return self.feed_forward(x, samples)
