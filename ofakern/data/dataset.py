@@ -1,8 +1,8 @@
 """A task's samples by position: shuffled by epoch, resumed exactly, broken samples skipped and counted.
 
-A *position* counts samples from the start of training: epoch = position // rows, and the order of an epoch depends on the
-seed and the epoch only. So a loader that starts at position p continues exactly where a run of p samples stopped, and what
-comes at a position does not depend on workers.
+A *position* counts samples from the start of training: epoch = position // rows, and the order of an epoch depends on
+the seed and the epoch only. So a loader that starts at position p continues exactly where a run of p samples stopped, and
+what comes at a position does not depend on workers.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class BrokenSample:
 class TaskDataset(Dataset[Example | BrokenSample]):
     """Map-style data set over positions.
 
-    rows: anything with a length and rows by number (`open_rows`); encode: row -> Example. shuffle: a new order each epoch.
-    Raises DataError when there are no rows.
+    rows: anything with a length and rows by number (`open_rows`); encode: row -> Example. shuffle: a new order each
+    epoch. Raises DataError when there are no rows.
     """
 
     def __init__(self, rows: Rows, encode: Encode, *, seed: int = 0, shuffle: bool = True, name: str = "data") -> None:
@@ -126,7 +126,8 @@ def load(
 class BrokenTally:
     """Counts broken samples in the main process; stops the run when too many are.
 
-    max_share: the largest share of the samples seen that may be broken; min_count: below so many the run always goes on.
+    max_share: the largest share of the samples seen that may be broken; min_count: below so many the run always goes
+    on.
     """
 
     def __init__(self, max_share: float = 0.01, min_count: int = 10, *, name: str = "data") -> None:

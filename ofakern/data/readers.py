@@ -1,8 +1,8 @@
 """Rows and files: where samples come from.
 
 `open_rows` turns a path or any collection of mappings into something with a length and rows by number; files are read
-lazily through an index of line offsets. `open_files` gives the folder or archive in which the names of a row are looked up.
-Both survive a fork (DataLoader workers) and pickling.
+lazily through an index of line offsets. `open_files` gives the folder or archive in which the names of a row are
+looked up. Both survive a fork (DataLoader workers) and pickling.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def open_rows(
 ) -> Rows:
     """Rows of a .jsonl, .json, .csv or .tsv file, of a Hugging Face dataset, or of any iterable of mappings.
 
-    columns: which columns, and their names: `{"file's name": "name"}`, `{0: "uid", 2: "img"}` or OFA's `"0:uid,2:img"`; a list
-    of names numbers them from 0. header: whether the first line of a .csv or .tsv names the columns (default: unless
-    `columns` goes by number). An iterable that cannot be indexed is read into memory.
+    columns: which columns, and their names: `{"file's name": "name"}`, `{0: "uid", 2: "img"}` or OFA's
+    `"0:uid,2:img"`; a list of names numbers them from 0. header: whether the first line of a .csv or .tsv names the
+    columns (default: unless `columns` goes by number). An iterable that cannot be indexed is read into memory.
     Raises DataError for a missing file, an unknown suffix or wrong columns; a broken row raises when it is asked for.
     """
     chosen = _parse_columns(columns)
@@ -56,8 +56,9 @@ def open_rows(
         raise DataError(
             "open_rows: source must be rows (mappings), got one mapping\nTry: a list with one mapping per sample."
         )
-    if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
-        rows: Rows = source
+    rows: Rows
+    if isinstance(source, Rows):
+        rows = source
     elif isinstance(source, Iterable):
         rows = list(source)
     else:
@@ -112,7 +113,10 @@ class _Selected(_Checked):
 
 
 class _Lines:
-    """Records of a text file by number. Reads with pread, so processes that share the descriptor do not disturb another."""
+    """Records of a text file by number.
+
+    Reads with pread, so processes that share the descriptor do not disturb another.
+    """
 
     def __init__(self, path: Path, quoted: bool) -> None:
         self.path = path
@@ -215,7 +219,7 @@ class _TableFile:
             raise DataError(f"{self._lines.path}: row {index} must have {self._width} columns, got {len(cells)}")
         if self._columns and max(self._columns) >= len(cells):
             raise DataError(
-                f"{self._lines.path}: row {index} must have column number {max(self._columns)}, got {len(cells)} columns"
+                f"{self._lines.path}: row {index} must have column {max(self._columns)}, got {len(cells)} columns"
             )
         return {name: cells[position] for position, name in self._columns.items()}
 
@@ -258,7 +262,7 @@ def _parse_columns(columns: Columns) -> dict[str | int, str]:
             key, separator, alias = item.partition(":")
             parsed[int(key) if key.isdecimal() else key] = alias if separator else key
     elif isinstance(columns, Mapping):
-        parsed = dict(columns)
+        parsed = {key: alias for key, alias in columns.items()}
     else:
         parsed = dict(enumerate(columns))
     aliases = list(parsed.values())

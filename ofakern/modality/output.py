@@ -21,8 +21,8 @@ _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 class Output:
     """One answer of a model.
 
-    text: the decoded text, when the target has a text slot. box: x0, y0, x1, y1 in pixels of the original image, when it
-    has a box slot; boxes: all of them, when there are several. image: the sample's image (PIL, original size).
+    text: the decoded text, when the target has a text slot. box: x0, y0, x1, y1 in pixels of the original image, when
+    it has a box slot; boxes: all of them, when there are several. image: the sample's image (PIL, original size).
     score: log-probability of the answer. tokens: vocabulary indices without the begin token.
     values: every target slot's value by its name (a list for a slot of a repeated group).
     """

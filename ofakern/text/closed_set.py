@@ -16,8 +16,8 @@ __all__ = ["ClosedSet"]
 class ClosedSet:
     """The answers a slot may take.
 
-    answers: texts (the keys of a mapping answer -> label do); blanks are refused, repeats dropped. `sequences` holds each
-    answer's token ids, without an end token, in the order of `answers`: what constrained decoding needs.
+    answers: texts (the keys of a mapping answer -> label do); blanks are refused, repeats dropped. `sequences` holds
+    each answer's token ids, without an end token, in the order of `answers`: what constrained decoding needs.
     """
 
     def __init__(

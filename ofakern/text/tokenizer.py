@@ -68,7 +68,8 @@ class Tokenizer:
         bins: int = 1000,
         phones: Sequence[str] = (),
     ) -> Tokenizer:
-        """From GPT-2's `encoder.json` and `vocab.bpe`; `dict.txt` (id and count per line) gives the order of the indices.
+        """From GPT-2's `encoder.json` and `vocab.bpe`; `dict.txt` (id and count per line) gives the order of the
+        indices.
 
         vocabulary: use this one instead of building it from dict_txt, codes, bins and phones.
         Raises DataError for a missing or damaged file.

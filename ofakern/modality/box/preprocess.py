@@ -62,7 +62,10 @@ class BoxCoder:
             raise DataError(f"BoxCoder: bins must be at least 2, got {self.bins}")
 
     def encode(self, box: Box, size: tuple[int, int]) -> list[int]:
-        """Four bin numbers in [0, bins); size: (width, height) of the original image. Halves round to even, as torch does."""
+        """Four bin numbers in [0, bins).
+
+        size: (width, height) of the original image. Halves round to even, as torch does.
+        """
         scale = self.image_size * (self.bins - 1) / self.max_image_size
         width, height = size
         return [round(coord / extent * scale) for coord, extent in zip(box, (width, height) * 2, strict=True)]

@@ -71,7 +71,7 @@ class ImageTransform:
 
 
 def centre_mask(value: Tensor, ratio: float) -> Tensor:
-    """Zeroes, in place, the centre block whose side is `ratio` of the image's: `[s:S-s]`, s = int(S (1 - ratio) / 2)."""
+    """Zeroes, in place, the centre block [s:S-s] whose side is `ratio` of the image's; s = int(S (1 - ratio) / 2)."""
     if ratio > 0:
         size = value.shape[-1]
         start = int(size * (1 - ratio) / 2)
@@ -84,8 +84,9 @@ def load_image(
 ) -> Image.Image:
     """An RGB image from a PIL image, a path, bytes, base64 text, `{"bytes": ..., "path": ...}` or a uint8 array.
 
-    EXIF orientation is applied; transparency is put on white. Arrays and tensors: uint8 `[H,W]`, `[H,W,3|4]` or `[3|4,H,W]`.
-    files: where names are looked up first. Raises DataError, naming `where`, for a missing, corrupt or too large image.
+    EXIF orientation is applied; transparency is put on white. Arrays and tensors: uint8 `[H,W]`, `[H,W,3|4]` or
+    `[3|4,H,W]`. files: where names are looked up first. Raises DataError, naming `where`, for a missing, corrupt or
+    too large image.
     """
     image = _open(value, where, files)
     pixels = image.width * image.height

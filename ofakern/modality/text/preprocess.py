@@ -63,8 +63,8 @@ def infill(
 ) -> list[int]:
     """Text infilling (BART, one mask per masked token as in OFASys).
 
-    ceil(ratio n) tokens are covered by spans whose lengths are drawn from Poisson(3); a span of length 0 inserts a mask.
-    keep_length: insert nothing (decoder inputs must stay aligned with their labels).
+    ceil(ratio n) tokens are covered by spans whose lengths are drawn from Poisson(3); a span of length 0 inserts a
+    mask. keep_length: insert nothing (decoder inputs must stay aligned with their labels).
     """
     if not ids:
         return ids
