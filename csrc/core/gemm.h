@@ -1,0 +1,223 @@
+// Block matrix products on packed operands: C[M, N] (+)= A[M, K] B[K, N], accumulated in f32.
+//
+// `Elem` is what the operands are packed as: f32, or bf16 where the ISA multiplies it natively (VDPBF16PS, AMX).
+// A is row-major, K contiguous. B is cut into panels of kPanel columns; within a panel, `kPair<Elem>` consecutive k of one
+// column stand together (1 for f32, 2 for bf16), so a panel row is kPanel * kPair elements. Padding is the caller's: K is a
+// multiple of kDepth<Elem>, M of kRows<Elem>, N of kColumns<Elem>, and pads of A or B hold zeros.
+#pragma once
+
+#include "core/vec.h"
+
+#if defined(__AMX_BF16__)
+#define OFAKERN_AMX 1
+#endif
+#if defined(__AVX512BF16__)
+#define OFAKERN_NATIVE_BF16 1
+#endif
+
+namespace ofakern::OFAKERN_ISA {
+namespace {
+
+// Register blocking: kTileRows x kTileVecs accumulators, one vector row of B and one broadcast must fit the register file.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 6, kTileVecs = 4;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6, kTileVecs = 2;
+#else
+constexpr int kTileRows = 4, kTileVecs = 2;
+#endif
+constexpr int kPanel = kTileVecs * kWidth;
+
+template <class Elem>
+struct Gemm;
+
+template <>
+struct Gemm<float> {
+  static constexpr int kPair = 1, kDepth = 1, kRows = 1, kColumns = kWidth;
+};
+#if defined(OFAKERN_AMX)
+template <>
+struct Gemm<bf16> {
+  static constexpr int kPair = 2, kDepth = 32, kRows = 16, kColumns = 16;
+};
+#elif defined(OFAKERN_NATIVE_BF16)
+template <>
+struct Gemm<bf16> {
+  static constexpr int kPair = 2, kDepth = 2, kRows = 1, kColumns = kWidth;
+};
+#endif
+
+// B operand: element (k, n) of panel p starts at data + p * panel_stride + (k / kPair) * row_stride + ...
+template <class Elem>
+struct Panels {
+  const Elem* data;
+  i64 panel_stride;  // elements from one panel to the next
+  i64 row_stride;    // elements from one k group to the next
+};
+
+OFAKERN_HOT Vec broadcast_a(const float* a) { return vset(*a); }
+OFAKERN_HOT Vec load_b(const float* b) { return vload(b); }
+OFAKERN_HOT Vec dot(Vec a, Vec b, Vec c, const float*) { return vfma(a, b, c); }
+#if defined(OFAKERN_NATIVE_BF16)
+OFAKERN_HOT Vec broadcast_a(const bf16* a) {
+  std::int32_t pair;
+  std::memcpy(&pair, a, sizeof pair);
+  return {_mm512_castsi512_ps(_mm512_set1_epi32(pair))};
+}
+OFAKERN_HOT Vec load_b(const bf16* b) { return {_mm512_loadu_ps(b)}; }
+OFAKERN_HOT Vec dot(Vec a, Vec b, Vec c, const bf16*) {
+  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+#endif
+
+// One register tile of ROWS x VECS vectors; the whole K runs through it.
+template <class Elem, int ROWS, int VECS>
+OFAKERN_LOCAL void gemm_tile(i64 groups, const Elem* a, i64 lda, const Elem* b, i64 b_row, float* c, i64 ldc, bool add) {
+  constexpr int kPair = Gemm<Elem>::kPair;
+  Vec acc[ROWS][VECS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int x = 0; x < VECS; ++x) acc[r][x] = add ? vload(c + r * ldc + x * kWidth) : vzero();
+  for (i64 g = 0; g < groups; ++g) {
+    Vec column[VECS];
+#pragma GCC unroll 8
+    for (int x = 0; x < VECS; ++x) column[x] = load_b(b + g * b_row + x * kWidth * kPair);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec value = broadcast_a(a + r * lda + g * kPair);
+#pragma GCC unroll 8
+      for (int x = 0; x < VECS; ++x) acc[r][x] = dot(value, column[x], acc[r][x], a);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int x = 0; x < VECS; ++x) vstore(c + r * ldc + x * kWidth, acc[r][x]);
+}
+
+template <class Elem, int ROWS>
+OFAKERN_LOCAL void gemm_tile_vecs(int vecs, i64 groups, const Elem* a, i64 lda, const Elem* b, i64 b_row, float* c, i64 ldc,
+                                  bool add) {
+  switch (vecs) {
+    case 1: return gemm_tile<Elem, ROWS, 1>(groups, a, lda, b, b_row, c, ldc, add);
+    case 2: return gemm_tile<Elem, ROWS, 2>(groups, a, lda, b, b_row, c, ldc, add);
+#if defined(__AVX512F__)
+    case 3: return gemm_tile<Elem, ROWS, 3>(groups, a, lda, b, b_row, c, ldc, add);
+    default: return gemm_tile<Elem, ROWS, 4>(groups, a, lda, b, b_row, c, ldc, add);
+#endif
+  }
+}
+
+template <class Elem>
+OFAKERN_LOCAL void gemm_vector(i64 m, i64 n, i64 k, const Elem* a, i64 lda, Panels<Elem> b, float* c, i64 ldc, bool add) {
+  const i64 groups = k / Gemm<Elem>::kPair;
+  for (i64 n0 = 0; n0 < n; n0 += kPanel) {
+    const int vecs = static_cast<int>(min_of<i64>(kPanel, n - n0) / kWidth);
+    const Elem* panel = b.data + n0 / kPanel * b.panel_stride;
+    i64 m0 = 0;
+    for (; m0 + kTileRows <= m; m0 += kTileRows)
+      gemm_tile_vecs<Elem, kTileRows>(vecs, groups, a + m0 * lda, lda, panel, b.row_stride, c + m0 * ldc + n0, ldc, add);
+    for (; m0 + 2 <= m; m0 += 2)
+      gemm_tile_vecs<Elem, 2>(vecs, groups, a + m0 * lda, lda, panel, b.row_stride, c + m0 * ldc + n0, ldc, add);
+    if (m0 < m)
+      gemm_tile_vecs<Elem, 1>(vecs, groups, a + m0 * lda, lda, panel, b.row_stride, c + m0 * ldc + n0, ldc, add);
+  }
+}
+
+#if defined(OFAKERN_AMX)
+
+// Eight tiles of 16 rows x 64 bytes: C 0..3, A 4..5, B 6..7.
+struct AmxTiles {
+  AmxTiles() {
+    alignas(64) struct {
+      std::uint8_t palette, start_row, reserved[14];
+      std::uint16_t columns[16];
+      std::uint8_t rows[16];
+    } config = {};
+    config.palette = 1;
+    for (int t = 0; t < 8; ++t) {
+      config.columns[t] = 64;
+      config.rows[t] = 16;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~AmxTiles() { _tile_release(); }
+};
+
+// A 16*ROWS x 16*COLS block of C (ROWS, COLS in {1, 2}).
+template <int ROWS, int COLS>
+OFAKERN_LOCAL void amx_block(i64 k, const bf16* a, i64 lda, const bf16* b, i64 b_row, float* c, i64 ldc, bool add) {
+  const i64 c_bytes = ldc * 4, a_bytes = lda * 2, b_bytes = b_row * 2;
+  float* c1 = c + 16 * ldc;
+  if (add) {
+    _tile_loadd(0, c, c_bytes);
+    if (COLS == 2) _tile_loadd(1, c + 16, c_bytes);
+    if (ROWS == 2) _tile_loadd(2, c1, c_bytes);
+    if (ROWS == 2 && COLS == 2) _tile_loadd(3, c1 + 16, c_bytes);
+  } else {
+    _tile_zero(0);
+    if (COLS == 2) _tile_zero(1);
+    if (ROWS == 2) _tile_zero(2);
+    if (ROWS == 2 && COLS == 2) _tile_zero(3);
+  }
+  for (i64 k0 = 0; k0 < k; k0 += 32) {
+    const bf16* b0 = b + k0 / 2 * b_row;
+    _tile_loadd(4, a + k0, a_bytes);
+    _tile_loadd(6, b0, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (ROWS == 2) {
+      _tile_loadd(5, a + 16 * lda + k0, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if (COLS == 2) {
+      _tile_loadd(7, b0 + 32, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+      if (ROWS == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  if (COLS == 2) _tile_stored(1, c + 16, c_bytes);
+  if (ROWS == 2) _tile_stored(2, c1, c_bytes);
+  if (ROWS == 2 && COLS == 2) _tile_stored(3, c1 + 16, c_bytes);
+}
+
+OFAKERN_LOCAL void gemm_amx(i64 m, i64 n, i64 k, const bf16* a, i64 lda, Panels<bf16> b, float* c, i64 ldc, bool add) {
+  for (i64 n0 = 0; n0 < n; n0 += 32) {
+    const bf16* columns = b.data + n0 / kPanel * b.panel_stride + n0 % kPanel * 2;
+    const bool two = n0 + 32 <= n;
+    for (i64 m0 = 0; m0 < m; m0 += 32) {
+      const bf16* rows = a + m0 * lda;
+      float* block = c + m0 * ldc + n0;
+      if (m0 + 32 <= m)
+        two ? amx_block<2, 2>(k, rows, lda, columns, b.row_stride, block, ldc, add)
+            : amx_block<2, 1>(k, rows, lda, columns, b.row_stride, block, ldc, add);
+      else
+        two ? amx_block<1, 2>(k, rows, lda, columns, b.row_stride, block, ldc, add)
+            : amx_block<1, 1>(k, rows, lda, columns, b.row_stride, block, ldc, add);
+    }
+  }
+}
+
+OFAKERN_HOT void gemm(i64 m, i64 n, i64 k, const bf16* a, i64 lda, Panels<bf16> b, float* c, i64 ldc, bool add) {
+  gemm_amx(m, n, k, a, lda, b, c, ldc, add);
+}
+#else
+// Nothing to configure without AMX.
+struct AmxTiles {
+  AmxTiles() {}
+  ~AmxTiles() {}
+};
+#if defined(OFAKERN_NATIVE_BF16)
+OFAKERN_HOT void gemm(i64 m, i64 n, i64 k, const bf16* a, i64 lda, Panels<bf16> b, float* c, i64 ldc, bool add) {
+  gemm_vector(m, n, k, a, lda, b, c, ldc, add);
+}
+#endif
+#endif
+
+OFAKERN_HOT void gemm(i64 m, i64 n, i64 k, const float* a, i64 lda, Panels<float> b, float* c, i64 ldc, bool add) {
+  gemm_vector(m, n, k, a, lda, b, c, ldc, add);
+}
+
+}  // namespace
+}  // namespace ofakern::OFAKERN_ISA

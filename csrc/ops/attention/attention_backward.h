@@ -1,0 +1,445 @@
+// Backward pass: probabilities are recomputed from lse; a task owns every query that sees its keys, so each gradient is
+// summed by one thread in an order that depends on shapes only.
+//
+//   dP = dO V^T     P = exp(S - lse)     dS = P * (c * M * dP - D + dlse),  D = rowsum(dO * O)
+//   dV^T += dO^T (c M P)     dK^T += Q^T dS     dQ += dS K     dtable[., q - k] += dS
+//
+// with c the head scale, M the dropout factors. Gradients of keys are kept transposed so that P and dS are the B operand
+// of their product, which is the order in which a row's softmax writes them.
+#pragma once
+
+#include "ops/attention/attention_tiles.h"
+
+namespace ofakern::OFAKERN_ISA {
+namespace {
+
+// Samples whose queries see overlapping keys: their gradients of keys are summed by one task.
+struct Cluster {
+  std::int32_t begin, end;  // in the array of samples sorted by their keys
+  Interval keys;
+};
+
+template <class T>
+struct BackwardScratch {
+  using Elem = Packed<T>;
+  static constexpr i64 kQueries = Tile<Elem>::kQueries, kKeys = Tile<Elem>::kKeys;
+  static constexpr int kPair = Gemm<Elem>::kPair;
+
+  KeySide<T> keys;
+  float* dk;  // per tile [depth, kKeys]
+  float* dv;  // per tile [columns, kKeys]
+  Elem *queries, *queries_t;    // [kQueries, depth], [depth, kQueries]
+  Elem *outputs, *outputs_t;    // dO: [kQueries, columns], [columns, kQueries]
+  std::uint32_t* units;         // interleaved rows on their way to being transposed
+  float *scores, *dscores;      // [kQueries, kKeys]: S then c M P;  dP then dS
+  Elem *p_pairs, *ds_pairs;     // [kQueries / kPair, kKeys] pairs; for f32 scores and dscores themselves
+  Elem* ds_rows;                // [kQueries, kKeys]; likewise
+  float* dq;                    // [kQueries, depth]
+  float *lse2, *delta;          // [kQueries]
+  float* dropout;               // [kKeys]
+  float* dtables[2];            // this sample's and head's reversed table gradients (borrowed)
+  float* dhead_scale;           // this sample's and head's (borrowed)
+
+  static BackwardScratch take(const Problem<T>& p, i64 span, Arena& arena) {
+    constexpr bool kSame = sizeof(Elem) == sizeof(float);
+    BackwardScratch s = {};
+    const i64 keys = KeySide<T>::tiles(span) * kKeys;
+    s.keys = KeySide<T>::take(p, span, true, arena);
+    s.dk = arena.take<float>(keys * p.depth);
+    s.dv = arena.take<float>(keys * p.columns);
+    s.queries = arena.take<Elem>(kQueries * p.depth);
+    s.queries_t = arena.take<Elem>(kQueries * p.depth);
+    s.outputs = arena.take<Elem>(kQueries * p.columns);
+    s.outputs_t = arena.take<Elem>(kQueries * p.columns);
+    s.units = arena.take<std::uint32_t>(kQueries / kPair * max_of(p.depth, p.columns));
+    s.scores = arena.take<float>(kQueries * kKeys);
+    s.dscores = arena.take<float>(kQueries * kKeys);
+    s.p_pairs = kSame ? reinterpret_cast<Elem*>(s.scores) : arena.take<Elem>(kQueries * kKeys);
+    s.ds_pairs = kSame ? reinterpret_cast<Elem*>(s.dscores) : arena.take<Elem>(kQueries * kKeys);
+    s.ds_rows = kSame ? reinterpret_cast<Elem*>(s.dscores) : arena.take<Elem>(kQueries * kKeys);
+    s.dq = arena.take<float>(kQueries * p.depth);
+    s.lse2 = arena.take<float>(kQueries);
+    s.delta = arena.take<float>(kQueries);
+    s.dropout = arena.take<float>(kKeys);
+    return s;
+  }
+
+  // P and dS as B operands: row-major within the tile, panels are column ranges.
+  static Panels<Elem> pairs(const Elem* data) { return {data, kPanel * kPair, kKeys * kPair}; }
+};
+
+// What the backward pass reads of the forward's results and writes.
+template <class T>
+struct BackwardTensors {
+  const T* out;
+  const float* lse;
+  const T* dout;
+  i64 dout_stride[2];
+  const float* dlse;  // or null
+  T *dq, *dk, *dv, *dq_pos, *dk_pos;
+  float *dtables[2], *dhead_scale;
+  float* partial_tables[2];    // [samples, heads, rows], reversed
+  float* partial_head_scale;   // [samples, heads]
+};
+
+// Adds dS lanes to the term's (reversed) gradient table, wherever the row's term applies.
+template <class Entry>
+OFAKERN_HOT void scatter_lanes(const Entry& entry, float* gradient, Vec ds, int x) {
+  const KeyGroup& group = entry.groups[x / kWidth];
+  float* table = gradient + entry.shift;
+  const Mask lanes = mask_range(entry.lo - x, entry.hi - x);
+  if (group.kind == KeyGroup::scattered) {
+    float values[kWidth];
+    vstore(values, ds);
+    const int begin = max_of(0, entry.lo - x), end = min_of(kWidth, entry.hi - x);
+    for (int l = begin; l < end; ++l) table[entry.coords[x + l]] += values[l];
+    return;
+  }
+  const Mask first = mask_and(lanes, mask_bits(group.first));
+  vstore_masked(table + group.base[0], vadd(vload_masked(table + group.base[0], first), ds), first);
+  if (group.kind == KeyGroup::one_run) return;
+  const Mask second = mask_andnot(lanes, mask_bits(group.first));
+  vstore_masked(table + group.base[1], vadd(vload_masked(table + group.base[1], second), ds), second);
+}
+
+// One row of S and dP becomes c M P and dS, in place; everything outside [lo, hi) becomes 0.
+template <class T>
+OFAKERN_LOCAL void backward_row(const Problem<T>& p, const RowView& row, BackwardScratch<T>& s, i64 r, i64 padded_keys,
+                                float head_scale, const float* dropout, Vec& head_scale_sum) {
+  float* scores = s.scores + r * s.kKeys;
+  float* dscores = s.dscores + r * s.kKeys;
+  if (row.lo >= row.hi) {
+    zero_row(scores, padded_keys);
+    zero_row(dscores, padded_keys);
+    return;
+  }
+  const Vec scale = vset(p.scale * kLog2e), lse2 = vset(s.lse2[r]), delta = vset(s.delta[r]), c = vset(head_scale);
+  const int begin = row.lo / kWidth * kWidth, end = static_cast<int>(round_up(row.hi, kWidth));
+  zero_row(scores, begin);
+  zero_row(dscores, begin);
+  for (int x = begin; x < end; x += kWidth) {
+    const bool whole = x >= row.lo && x + kWidth <= row.hi;
+    const Mask lanes = mask_range(row.lo - x, row.hi - x);
+    Vec probability = vexp2(vsub(score_lanes(p, row, scores, scale, x), lse2));
+    Vec dp = vload(dscores + x);
+    if (!whole) {
+      probability = vselect(lanes, probability, vzero());
+      dp = vselect(lanes, dp, vzero());
+    }
+    Vec kept = probability;
+    if (dropout != nullptr) {
+      const Vec factor = vload(dropout + x);
+      kept = vmul(kept, factor);
+      dp = vmul(dp, factor);
+    }
+    head_scale_sum = vfma(probability, dp, head_scale_sum);
+    const Vec ds = vmul(probability, vsub(vmul(c, dp), delta));
+    vstore(scores + x, vmul(c, kept));
+    vstore(dscores + x, ds);
+    for (int t = 0; t < p.term_count; ++t)
+      if (x < row.terms[t].hi && x + kWidth > row.terms[t].lo) scatter_lanes(row.terms[t], s.dtables[t], ds, x);
+  }
+  zero_row(scores + end, padded_keys - end);
+  zero_row(dscores + end, padded_keys - end);
+}
+
+// f32 operands are the rows themselves; bf16 ones are rounded here, dS in both orders.
+OFAKERN_HOT void round_rows(BackwardScratch<float>&, i64, i64) {}
+OFAKERN_HOT void round_rows(BackwardScratch<f16>&, i64, i64) {}
+#if defined(OFAKERN_NATIVE_BF16)
+OFAKERN_LOCAL void round_rows(BackwardScratch<bf16>& s, i64 rows, i64 padded_keys) {
+  for (i64 r = 0; r < rows; r += 2)
+    for (i64 x = 0; x < padded_keys; x += kWidth) {
+      const i64 even = r * s.kKeys + x, odd = even + s.kKeys, pair = r * s.kKeys + 2 * x;
+      const Vec ds0 = vload(s.dscores + even), ds1 = vload(s.dscores + odd);
+      vstore_pairs(s.p_pairs + pair, vload(s.scores + even), vload(s.scores + odd));
+      vstore_pairs(s.ds_pairs + pair, ds0, ds1);
+      vstore_as(s.ds_rows + even, ds0);
+      vstore_as(s.ds_rows + odd, ds1);
+    }
+}
+#else
+OFAKERN_HOT void round_rows(BackwardScratch<bf16>&, i64, i64) {}
+#endif
+
+// dst [width, kQueries] = the transpose of src [kQueries, width], by way of `units`.
+template <class T>
+OFAKERN_LOCAL void transpose_rows(BackwardScratch<T>& s, const Packed<T>* src, i64 width, Packed<T>* dst) {
+  constexpr i64 kUnits = s.kQueries / s.kPair;
+  interleave(src, width, s.kQueries, width, s.units, width);
+  transpose_units(s.units, width, kUnits, width, as_units(dst), kUnits);
+}
+
+// Packs queries and dO of rows [first, first + rows), and what of a row does not change from tile to tile.
+template <class T>
+OFAKERN_LOCAL void open_rows(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 head, i64 first,
+                             i64 rows) {
+  pack_queries(p, head, first, rows, s.queries);
+  transpose_rows(s, s.queries, p.depth, s.queries_t);
+  for (i64 r = 0; r < s.kQueries; ++r) {
+    const i64 i = first + r;
+    Packed<T>* packed = s.outputs + r * p.columns;
+    if (r >= rows || p.visible[i].empty()) {
+      zero_row(packed, p.columns);
+      continue;
+    }
+    const T* out = g.out + (i * p.heads + head) * p.value_width;
+    const T* dout = g.dout + i * g.dout_stride[0] + head * g.dout_stride[1];
+    copy_row(dout, p.value_width, packed, p.columns);
+    Vec delta = vzero();
+    for (i64 x = 0; x < p.value_width; x += kWidth)
+      delta = vfma(vload_n(out + x, p.value_width - x), vload_n(dout + x, p.value_width - x), delta);
+    const float dlse = g.dlse == nullptr ? 0.0f : g.dlse[i * p.heads + head];
+    s.delta[r] = hsum(delta) - dlse;
+    s.lse2[r] = g.lse[i * p.heads + head] * kLog2e;
+  }
+  transpose_rows(s, s.outputs, p.columns, s.outputs_t);
+  zero_row(s.dq, round_up(rows, Gemm<Packed<T>>::kRows) * p.depth);
+}
+
+// Writes `count` numbers times `factor` as T.
+template <class T>
+OFAKERN_HOT void store_scaled(const float* src, i64 count, float factor, T* dst) {
+  const Vec f = vset(factor);
+  for (i64 x = 0; x < count; x += kWidth) vstore_n(dst + x, vmul(vload_n(src + x, count - x), f), count - x);
+}
+
+template <class T>
+OFAKERN_LOCAL void backward_rows(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 sample,
+                                 i64 head, i64 first, i64 rows) {
+  using Elem = Packed<T>;
+  constexpr i64 kQueries = BackwardScratch<T>::kQueries, kKeys = BackwardScratch<T>::kKeys;
+  const Interval hull = hull_of(p, first, rows);
+  open_rows(p, g, s, head, first, rows);
+  const float head_scale = p.head_scale == nullptr ? 1.0f : p.head_scale[head];
+  const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows), depth_rows = round_up(rows, Gemm<Elem>::kDepth);
+  const i64 last = hull.empty() ? 0 : ceil_div(hull.hi - s.keys.first, kKeys);
+  Vec head_scale_sum = vzero();
+  for (i64 tile = hull.empty() ? 0 : (hull.lo - s.keys.first) / kKeys; tile < last; ++tile) {
+    const i64 keys = s.keys.tile_keys(tile), columns = round_up(keys, Gemm<Elem>::kColumns);
+    const i64 padded_keys = round_up(keys, max_of<i64>(Gemm<Elem>::kDepth, kWidth));
+    gemm(gemm_rows, columns, p.depth, s.queries, p.depth, KeySide<T>::transposed(s.keys.k_transposed, tile, p.depth),
+         s.scores, kKeys, false);
+    gemm(gemm_rows, columns, p.columns, s.outputs, p.columns, KeySide<T>::transposed(s.keys.v_transposed, tile, p.columns),
+         s.dscores, kKeys, false);
+    for (i64 r = 0; r < rows; ++r) {
+      const RowView row = view_row(p, s.keys, tile, head, first + r);
+      const float* dropout = nullptr;
+      if (p.dropout && row.lo < row.hi) {
+        dropout_factors(p, sample, head, first + r, s.keys.first + tile * kKeys, keys, s.dropout);
+        dropout = s.dropout;
+      }
+      backward_row(p, row, s, r, padded_keys, head_scale, dropout, head_scale_sum);
+    }
+    zero_row(s.scores + rows * kKeys, (depth_rows - rows) * kKeys);
+    zero_row(s.dscores + rows * kKeys, (depth_rows - rows) * kKeys);
+    round_rows(s, depth_rows, padded_keys);
+    gemm(round_up(p.value_width, Gemm<Elem>::kRows), columns, depth_rows, s.outputs_t, kQueries, s.pairs(s.p_pairs),
+         s.dv + tile * kKeys * p.columns, kKeys, true);
+    gemm(round_up(p.width + p.pos_width, Gemm<Elem>::kRows), columns, depth_rows, s.queries_t, kQueries,
+         s.pairs(s.ds_pairs), s.dk + tile * kKeys * p.depth, kKeys, true);
+    gemm(gemm_rows, p.depth, padded_keys, s.ds_rows, kKeys, KeySide<T>::rows(s.keys.k_rows, tile, p.depth), s.dq, p.depth,
+         true);
+  }
+  if (s.dhead_scale != nullptr) *s.dhead_scale += hsum(head_scale_sum);
+  for (i64 r = 0; r < rows; ++r) {
+    const i64 token = (first + r) * p.heads + head;
+    store_scaled(s.dq + r * p.depth, p.width, p.scale, g.dq + token * p.width);
+    if (g.dq_pos != nullptr)
+      store_scaled(s.dq + r * p.depth + p.width, p.pos_width, p.scale, g.dq_pos + token * p.pos_width);
+  }
+}
+
+// Writes dk, dv, dk_pos of the task's keys from their transposed sums.
+template <class T>
+OFAKERN_LOCAL void close_keys(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 key_head) {
+  constexpr i64 kKeys = BackwardScratch<T>::kKeys;
+  const i64 width = max_of(p.depth, p.columns);
+  float* rows = reinterpret_cast<float*>(s.units);  // kKeys x width floats do not fit: go by 16 keys
+  constexpr i64 kStep = 16;
+  for (i64 tile = 0; tile < s.keys.tile_count(); ++tile)
+    for (i64 j0 = 0; j0 < s.keys.tile_keys(tile); j0 += kStep) {
+      const i64 keys = min_of(kStep, s.keys.tile_keys(tile) - j0);
+      const i64 token = (s.keys.first + tile * kKeys + j0) * p.key_heads + key_head;
+      transpose_units(as_units(s.dk + tile * kKeys * p.depth + j0), kKeys, p.depth, kStep, as_units(rows), width);
+      for (i64 j = 0; j < keys; ++j) {
+        store_scaled(rows + j * width, p.width, p.scale, g.dk + (token + j * p.key_heads) * p.width);
+        if (g.dk_pos != nullptr)
+          store_scaled(rows + j * width + p.width, p.pos_width, p.scale, g.dk_pos + (token + j * p.key_heads) * p.pos_width);
+      }
+      transpose_units(as_units(s.dv + tile * kKeys * p.columns + j0), kKeys, p.columns, kStep, as_units(rows), width);
+      for (i64 j = 0; j < keys; ++j)
+        store_scaled(rows + j * width, p.value_width, 1.0f, g.dv + (token + j * p.key_heads) * p.value_width);
+    }
+}
+
+// Gradients of keys [begin, end), which no query sees.
+template <class T>
+OFAKERN_LOCAL void zero_keys(const Problem<T>& p, const BackwardTensors<T>& g, i64 key_head, i64 begin, i64 end) {
+  for (i64 j = begin; j < end; ++j) {
+    const i64 token = j * p.key_heads + key_head;
+    zero_row(g.dk + token * p.width, p.width);
+    zero_row(g.dv + token * p.value_width, p.value_width);
+    if (g.dk_pos != nullptr) zero_row(g.dk_pos + token * p.pos_width, p.pos_width);
+  }
+}
+
+// Sorts samples by their keys and joins those that overlap. Samples that see nothing stand in the first cluster.
+template <class T>
+OFAKERN_LOCAL i64 make_clusters(const Problem<T>& p, std::int32_t* order, Cluster* clusters) {
+  for (i64 s = 0; s < p.samples; ++s) {
+    const Interval range = p.k_range[s].empty() ? Interval{-1, -1} : p.k_range[s];
+    i64 at = s;  // insertion: batches come sorted, or nearly so
+    for (; at > 0; --at) {
+      const Interval other = p.k_range[order[at - 1]];
+      if ((other.empty() ? -1 : other.lo) <= range.lo) break;
+      order[at] = order[at - 1];
+    }
+    order[at] = static_cast<std::int32_t>(s);
+  }
+  i64 count = 0;
+  for (std::int32_t at = 0; at < p.samples; ++at) {
+    const Interval range = p.k_range[order[at]];
+    if (count > 0 && (range.empty() || clusters[count - 1].keys.empty() || range.lo < clusters[count - 1].keys.hi)) {
+      Cluster& open = clusters[count - 1];
+      open.end = at + 1;
+      if (open.keys.empty()) open.keys = range;
+      if (!range.empty()) open.keys.hi = max_of(open.keys.hi, range.hi);
+    } else {
+      clusters[count++] = {at, at + 1, range.empty() ? Interval{0, 0} : range};
+    }
+  }
+  return count;
+}
+
+template <class T>
+struct BackwardMemory {
+  std::int32_t* order;
+  Cluster* clusters;
+  i64 cluster_count;
+  float* partial_tables[2];
+  float* partial_head_scale;
+  char* threads;
+  i64 bytes_per_thread, span;
+
+  // Longest hull over clusters, without memory to sort in: chains of overlapping samples end to end.
+  static i64 longest_cluster(const Problem<T>& p) {
+    i64 lo = p.keys, hi = 0, longest = 0;
+    bool sorted = true;
+    Interval open = {0, 0};
+    std::int32_t previous = -1;
+    for (i64 s = 0; s < p.samples; ++s) {
+      const Interval range = p.k_range[s];
+      if (range.empty()) continue;
+      sorted = sorted && range.lo >= previous;
+      previous = range.lo;
+      lo = min_of<i64>(lo, range.lo);
+      hi = max_of<i64>(hi, range.hi);
+      open = open.empty() || range.lo >= open.hi ? range : Interval{open.lo, max_of(open.hi, range.hi)};
+      longest = max_of<i64>(longest, open.hi - open.lo);
+    }
+    return sorted ? longest : max_of<i64>(0, hi - lo);
+  }
+
+  static BackwardMemory take(Problem<T>& p, int threads, Arena& arena) {
+    BackwardMemory memory = {};
+    take_reversed_tables(p, arena);
+    memory.order = arena.take<std::int32_t>(p.samples);
+    memory.clusters = arena.take<Cluster>(p.samples);
+    for (int t = 0; t < p.term_count; ++t)
+      memory.partial_tables[t] = arena.take<float>(p.samples * p.heads * p.terms[t].rows);
+    memory.partial_head_scale = arena.take<float>(p.samples * p.heads);
+    memory.span = longest_cluster(p);
+    Arena one(nullptr);
+    BackwardScratch<T>::take(p, memory.span, one);
+    memory.bytes_per_thread = round_up(one.used(), 4096) + 64;
+    memory.threads = arena.take<char>(memory.bytes_per_thread * threads);
+    return memory;
+  }
+};
+
+template <class T>
+OFAKERN_LOCAL void backward_sample(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 sample,
+                                   i64 key_head) {
+  const i64 begin = p.q_offsets[sample], end = p.q_offsets[sample + 1];
+  for (i64 head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head) {
+    const i64 slot = sample * p.heads + head;
+    for (int t = 0; t < p.term_count; ++t) {
+      s.dtables[t] = g.partial_tables[t] + slot * p.terms[t].rows;
+      zero_row(s.dtables[t], p.terms[t].rows);
+    }
+    s.dhead_scale = g.partial_head_scale + slot;
+    *s.dhead_scale = 0.0f;
+    for (i64 first = begin; first < end; first += s.kQueries)
+      backward_rows(p, g, s, sample, head, first, min_of(s.kQueries, end - first));
+  }
+}
+
+// Sums the samples' partial gradients, in their order.
+template <class T>
+OFAKERN_LOCAL void reduce_partials(const Problem<T>& p, const BackwardTensors<T>& g, int threads) {
+  parallel_for(p.heads, threads, [&](i64 head, int) {
+    for (int t = 0; t < p.term_count; ++t) {
+      const i64 rows = p.terms[t].rows;
+      float* gradient = g.dtables[t] + head * rows;
+      zero_row(gradient, rows);
+      for (i64 sample = 0; sample < p.samples; ++sample) {
+        const float* partial = g.partial_tables[t] + (sample * p.heads + head) * rows;
+        for (i64 r = 0; r < rows; ++r) gradient[r] += partial[rows - 1 - r];
+      }
+    }
+    if (g.dhead_scale == nullptr) return;
+    g.dhead_scale[head] = 0.0f;
+    for (i64 sample = 0; sample < p.samples; ++sample)
+      g.dhead_scale[head] += g.partial_head_scale[sample * p.heads + head];
+  });
+}
+
+template <class T>
+OFAKERN_LOCAL void backward(const AttentionInputs& in, const TensorView& out, const TensorView& lse, const TensorView& dout,
+                            const TensorView& dlse, const AttentionGradients& gradients, void* workspace, int threads) {
+  Problem<T> p = make_problem<T>(in);
+  Arena arena(workspace);
+  const BackwardMemory<T> memory = BackwardMemory<T>::take(p, threads, arena);
+  BackwardTensors<T> g = {};
+  g.out = out.as<const T>();
+  g.lse = lse.as<const float>();
+  take_strides(dout, &g.dout, g.dout_stride);
+  g.dlse = dlse.defined() ? dlse.as<const float>() : nullptr;
+  g.dq = gradients.dq.as<T>();
+  g.dk = gradients.dk.as<T>();
+  g.dv = gradients.dv.as<T>();
+  g.dq_pos = gradients.dq_pos.defined() ? gradients.dq_pos.as<T>() : nullptr;
+  g.dk_pos = gradients.dk_pos.defined() ? gradients.dk_pos.as<T>() : nullptr;
+  for (int t = 0, slot = 0; slot < 2; ++slot)
+    if (in.terms[slot].table.defined()) {
+      g.dtables[t] = gradients.dtables[slot].as<float>();
+      g.partial_tables[t] = memory.partial_tables[t];
+      ++t;
+    }
+  g.dhead_scale = gradients.dhead_scale.defined() ? gradients.dhead_scale.as<float>() : nullptr;
+  g.partial_head_scale = memory.partial_head_scale;
+
+  const i64 clusters = make_clusters(p, memory.order, memory.clusters);
+  reverse_tables(p, threads);
+  parallel_for(clusters * p.key_heads, threads, [&](i64 index, int thread) {
+    const i64 c = index / p.key_heads, key_head = index % p.key_heads;
+    const Cluster& cluster = memory.clusters[c];
+    Arena own(memory.threads + memory.bytes_per_thread * thread);
+    BackwardScratch<T> scratch = BackwardScratch<T>::take(p, memory.span, own);
+    AmxTiles tiles;
+    scratch.keys.pack(p, key_head, cluster.keys, true);
+    zero_row(scratch.dk, scratch.keys.tile_count() * scratch.kKeys * p.depth);
+    zero_row(scratch.dv, scratch.keys.tile_count() * scratch.kKeys * p.columns);
+    for (i64 at = cluster.begin; at < cluster.end; ++at) backward_sample(p, g, scratch, memory.order[at], key_head);
+    close_keys(p, g, scratch, key_head);
+    zero_keys(p, g, key_head, c == 0 ? 0 : memory.clusters[c - 1].keys.hi, cluster.keys.lo);
+    if (c == clusters - 1) zero_keys(p, g, key_head, cluster.keys.hi, p.keys);
+  });
+  if (clusters == 0)
+    for (i64 key_head = 0; key_head < p.key_heads; ++key_head) zero_keys(p, g, key_head, 0, p.keys);
+  reduce_partials(p, g, threads);
+}
+
+}  // namespace
+}  // namespace ofakern::OFAKERN_ISA

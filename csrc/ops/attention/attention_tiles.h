@@ -1,0 +1,409 @@
+// What the forward and the backward pass share: sizes, scratch memory, packing of queries and keys, scores of a row.
+#pragma once
+
+#include "core/pack.h"
+#include "core/parallel.h"
+#include "ops/attention/attention.h"
+
+namespace ofakern::OFAKERN_ISA {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = __builtin_inff();
+
+// What operands of storage type T are packed as.
+template <class T>
+struct PackedAs {
+  using type = float;
+};
+#if defined(OFAKERN_NATIVE_BF16)
+template <>
+struct PackedAs<bf16> {
+  using type = bf16;
+};
+#endif
+template <class T>
+using Packed = typename PackedAs<T>::type;
+
+// Rows and keys of one tile. Scores of a tile (f32) stay in the second-level cache, its operands in the first.
+template <class Elem>
+struct Tile {
+  static constexpr i64 kQueries = 96, kKeys = 128;
+};
+#if defined(OFAKERN_AMX)
+template <>
+struct Tile<bf16> {
+  static constexpr i64 kQueries = 128, kKeys = 128;
+};
+#endif
+
+struct Interval {
+  std::int32_t lo, hi;
+  bool empty() const { return lo >= hi; }
+};
+
+OFAKERN_HOT Interval intersect(Interval a, Interval b) { return {max_of(a.lo, b.lo), min_of(a.hi, b.hi)}; }
+
+// A relative term: `reversed[h * rows + rows - 1 - r]` is table[h, r] * log2(e). Reversed, keys whose coordinates ascend by
+// one read ascending addresses.
+struct Term {
+  const float* table = nullptr;
+  const float* reversed = nullptr;
+  i64 rows = 0;
+  const std::int32_t* q_coord = nullptr;
+  const std::int32_t* k_coord = nullptr;
+  const Interval* same = nullptr;
+};
+
+// How the coordinates of kWidth neighbouring keys run. One run: coordinate of lane l = base[0] + l. Two runs: lanes of
+// `first` follow base[0], the others base[1]. Anything else is gathered.
+struct KeyGroup {
+  enum Kind : std::int32_t { one_run, two_runs, scattered };
+  i64 base[2];
+  std::uint32_t first;
+  Kind kind;
+};
+
+template <class T>
+struct Problem {
+  i64 samples, queries, keys, heads, key_heads, width, pos_width, value_width;
+  i64 depth;    // packed width of (q, q_pos): a multiple of what both roles in gemm need
+  i64 columns;  // packed width of v
+  const T *q, *k, *v, *q_pos, *k_pos;
+  i64 q_stride[2], k_stride[2], v_stride[2], q_pos_stride[2], k_pos_stride[2];  // of tokens, of heads
+  const Interval* visible;
+  const std::int32_t *q_offsets, *k_offsets;
+  const std::uint8_t* key_seen;
+  const Interval* k_range;
+  const float* head_scale;
+  Term terms[2];
+  int term_count;
+  float scale;
+  float dropout_scale;  // 1 / (1 - p)
+  std::uint32_t dropout_threshold;
+  std::uint64_t dropout_key;
+  bool dropout;
+
+  i64 group() const { return heads / key_heads; }
+  i64 max_span() const {  // longest hull of keys over the samples
+    i64 span = 0;
+    for (i64 s = 0; s < samples; ++s) span = max_of<i64>(span, k_range[s].hi - k_range[s].lo);
+    return span;
+  }
+};
+
+template <class T>
+OFAKERN_HOT void take_strides(const TensorView& view, const T** data, i64 stride[2]) {
+  *data = view.defined() ? view.as<const T>() : nullptr;
+  stride[0] = view.defined() ? view.stride[0] : 0;
+  stride[1] = view.defined() ? view.stride[1] : 0;
+}
+
+template <class T>
+OFAKERN_LOCAL Problem<T> make_problem(const AttentionInputs& in) {
+  using Elem = Packed<T>;
+  constexpr i64 kMultiple = max_of<i64>(Gemm<Elem>::kDepth, Gemm<Elem>::kColumns);
+  Problem<T> p = {};
+  const AttentionLayoutView& layout = in.layout;
+  p.samples = layout.q_offsets.shape[0] - 1;
+  p.queries = in.q.shape[0];
+  p.keys = in.k.shape[0];
+  p.heads = in.q.shape[1];
+  p.key_heads = in.k.shape[1];
+  p.width = in.q.shape[2];
+  p.pos_width = in.q_pos.defined() ? in.q_pos.shape[2] : 0;
+  p.value_width = in.v.shape[2];
+  p.depth = round_up(p.width + p.pos_width, kMultiple);
+  p.columns = round_up(p.value_width, kMultiple);
+  take_strides(in.q, &p.q, p.q_stride);
+  take_strides(in.k, &p.k, p.k_stride);
+  take_strides(in.v, &p.v, p.v_stride);
+  take_strides(in.q_pos, &p.q_pos, p.q_pos_stride);
+  take_strides(in.k_pos, &p.k_pos, p.k_pos_stride);
+  p.visible = layout.visible.as<const Interval>();
+  p.q_offsets = layout.q_offsets.as<const std::int32_t>();
+  p.k_offsets = layout.k_offsets.as<const std::int32_t>();
+  p.key_seen = layout.key_seen.as<const std::uint8_t>();
+  p.k_range = layout.k_range.as<const Interval>();
+  p.head_scale = in.head_scale.defined() ? in.head_scale.as<const float>() : nullptr;
+  for (const RelativeTermView& term : in.terms) {
+    if (!term.table.defined()) continue;
+    Term& t = p.terms[p.term_count++];
+    t.table = term.table.as<const float>();
+    t.rows = term.table.shape[1];
+    t.q_coord = term.q_coord.as<const std::int32_t>();
+    t.k_coord = term.k_coord.as<const std::int32_t>();
+    t.same = term.same.as<const Interval>();
+  }
+  p.scale = static_cast<float>(in.scale);
+  p.dropout = in.dropout_p > 0;
+  if (p.dropout) {
+    const std::int64_t* seed = in.dropout_seed.as<const std::int64_t>();
+    p.dropout_key = static_cast<std::uint64_t>(seed[0]) + static_cast<std::uint64_t>(seed[1]) * 0x9E3779B97F4A7C15ull;
+    p.dropout_threshold = static_cast<std::uint32_t>(min_of(in.dropout_p * 4294967296.0 + 0.5, 4294967295.0));
+    p.dropout_scale = static_cast<float>(1.0 / (1.0 - in.dropout_p));
+  }
+  return p;
+}
+
+// Hands out aligned pieces of the caller's workspace; with no memory behind it, it measures.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class X>
+  X* take(i64 count) {
+    X* piece = base_ == nullptr ? nullptr : reinterpret_cast<X*>(base_ + used_);
+    used_ += round_up(count * static_cast<i64>(sizeof(X)), 64);
+    return piece;
+  }
+  i64 used() const { return used_; }
+
+ private:
+  char* base_;
+  i64 used_ = 0;
+};
+
+// The terms' tables, reversed and in units of log2(e), for all heads.
+template <class T>
+OFAKERN_LOCAL void take_reversed_tables(Problem<T>& p, Arena& arena) {
+  for (int t = 0; t < p.term_count; ++t) p.terms[t].reversed = arena.take<float>(p.heads * p.terms[t].rows);
+}
+
+template <class T>
+OFAKERN_LOCAL void reverse_tables(const Problem<T>& p, int threads) {
+  parallel_for(p.heads * p.term_count, threads, [&](i64 task, int) {
+    const Term& term = p.terms[task / p.heads];
+    const i64 first = task % p.heads * term.rows;
+    const float* table = term.table + first;
+    float* reversed = const_cast<float*>(term.reversed) + first;
+    for (i64 r = 0; r < term.rows; ++r) reversed[r] = table[term.rows - 1 - r] * kLog2e;
+  });
+}
+
+OFAKERN_LOCAL KeyGroup describe_keys(const std::int32_t* coord, i64 count) {
+  KeyGroup group = {{coord[0], coord[0]}, ~0u, KeyGroup::one_run};
+  i64 l = 1;
+  while (l < count && coord[l] == group.base[0] + l) ++l;
+  if (l == count) return group;
+  group.first = (1u << l) - 1u;
+  group.base[1] = coord[l] - l;
+  group.kind = KeyGroup::two_runs;
+  for (; l < count; ++l)
+    if (coord[l] != group.base[1] + l) group.kind = KeyGroup::scattered;
+  return group;
+}
+
+// Keys [first, first + count) of one key head, packed tile by tile.
+template <class T>
+struct KeySide {
+  using Elem = Packed<T>;
+  static constexpr i64 kKeys = Tile<Elem>::kKeys;
+  static constexpr int kPair = Gemm<Elem>::kPair;
+
+  Elem* k_transposed;   // scores:  B = K^T  [depth, keys]
+  Elem* v_rows;         // output:  B = V    [keys, columns]          (forward)
+  Elem* v_transposed;   // dP:      B = V^T  [columns, keys]          (backward)
+  Elem* k_rows;         // dQ:      B = K    [keys, depth]            (backward)
+  Elem* staging;        // one tile of rows
+  KeyGroup* groups[2];  // per term
+  i64 first, count;
+
+  static i64 tiles(i64 keys) { return ceil_div(keys, kKeys); }
+  static i64 panel_columns(i64 width) { return round_up(width, kPanel); }
+
+  static KeySide take(const Problem<T>& p, i64 span, bool backward, Arena& arena) {
+    const i64 keys = tiles(span) * kKeys;
+    KeySide side = {};
+    side.k_transposed = arena.take<Elem>(keys * p.depth);
+    if (backward) {
+      side.v_transposed = arena.take<Elem>(keys * p.columns);
+      side.k_rows = arena.take<Elem>(keys * panel_columns(p.depth));
+    } else {
+      side.v_rows = arena.take<Elem>(keys * panel_columns(p.columns));
+    }
+    side.staging = arena.take<Elem>(kKeys * max_of(p.depth, p.columns));
+    for (int t = 0; t < p.term_count; ++t) side.groups[t] = arena.take<KeyGroup>(keys / kWidth);
+    return side;
+  }
+
+  i64 tile_count() const { return tiles(count); }
+  i64 tile_keys(i64 tile) const { return min_of(kKeys, count - tile * kKeys); }
+  const KeyGroup* tile_groups(int term, i64 tile) const { return groups[term] + tile * (kKeys / kWidth); }
+
+  // B operands of one tile.
+  static Panels<Elem> transposed(const Elem* data, i64 tile, i64 width) {
+    return {data + tile * kKeys * width, width * kPanel, kPanel * kPair};
+  }
+  static Panels<Elem> rows(const Elem* data, i64 tile, i64 width) {
+    return {data + tile * kKeys * panel_columns(width), kKeys * kPanel, kPanel * kPair};
+  }
+
+  void pack(const Problem<T>& p, i64 key_head, Interval range, bool backward) {
+    first = range.lo;
+    count = range.hi - range.lo;
+    for (i64 tile = 0; tile < tile_count(); ++tile) {
+      stage(p, key_head, tile, p.k, p.k_stride, p.width, p.k_pos, p.k_pos_stride, p.pos_width, p.depth);
+      pack_transposed(k_transposed, tile, p.depth);
+      if (backward) pack_rows(k_rows, tile, p.depth);
+      stage(p, key_head, tile, p.v, p.v_stride, p.value_width, static_cast<const T*>(nullptr), nullptr, 0, p.columns);
+      if (backward)
+        pack_transposed(v_transposed, tile, p.columns);
+      else
+        pack_rows(v_rows, tile, p.columns);
+    }
+    for (int t = 0; t < p.term_count; ++t)
+      for (i64 j = 0; j < count; j += kWidth)
+        groups[t][j / kWidth] = describe_keys(p.terms[t].k_coord + first + j, min_of<i64>(kWidth, count - j));
+  }
+
+ private:
+  // Rows of one tile, two tensors side by side; keys that no query sees, and pads, become zero.
+  void stage(const Problem<T>& p, i64 key_head, i64 tile, const T* a, const i64* a_stride, i64 a_width, const T* b,
+             const i64* b_stride, i64 b_width, i64 padded) {
+    const i64 keys = tile_keys(tile);
+    for (i64 r = 0; r < kKeys; ++r) {
+      Elem* row = staging + r * padded;
+      const i64 j = first + tile * kKeys + r;
+      if (r >= keys || p.key_seen[j] == 0) {
+        zero_row(row, padded);
+        continue;
+      }
+      copy_row(a + j * a_stride[0] + key_head * a_stride[1], a_width, row, b_width == 0 ? padded : a_width);
+      if (b_width != 0) copy_row(b + j * b_stride[0] + key_head * b_stride[1], b_width, row + a_width, padded - a_width);
+    }
+  }
+  void pack_transposed(Elem* data, i64 tile, i64 width) {
+    for (i64 panel = 0; panel < kKeys / kPanel; ++panel)
+      transpose_units(as_units(staging + panel * kPanel * width), width / kPair, kPanel, width / kPair,
+                      as_units(data + (tile * kKeys + panel * kPanel) * width), kPanel);
+  }
+  void pack_rows(Elem* data, i64 tile, i64 width) {
+    for (i64 c = 0; c < width; c += kPanel)
+      interleave(staging + c, width, kKeys, min_of<i64>(kPanel, width - c),
+                 as_units(data + tile * kKeys * panel_columns(width) + c * kKeys), kPanel);
+  }
+};
+
+// Rows [first, first + count) of queries of one head as an A operand [kQueries, depth].
+// Rows without keys, and pads, are zero: their scores are never used, but 0 * NaN must not reach a gradient.
+template <class T>
+OFAKERN_LOCAL void pack_queries(const Problem<T>& p, i64 head, i64 first, i64 count, Packed<T>* rows) {
+  for (i64 r = 0; r < Tile<Packed<T>>::kQueries; ++r) {
+    Packed<T>* row = rows + r * p.depth;
+    const i64 i = first + r;
+    if (r >= count || p.visible[i].empty()) {
+      zero_row(row, p.depth);
+      continue;
+    }
+    copy_row(p.q + i * p.q_stride[0] + head * p.q_stride[1], p.width, row, p.pos_width == 0 ? p.depth : p.width);
+    if (p.pos_width != 0)
+      copy_row(p.q_pos + i * p.q_pos_stride[0] + head * p.q_pos_stride[1], p.pos_width, row + p.width, p.depth - p.width);
+  }
+}
+
+// Hull of the keys that rows [first, first + count) see.
+template <class T>
+OFAKERN_LOCAL Interval hull_of(const Problem<T>& p, i64 first, i64 count) {
+  Interval hull = {0, 0};
+  for (i64 i = first; i < first + count; ++i) {
+    const Interval seen = p.visible[i];
+    if (seen.empty()) continue;
+    hull = hull.empty() ? seen : Interval{min_of(hull.lo, seen.lo), max_of(hull.hi, seen.hi)};
+  }
+  return hull;
+}
+
+// One query row within one tile of keys: which keys it sees and where its table entries stand.
+struct RowView {
+  int lo, hi;  // keys seen, counted from the tile's first
+  struct {
+    int lo, hi;                  // keys inside the term's interval too
+    const float* table;          // reversed table, moved so that index = the key's coordinate
+    const KeyGroup* groups;      // of this tile
+    const std::int32_t* coords;  // of this tile
+    i64 shift;                   // table = reversed + shift
+  } terms[2];
+};
+
+template <class T>
+OFAKERN_HOT RowView view_row(const Problem<T>& p, const KeySide<T>& side, i64 tile, i64 head, i64 i) {
+  const std::int32_t tile_first = static_cast<std::int32_t>(side.first + tile * KeySide<T>::kKeys);
+  const Interval keys = {tile_first, tile_first + static_cast<std::int32_t>(side.tile_keys(tile))};
+  const Interval seen = intersect(p.visible[i], keys);
+  RowView row;
+  row.lo = seen.lo - tile_first;
+  row.hi = seen.empty() ? row.lo : seen.hi - tile_first;
+  for (int t = 0; t < p.term_count; ++t) {
+    const Term& term = p.terms[t];
+    const Interval same = intersect(term.same[i], seen);
+    auto& entry = row.terms[t];
+    entry.lo = same.empty() ? 0 : same.lo - tile_first;
+    entry.hi = same.empty() ? 0 : same.hi - tile_first;
+    entry.shift = term.rows - 1 - term.q_coord[i];
+    entry.table = term.reversed + head * term.rows + entry.shift;
+    entry.groups = side.tile_groups(t, tile);
+    entry.coords = term.k_coord + tile_first;
+  }
+  return row;
+}
+
+// The entries of one term for lanes [x, x + kWidth) of a row; 0 outside the term's interval, where nothing is read.
+template <class Entry>
+OFAKERN_HOT Vec table_lanes(const Entry& entry, int x) {
+  const KeyGroup& group = entry.groups[x / kWidth];
+  const bool whole = entry.lo <= x && x + kWidth <= entry.hi;
+  if (whole && group.kind == KeyGroup::one_run) return vload(entry.table + group.base[0]);
+  const Mask lanes = mask_range(entry.lo - x, entry.hi - x);
+  if (group.kind == KeyGroup::scattered) return vgather(entry.table, entry.coords + x, lanes);
+  const Mask first = mask_bits(group.first);
+  const Vec head = vload_masked(entry.table + group.base[0], mask_and(lanes, first));
+  if (group.kind == KeyGroup::one_run) return head;
+  return vadd(head, vload_masked(entry.table + group.base[1], mask_andnot(lanes, first)));
+}
+
+// Scores in units of log2(e) for lanes [x, x + kWidth): the scaled dot product plus the relative terms.
+template <class T>
+OFAKERN_HOT Vec score_lanes(const Problem<T>& p, const RowView& row, const float* products, Vec scale, int x) {
+  Vec score = vmul(vload(products + x), scale);
+  for (int t = 0; t < p.term_count; ++t)
+    if (x < row.terms[t].hi && x + kWidth > row.terms[t].lo) score = vadd(score, table_lanes(row.terms[t], x));
+  return score;
+}
+
+OFAKERN_HOT void philox(std::uint32_t c[4], std::uint64_t seed) {
+  std::uint32_t key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t a = std::uint64_t{0xD2511F53u} * c[0], b = std::uint64_t{0xCD9E8D57u} * c[2];
+    const std::uint32_t c1 = c[1], c3 = c[3];
+    c[0] = static_cast<std::uint32_t>(b >> 32) ^ c1 ^ key0;
+    c[1] = static_cast<std::uint32_t>(b);
+    c[2] = static_cast<std::uint32_t>(a >> 32) ^ c3 ^ key1;
+    c[3] = static_cast<std::uint32_t>(a);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
+// Dropout factors (0 or 1 / (1 - p)) of keys [first_key, first_key + count) for query i; README.md in ofakern/ops/attention
+// says which bits these are.
+template <class T>
+OFAKERN_LOCAL void dropout_factors(const Problem<T>& p, i64 sample, i64 head, i64 i, i64 first_key, i64 count, float* out) {
+  const std::uint32_t row = static_cast<std::uint32_t>(i - p.q_offsets[sample]);
+  const std::uint32_t start = static_cast<std::uint32_t>(first_key - p.k_offsets[sample]);
+  std::uint32_t words[4];
+  for (i64 x = 0; x < count; ++x) {
+    const std::uint32_t j = start + static_cast<std::uint32_t>(x);
+    if (x == 0 || (j & 3u) == 0) {
+      words[0] = j >> 2;
+      words[1] = row;
+      words[2] = static_cast<std::uint32_t>(head);
+      words[3] = static_cast<std::uint32_t>(sample);
+      philox(words, p.dropout_key);
+    }
+    out[x] = words[j & 3u] >= p.dropout_threshold ? p.dropout_scale : 0.0f;
+  }
+}
+
+}  // namespace
+}  // namespace ofakern::OFAKERN_ISA
