@@ -21,7 +21,13 @@ class ClosedSet:
     """
 
     def __init__(
-        self, answers: Iterable[str], tokenizer: Tokenizer, *, uncased: bool = False, no_punctuation: bool = False
+        self,
+        answers: Iterable[str],
+        tokenizer: Tokenizer,
+        *,
+        uncased: bool = False,
+        no_punctuation: bool = False,
+        max_length: int | None = None,
     ) -> None:
         self.answers: tuple[str, ...] = tuple(dict.fromkeys(answers))
         if not self.answers:
@@ -32,7 +38,7 @@ class ClosedSet:
         for answer in self.answers:
             if not isinstance(answer, str) or not answer.strip():
                 raise DataError(f"ClosedSet: answers must be text that is not blank, got {answer!r}")
-            ids = tokenizer.encode(answer, uncased=uncased, no_punctuation=no_punctuation)
+            ids = tokenizer.encode(answer, uncased=uncased, no_punctuation=no_punctuation, max_length=max_length)
             sequences.append(tuple(ids))
             self._answer_at.setdefault(self._insert(ids), answer)
         self.sequences: tuple[tuple[int, ...], ...] = tuple(sequences)

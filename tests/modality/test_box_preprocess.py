@@ -52,7 +52,15 @@ def test_decoded_corners_are_in_order_and_inside() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["1,2,30,40", "1 2 30 40", [1, 2, 30, 40], (1.0, 2, 30, 40), np.array([1, 2, 30, 40]), torch.tensor([1, 2, 30, 40])]
+    "value",
+    [
+        "1,2,30,40",
+        "1 2 30 40",
+        [1, 2, 30, 40],
+        (1.0, 2, 30, 40),
+        np.array([1, 2, 30, 40]),
+        torch.tensor([1, 2, 30, 40]),
+    ],
 )
 def test_kinds_of_boxes(value: object) -> None:
     assert parse_box(value, size=(30, 40)) == (1, 2, 30, 40)

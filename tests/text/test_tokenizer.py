@@ -48,7 +48,9 @@ def test_golden_bpe_cases(golden: Tokenizer) -> None:
 
 
 def test_golden_decoding_of_generated_tokens(golden: Tokenizer) -> None:
-    decoded = [d for c in json.loads((GOLDEN / "data/preprocess_cases.json").read_text()).values() for d in c["decoded"]]
+    decoded = [
+        d for c in json.loads((GOLDEN / "data/preprocess_cases.json").read_text()).values() for d in c["decoded"]
+    ]
     assert len(decoded) > 50
     for tokens, text in decoded:
         assert golden.decode(tokens) == text
@@ -76,11 +78,7 @@ def test_text_attributes(golden: Tokenizer) -> None:
 
 
 def test_training_is_deterministic_across_processes() -> None:
-    code = (
-        "from ofakern.text import Tokenizer\n"
-        f"t = Tokenizer.train({TEXTS!r}, 300)\n"
-        "print(t.bpe.to_str())"
-    )
+    code = f"from ofakern.text import Tokenizer\nt = Tokenizer.train({TEXTS!r}, 300)\nprint(t.bpe.to_str())"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
     assert runs[0].stdout == runs[1].stdout == _trained().bpe.to_str() + "\n"
 
