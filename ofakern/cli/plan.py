@@ -1,4 +1,4 @@
-"""`ofakern plan "<instruction>"`: the plan as a table or as JSON; exit code 2 and a caret for a malformed instruction."""
+"""`ofakern plan "<instruction>"`: the plan as a table or as JSON; exit code 2 and a caret for a malformed one."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from ofakern.modality.spec import AdaptorSpec, AttributeSpec, AttributeValue, Mo
 __all__ = ["TypedSlot", "fail", "type_slot"]
 
 _CHOICES = ("preprocess", "adaptor")
-_WHOLE = re.compile(r"[+-]?[0-9]+")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _TRUE_FALSE = {"true": True, "false": False}
 _MEANT_FLAG = {"1": "true", "yes": "true", "on": "true", "0": "false", "no": "false", "off": "false"}
 
@@ -178,16 +179,9 @@ def _converted(spec: AttributeSpec, text: str) -> AttributeValue | None:
     """The value, or None when the text is not one that the spec allows."""
     if spec.kind == "str":
         return text if not spec.choices or text in spec.choices else None
-    value: int | float
-    if spec.kind == "int":
-        if not _WHOLE.fullmatch(text):
-            return None
-        value = int(text)
-    else:
-        try:
-            value = float(text)
-        except ValueError:
-            return None
+    if not (_WHOLE if spec.kind == "int" else _NUMBER).fullmatch(text):
+        return None
+    value = int(text) if spec.kind == "int" else float(text)
     low = -math.inf if spec.minimum is None else spec.minimum
     high = math.inf if spec.maximum is None else spec.maximum
     return value if low <= value <= high and math.isfinite(value) else None

@@ -110,6 +110,9 @@ class PlanSlot:
         }
         read = _read(data, kinds, "a slot")
         read["modality"] = _modality(read["modality"])
+        for key, value in read["attributes"].items():
+            if not isinstance(value, AttributeValue):
+                raise CheckpointError(f"plan: attribute {key!r} must be true, false, a number or text, got {value!r}")
         read["attributes"] = tuple(read["attributes"].items())
         slot = cls(**read)
         spec = SPECS[slot.modality]
