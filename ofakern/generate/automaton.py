@@ -125,8 +125,8 @@ class _Builder:
     def __init__(self) -> None:
         self.states: list[_State] = []
 
-    def new(self, **kwargs: bool) -> int:
-        self.states.append(_State(**kwargs))
+    def new(self, *, renormalise: bool = False, free: bool = False) -> int:
+        self.states.append(_State(renormalise=renormalise, free=free))
         return len(self.states) - 1
 
     def sequence(self, elements: Sequence[TargetElement], following: int) -> int:

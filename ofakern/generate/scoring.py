@@ -64,7 +64,7 @@ class StepScorer:
         longest = int(needed.max())
         if longest > room:
             raise OfakernValueError(
-                f"generate: forced and fixed target tokens must fit into the decoder's positions ({room}), got {longest}"
+                f"generate: forced and fixed target tokens must fit the decoder's positions ({room}), got {longest}"
             )
 
     def initial_states(self) -> Tensor:

@@ -3,7 +3,8 @@
 The model is seen through three calls only: `begin_decode(memory, rows_per_sample, max_length)`,
 `decode_step(state, tokens [rows]) -> logits [rows, V]` and `state.reorder(index [rows])`. Rows of one sample stand
 together. The beam search is fairseq's, which OFA and OFASys use: 2 x beams candidates per step, an answer ends only
-from within the best beams, a sample is done with its num_beams-th answer. `compat="ofasys"` restores two habits of
+from within the best beams, a sample is done with its num_beams-th answer. The bookkeeping stays on the CPU, wherever
+the model is; only the step's logits come over. `compat="ofasys"` restores two habits of
 OFASys that are wrong: a forced prefix that a beam may leave, and a length limit that counts the prefix.
 """
 
@@ -108,7 +109,7 @@ def _single_path(
     done = torch.zeros(total, dtype=torch.bool)
     states = scorer.initial_states()
     for step in range(scorer.max_length + 1):
-        logits = model.decode_step(state, tokens[:, step])
+        logits = model.decode_step(state, tokens[:, step]).cpu()
         lprobs = scorer(logits, tokens[:, : step + 1], states, step)
         chosen = _draw(lprobs, config, random) if config.do_sample else lprobs.argmax(-1)
         chosen = torch.where(done, special.eos, chosen)
@@ -178,7 +179,7 @@ class _BeamSearch:
     def _step(self, step: int) -> None:
         batch, beams = self._live.shape
         history = self._tokens[:, :, : step + 1].reshape(batch * beams, step + 1)
-        logits = self._model.decode_step(self._state, history[:, step])
+        logits = self._model.decode_step(self._state, history[:, step]).cpu()
         lprobs = self._scorer(logits, history, self._states, step).view(batch, beams, -1)
         vocabulary = lprobs.shape[-1]
         if step == 0:
@@ -240,6 +241,6 @@ class _BeamSearch:
         best = float(self._sums[sample, :, step][live].max())
         longest = self._scorer.max_length + 1
         power = self._config.length_penalty
-        bound = best / (longest if power > 0 else step + 2) ** power
+        bound: float = best / (longest if power > 0 else step + 2) ** power
         worst = sorted((answer.score for answer in found), reverse=True)[self._beams - 1]
         return bound <= worst

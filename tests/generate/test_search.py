@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from toy import ToyDecoder
+from toy_decoder import ToyDecoder
 
 from ofakern.errors import OfakernRuntimeError, OfakernTypeError, OfakernValueError
 from ofakern.generate import (
