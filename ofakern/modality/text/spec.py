@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ofakern.instruction import Modality
-from ofakern.modality.spec import TARGET, AdaptorSpec, AttributeSpec, ModalitySpec, PreprocessorSpec, attributes
+from ofakern.modality.spec import SOURCE, TARGET, AdaptorSpec, AttributeSpec, ModalitySpec, PreprocessorSpec, attributes
 
 __all__ = ["MAX_LENGTH", "NOISE", "NORMALISE", "NO_LOSS", "SPEC", "TEXT_ADAPTOR"]
 
@@ -28,7 +28,9 @@ _ATTRIBUTES = attributes(
     *NORMALISE,
     *NOISE,
     AttributeSpec("closed_set", "flag", "the answer is one of the task's closed set", sides=TARGET),
-    AttributeSpec("disable_auto_boseos", "flag", "no BOS and EOS around the text group that holds this slot"),
+    AttributeSpec(
+        "disable_auto_boseos", "flag", "no BOS and EOS around the text group that holds this slot", sides=SOURCE
+    ),
     AttributeSpec(
         "is_label", "flag", "marks the label", sides=TARGET, no_effect="every target slot with loss is a label"
     ),
