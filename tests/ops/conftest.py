@@ -10,17 +10,21 @@ import torch
 
 from ofakern.ops import backends, native
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: minutes, not part of the suite (run with -m slow)")
-    config.addinivalue_line("markers", "sanitize: builds with ASan and UBSan and runs the op tests (run with -m sanitize)")
+    config.addinivalue_line(
+        "markers", "sanitize: builds with ASan and UBSan and runs the op tests (run with -m sanitize)"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     asked = config.option.markexpr
-    skipped = [item for item in items for mark in ("slow", "sanitize") if item.get_closest_marker(mark) and mark not in asked]
+    skipped = [
+        item for item in items for mark in ("slow", "sanitize") if item.get_closest_marker(mark) and mark not in asked
+    ]
     if skipped:
         config.hook.pytest_deselected(items=skipped)
         items[:] = [item for item in items if item not in skipped]
@@ -48,9 +52,9 @@ def isa(request: pytest.FixtureRequest, cpu: ModuleType) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """The same parallelism everywhere; restored, because some tests change it."""
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads; tests about threads set their own number."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

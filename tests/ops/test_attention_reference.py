@@ -1,4 +1,4 @@
-"""The oracle itself: against loops over single pairs, its gradients against finite differences, its bits against Philox."""
+"""The oracle itself: against loops over pairs, its gradients against finite differences, its bits against Philox."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def _check(
         _check_parameter("head_scale", head_scale, device, (q.shape[1],), "[H={}]")
         head_scale = head_scale.to(stat)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # not isfinite: this also traces with a symbolic width
         raise OfakernValueError(f"{_WHERE}: scale must be finite, got {scale}")
     dropout_p, dropout_seed = _check_dropout(dropout_p, dropout_seed, device)
     tables = tuple(table.to(stat) for table in tables)
@@ -209,7 +209,8 @@ def _checked_like(q: Tensor, name: str, tensor: Tensor) -> Tensor:
 
 def _autocast(tensor: Tensor) -> Tensor:
     kind = tensor.device.type
-    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:  # as torch's own ops: float64 is left alone
+    # As for torch's own ops, float64 is left alone; some devices (meta) know no autocast.
+    if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return tensor.to(torch.get_autocast_dtype(kind))
     return tensor
 
