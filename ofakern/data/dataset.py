@@ -1,8 +1,8 @@
 """A task's samples by position: shuffled by epoch, resumed exactly, broken samples skipped and counted.
 
 A *position* counts samples from the start of training: epoch = position // rows, and the order of an epoch depends on
-the seed and the epoch only. So a loader that starts at position p continues exactly where a run of p samples stopped, and
-what comes at a position does not depend on workers.
+the seed and the epoch only. So a loader that starts at position p continues exactly where a run of p samples stopped,
+and what comes at a position does not depend on workers.
 """
 
 from __future__ import annotations

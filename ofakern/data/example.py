@@ -219,9 +219,8 @@ class _Sample:
             if slot.name:
                 value = self.row[slot.name]
                 if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
-                    raise DataError(
-                        f"{self._where(slot, None)}: value in a repeated group must be a list, got {type(value).__name__}"
-                    )
+                    where = self._where(slot, None)
+                    raise DataError(f"{where}: value of a repeated group must be a list, got {type(value).__name__}")
                 counts[slot.name] = len(value)
         if len(set(counts.values())) > 1:
             raise DataError(f"row {self.index}: columns of a repeated group must have equal lengths, got {counts}")
@@ -336,7 +335,7 @@ class _Sample:
         if len(tokens.clean) <= keep + 1:
             return tokens
         parts = (tokens.clean, tokens.inputs, tokens.slots, tokens.loss, tokens.allowed)
-        return _Tokens(*([*part[:keep], part[-1]] for part in parts))  # type: ignore[misc]
+        return _Tokens(*([*part[:keep], part[-1]] for part in parts))
 
     # ------------------------------------------------------------------------------------------------------- slots
 
