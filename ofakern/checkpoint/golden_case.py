@@ -1,0 +1,164 @@
+"""One recorded case as a packed batch, and the way back from packed rows to the recording's padded positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ofakern.checkpoint.golden import PAD, read_json
+from ofakern.data.batch import IGNORE_LABEL, Example, PackedBatch, Segment
+from ofakern.errors import DataError
+from ofakern.instruction.modality import Modality
+from ofakern.model import OFAPlus
+
+_TEXTUAL = {Modality.TEXT, Modality.BOX, Modality.PHONE, Modality.STRUCT, Modality.CATEGORY}
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A recorded slot: values int64 `[B, n]` or f32 `[B, 3, S, S]`; padded: positions it takes in the recording."""
+
+    number: int
+    modality: Modality
+    adaptor: str
+    values: np.ndarray
+    padded: int
+
+    def segment(self, sample: int) -> Segment:
+        value = torch.from_numpy(np.ascontiguousarray(self.values[sample]))
+        if value.dim() == 1:
+            value = value[: self.kept(sample)]
+        return Segment(self.number, self.adaptor, int(self.modality), value, self.kept(sample))
+
+    def kept(self, sample: int) -> int:
+        """Positions of a sample that are not padding."""
+        if self.values.ndim != 2:
+            return self.padded
+        real = self.values[sample] != PAD
+        count = int(real.sum())
+        if not real[:count].all():
+            raise DataError(f"slot {self.number}: pads must stand at the end, got one inside sample {sample}")
+        return count
+
+
+class Case:
+    """A case's arrays, its slots and its batches."""
+
+    def __init__(self, directory: Path, name: str, model: OFAPlus) -> None:
+        self.name = name
+        self.meta: dict[str, Any] = read_json(directory / f"{name}.json")
+        path = directory / f"{name}.npz"
+        if not path.is_file():
+            raise DataError(f"parity: case must have a file {path}, got none")
+        with np.load(path) as arrays:
+            self.arrays: Arrays = {key: arrays[key] for key in arrays.files}
+        self.unavailable = _unavailable(self.arrays, model)
+        if self.unavailable is None:
+            slots = _slots(self.arrays, model)
+            self.source, self.target = slots[:-1], slots[-1]
+
+    @property
+    def samples(self) -> int:
+        return int(self.target.values.shape[0])
+
+    def side(self, source: bool) -> list[Slot]:
+        return self.source if source else [self.target]
+
+    def batch(self, samples: Sequence[int]) -> PackedBatch:
+        """The packed batch of these samples, in this order."""
+        return PackedBatch.collate([self._example(sample) for sample in samples])
+
+    def rows(self, samples: Sequence[int], source: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(sample, padded position) of every packed row of `batch(samples)`."""
+        owners, positions = [], []
+        for sample in samples:
+            begin = 0
+            for slot in self.side(source):
+                kept = slot.kept(sample)
+                owners.append(np.full(kept, sample))
+                positions.append(begin + np.arange(kept))
+                begin += slot.padded
+        return np.concatenate(owners), np.concatenate(positions)
+
+    def slot_rows(self, slot: Slot, source: bool, sample: int) -> slice:
+        """The packed rows of a slot in `batch(range(B))`."""
+        slots = self.side(source)
+        before = sum(s.kept(b) for b in range(sample) for s in slots)
+        before += sum(s.kept(sample) for s in slots if s.number < slot.number)
+        return slice(before, before + slot.kept(sample))
+
+    def calls(self, source: bool) -> list[tuple[str, Slot]]:
+        """(array prefix, slot) of every recorded adaptor call: the reference calls them by modality, then slot."""
+        side = "encoder" if source else "decoder"
+        ordered = sorted(self.side(source), key=lambda slot: (int(slot.modality), slot.number))
+        return [(f"{side}.adaptor_call{k}.{slot.adaptor}", slot) for k, slot in enumerate(ordered)]
+
+    def _example(self, sample: int) -> Example:
+        kept = self.target.kept(sample)
+        target = torch.from_numpy(self.arrays["target"][sample, :kept].astype(np.int64))
+        allowed: list[Tensor] | None = None
+        if "constraint_masks" in self.arrays:
+            masks = torch.from_numpy(self.arrays["constraint_masks"][sample, :kept])
+            allowed = [mask.nonzero()[:, 0] for mask in masks]
+        return Example(
+            source=[slot.segment(sample) for slot in self.source],
+            target=[self.target.segment(sample)],
+            labels=target.masked_fill(target == PAD, IGNORE_LABEL),
+            allowed=allowed,
+        )
+
+
+def _slots(arrays: Arrays, model: OFAPlus) -> list[Slot]:
+    found: list[Slot] = []
+    names = sorted((key for key in arrays if key.startswith("input.slot")), key=_slot_number)
+    for key in names:
+        modality = Modality[key.split(".")[2]]
+        values = arrays[key]
+        last = key == names[-1]
+        adaptor = "text" if modality in _TEXTUAL else _image_adaptor(arrays, "decoder" if last else "encoder")
+        padded = values.shape[1] if values.ndim == 2 else _image_positions(arrays, adaptor)
+        found.append(Slot(_slot_number(key), modality, adaptor, values, padded))
+    return found
+
+
+def _slot_number(key: str) -> int:
+    return int(key.split(".")[1].removeprefix("slot"))
+
+
+def _image_adaptor(arrays: Arrays, side: str) -> str:
+    names = {a for a in _recorded_adaptors(arrays) if a[0] == side and a[1].startswith("image")}
+    if len(names) != 1:
+        raise DataError(f"parity: a case must use one image adaptor per side, got {sorted(n for _, n in names)}")
+    return names.pop()[1]
+
+
+def _image_positions(arrays: Arrays, adaptor: str) -> int:
+    key = next(k for k in arrays if k.startswith("encoder.adaptor_call") and k.endswith(f".{adaptor}.embed"))
+    return int(arrays[key].shape[1])
+
+
+def _recorded_adaptors(arrays: Arrays) -> set[tuple[str, str]]:
+    return {(k.split(".")[0], k.split(".")[2]) for k in arrays if ".adaptor_call" in k}
+
+
+def _unavailable(arrays: Arrays, model: OFAPlus) -> str | None:
+    """The adaptor or modality that keeps a case from running here, or None."""
+    sides = {"encoder": model.encoder.adaptor.adaptors, "decoder": model.decoder.adaptor.adaptors}
+    for side, adaptor in sorted(_recorded_adaptors(arrays)):
+        if adaptor not in sides[side]:
+            return f"{_modality_of(arrays, adaptor)} ({adaptor})"
+    return None
+
+
+def _modality_of(arrays: Arrays, adaptor: str) -> str:
+    word = adaptor.split("_")[0].upper()
+    names = {k.split(".")[2] for k in arrays if k.startswith("input.slot")}
+    return word if word in names else " ".join(sorted(names - {m.name for m in _TEXTUAL})) or word
