@@ -183,9 +183,10 @@ class _Parser:
         """The character after the backslash; the place moves on to it."""
         char = self.text[self.pos + 1 : self.pos + 2]
         if char not in ESCAPABLE:
+            got = repr(char) if char else "the end"
             self.fail(
                 Span(self.pos, min(self.pos + 2, len(self.text))),
-                f"a backslash must stand before one of [ ] ( ) * \\ ' \" -> |||, got {char or 'the end'}",
+                f"a backslash must stand before one of [ ] ( ) * \\ ' \" -> |||, got {got}",
                 hint=r"write \\ for a backslash",
             )
         self.pos += 1

@@ -204,9 +204,10 @@ class SlotReader:
             if self.char() == "\\":
                 self.pos += 1
                 if self.char() not in ESCAPABLE:
+                    got = repr(self.char()) if self.char() else "the end"
                     self.fail(
                         Span(self.pos - 1, min(self.pos + 1, len(self.text))),
-                        f"a backslash must stand before a quote or a backslash, got {self.char() or 'the end'}",
+                        f"a backslash must stand before a quote or a backslash, got {got}",
                         hint=r"write \\ for a backslash",
                     )
             if not self.char():

@@ -95,6 +95,19 @@ def test_text_must_be_a_str() -> None:
         parse(3)  # type: ignore[arg-type]
 
 
+def test_control_characters_never_break_the_message() -> None:
+    for text in (
+        "a \\\n -> [TEXT:x]",
+        '[TEXT:a,note="\\\n"] -> [TEXT:x]',
+        "[TEXT:\x00] -> [TEXT:x]",
+        "[\x1b] -> [TEXT:x]",
+    ):
+        with pytest.raises(InstructionError) as caught:
+            parse(text)
+        lines = str(caught.value).split("\n")
+        assert len(lines) <= 5 and "^" in lines[2] and not any(char < " " for line in lines for char in line)
+
+
 # --- properties -------------------------------------------------------------------------------------------------------
 
 MARKS = st.sampled_from(list("[]()*\\\"'->|,:=［【 \n") + ["->", "|||", "-->", "word", "图", "e\u0301"])
