@@ -7,7 +7,7 @@ the search costs no Python per row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,8 +61,8 @@ TargetElement = FixedTokens | ChoiceTokens | RangeTokens | FreeTokens | RepeatTo
 
 @dataclass
 class _State:
-    edges: dict[int, int] = field(default_factory=dict)
-    ranges: list[tuple[int, int, int]] = field(default_factory=list)
+    edges: dict[int, tuple[int, int]] = field(default_factory=dict)  # token: (next state, element)
+    ranges: list[tuple[int, int, int, int]] = field(default_factory=list)  # lo, hi, next state, element
     also: list[int] = field(default_factory=list)  # whatever these states allow is allowed here too
     renormalise: bool = False
     free: bool = False
@@ -83,16 +83,18 @@ class TokenAutomaton:
         self.longest = longest
         self.start = start
         self._sink = len(states)  # where a token that was not allowed leads: nothing follows it
+        self._states = list(states)
         padded = [*states, _State()]
         counts = torch.tensor([len(state.edges) for state in padded])
-        flat = [edge for state in padded for edge in sorted(state.edges.items())]
+        flat = [(token, target) for state in padded for token, (target, _) in sorted(state.edges.items())]
         self._counts = counts
         self._first = counts.cumsum(0) - counts
         self._tokens = torch.tensor([token for token, _ in flat], dtype=torch.int64)
         self._targets = torch.tensor([target for _, target in flat], dtype=torch.int64)
         self._keys = torch.repeat_interleave(torch.arange(len(padded)), counts) * vocabulary_size + self._tokens
         width = max(len(state.ranges) for state in padded)
-        filled = [state.ranges + [(0, 0, self._sink)] * (width - len(state.ranges)) for state in padded]
+        rest = (0, 0, self._sink)
+        filled = [[r[:3] for r in state.ranges] + [rest] * (width - len(state.ranges)) for state in padded]
         self._ranges = torch.tensor(filled, dtype=torch.int64).reshape(len(padded), width, 3)  # lo, hi, target
         self.renormalise = torch.tensor([state.renormalise for state in padded])
         self.free = torch.tensor([state.free for state in padded])
@@ -120,10 +122,32 @@ class TokenAutomaton:
         place = torch.searchsorted(self._keys, key).clamp(max=len(self._keys) - 1)
         return torch.where(self._keys[place] == key, self._targets[place], after)
 
+    def trace(self, tokens: Sequence[int]) -> list[int]:
+        """For each token the number of the element it belongs to; -1 from where the automaton does not allow them.
+
+        Elements count in reading order, those of repeated groups included; the end of sequence comes after the last.
+        """
+        found: list[int] = []
+        place = self.start
+        for token in tokens:
+            after = self._after(place, token)
+            if after is None:
+                break
+            place, element = after
+            found.append(element)
+        return found + [-1] * (len(tokens) - len(found))
+
+    def _after(self, place: int, token: int) -> tuple[int, int] | None:
+        state = self._states[place]
+        if token in state.edges:
+            return state.edges[token]
+        return next(((target, element) for lo, hi, target, element in state.ranges if lo <= token < hi), None)
+
 
 class _Builder:
-    def __init__(self) -> None:
+    def __init__(self, elements: int) -> None:
         self.states: list[_State] = []
+        self._left = elements  # elements are built from the last to the first
 
     def new(self, *, renormalise: bool = False, free: bool = False) -> int:
         self.states.append(_State(renormalise=renormalise, free=free))
@@ -135,6 +159,12 @@ class _Builder:
         return following
 
     def element(self, element: TargetElement, following: int) -> int:
+        if isinstance(element, RepeatTokens):
+            again = self.new()
+            start = self.sequence(element.elements, again)
+            self.states[again].also.extend((start, following))
+            return start
+        self._left -= 1
         if isinstance(element, FixedTokens):
             return self._chain(element.tokens, following)
         if isinstance(element, ChoiceTokens):
@@ -142,23 +172,18 @@ class _Builder:
         if isinstance(element, RangeTokens):
             for _ in range(element.count):
                 state = self.new()
-                self.states[state].ranges.append((element.lo, element.hi, following))
+                self.states[state].ranges.append((element.lo, element.hi, following, self._left))
                 following = state
             return following
-        if isinstance(element, FreeTokens):
-            state = self.new(free=True)
-            self.states[state].ranges.append((element.lo, element.hi, state))
-            self.states[state].also.append(following)
-            return state
-        again = self.new()
-        start = self.sequence(element.elements, again)
-        self.states[again].also.extend((start, following))
-        return start
+        state = self.new(free=True)
+        self.states[state].ranges.append((element.lo, element.hi, state, self._left))
+        self.states[state].also.append(following)
+        return state
 
     def _chain(self, tokens: Sequence[int], following: int) -> int:
         for token in reversed(tokens):
             state = self.new()
-            self.states[state].edges[token] = following
+            self.states[state].edges[token] = following, self._left
             following = state
         return following
 
@@ -171,8 +196,8 @@ class _Builder:
             for token in sequence:
                 if token not in self.states[node].edges:
                     child = self.new(renormalise=True)
-                    self.states[node].edges[token] = child
-                node = self.states[node].edges[token]
+                    self.states[node].edges[token] = child, self._left
+                node = self.states[node].edges[token][0]
             if following not in self.states[node].also:
                 self.states[node].also.append(following)
         return root
@@ -185,8 +210,8 @@ class _Builder:
             queue, seen = [index], {index}
             while queue:
                 part = self.states[queue.pop(0)]
-                for token, target in part.edges.items():
-                    whole.edges.setdefault(token, target)
+                for token, edge in part.edges.items():
+                    whole.edges.setdefault(token, edge)
                 for candidate in part.ranges:
                     _add_range(whole.ranges, candidate)
                 queue += [other for other in part.also if other not in seen]
@@ -195,16 +220,25 @@ class _Builder:
         return result
 
 
-def _add_range(ranges: list[tuple[int, int, int]], candidate: tuple[int, int, int]) -> None:
-    lo, hi, _ = candidate
+def _add_range(ranges: list[tuple[int, int, int, int]], candidate: tuple[int, int, int, int]) -> None:
+    lo, hi, _, _ = candidate
     if candidate in ranges:
         return
-    if any(lo < other_hi and other_lo < hi for other_lo, other_hi, _ in ranges):
+    if any(lo < other_hi and other_lo < hi for other_lo, other_hi, _, _ in ranges):
         raise OfakernValueError(
             f"{_WHERE}: two neighbouring target slots must be told apart by their tokens, got both in [{lo}, {hi})"
             "\nTry: put plain text between them"
         )
     ranges.append(candidate)
+
+
+def leaves(elements: Sequence[TargetElement]) -> Iterator[TargetElement]:
+    """The elements in reading order, repeated groups opened: the numbering of `TokenAutomaton.trace`."""
+    for element in elements:
+        if isinstance(element, RepeatTokens):
+            yield from leaves(element.elements)
+        else:
+            yield element
 
 
 def _longest(elements: Sequence[TargetElement]) -> int | None:
@@ -226,8 +260,9 @@ def compile_target(elements: Sequence[TargetElement], *, eos: int, vocabulary_si
 
     Free text ends where the next part begins, so two neighbours that share their first tokens raise OfakernValueError.
     """
-    builder = _Builder()
+    count = sum(1 for _ in leaves(elements))
+    builder = _Builder(count)
     end = builder.new()
-    builder.states[end].edges[eos] = builder.new()
+    builder.states[end].edges[eos] = builder.new(), count
     start = builder.sequence(elements, end)
     return TokenAutomaton(builder.closed(), start, vocabulary_size, _longest(elements))

@@ -52,7 +52,7 @@ class StepScorer:
         # OFASys counts the forced prefix as part of the length.
         forced = torch.zeros_like(self._prefix_lengths) if config.compat == "ofasys" else self._prefix_lengths
         longest = None if automaton is None else automaton.longest
-        needed = forced + (longest or 0)
+        needed = self._prefix_lengths + (longest or 0)
         self._limits = forced + config.max_new_tokens if longest is None else needed
         if max_positions is not None:
             self._check_positions(needed, max_positions - 1)

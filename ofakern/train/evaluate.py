@@ -13,8 +13,8 @@ from ofakern.data.dataset import BrokenTally, Encode, TaskDataset, load
 from ofakern.instruction import Modality
 from ofakern.modality.box.preprocess import parse_box
 from ofakern.modality.output import Output
+from ofakern.nn.loss import LossSums
 from ofakern.tasks import Task
-from ofakern.train.loss import LossSums
 
 
 class Evaluable(Protocol):
@@ -66,7 +66,7 @@ def _evaluate_task(model: Evaluable, task: Task, split: str, seed: int, bf16: bo
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 sums = model.train_step_loss(loaded.batch.to(device), 0.0)
             nll += float(sums.nll)
-            tokens += sums.tokens
+            tokens += int(sums.tokens)
     numbers = {"nll": nll / max(1, tokens)}
     if tally.count:
         numbers["broken"] = float(tally.count)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ofakern.data.batch import IGNORE_LABEL, PackedBatch
 from ofakern.data.dataset import TaskDataset
 from ofakern.errors import CheckpointError, OfakernRuntimeError
+from ofakern.nn.loss import LossSums
 from ofakern.tasks import Task
 from ofakern.train.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from ofakern.train.config import TrainConfig
@@ -23,7 +24,6 @@ from ofakern.train.distributed import Ranks
 from ofakern.train.evaluate import Evaluable, evaluate
 from ofakern.train.feed import Feed
 from ofakern.train.log import RunLog
-from ofakern.train.loss import LossSums
 from ofakern.train.optimizer import (
     WeightAverage,
     build_optimizer,
@@ -199,18 +199,22 @@ class Run:
 
     def _losses(self, sums: Sequence[tuple[Task, LossSums]], update: int) -> dict[str, Any]:
         """Loss and nll per target token, of everything and of each task, on this rank."""
-        values = torch.stack([torch.stack((s.loss.float(), s.nll.float())) for _, s in sums]).tolist() if sums else []
+        if not sums:
+            return {"loss": 0.0, "nll": 0.0, "tasks": {}}
+        values = torch.stack(
+            [torch.stack((s.loss.double(), s.nll.double(), s.tokens.double())) for _, s in sums]
+        ).tolist()
         by_task: dict[str, list[float]] = {}
-        for (task, part), (loss, nll) in zip(sums, values, strict=True):
+        for (task, _), (loss, nll, count) in zip(sums, values, strict=True):
             if not math.isfinite(loss):
                 raise OfakernRuntimeError(
                     f"train: loss must be finite, got {loss} in task {task.name!r} at update {update}\n"
                     "Try: a lower learning_rate, a longer warm-up, or bf16=False; the last checkpoint is untouched"
                 )
             entry = by_task.setdefault(task.name, [0.0, 0.0, 0.0])
-            for place, value in enumerate((loss, nll, float(part.tokens))):
+            for place, value in enumerate((loss, nll, count)):
                 entry[place] += value
-        whole = [sum(column) for column in zip(*by_task.values(), strict=True)] if by_task else [0.0, 0.0, 0.0]
+        whole = [sum(column) for column in zip(*by_task.values(), strict=True)]
         return {
             "loss": whole[0] / max(1.0, whole[2]),
             "nll": whole[1] / max(1.0, whole[2]),

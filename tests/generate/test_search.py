@@ -148,6 +148,14 @@ def test_several_slots_and_groups_in_order() -> None:
         assert runs[0][0] == "bin"
 
 
+def test_trace_tells_the_elements() -> None:
+    group = RepeatTokens((RangeTokens(30, 38, 4), FreeTokens(4, 30)))
+    automaton = compile_target([FixedTokens((8, 9)), group, FixedTokens((39,))], eos=EOS, vocabulary_size=40)
+    tokens = [8, 9, 31, 32, 33, 34, 5, 6, 35, 36, 37, 30, 39, EOS]
+    assert automaton.trace(tokens) == [0, 0, 1, 1, 1, 1, 2, 2, 1, 1, 1, 1, 3, 4]
+    assert automaton.trace([8, 10, 31]) == [0, -1, -1]
+
+
 def _kind(token: int) -> str:
     return "end" if token == EOS else "bin" if token >= 30 else "text"
 

@@ -164,7 +164,7 @@ def test_broken_samples_are_skipped_and_counted(caplog: pytest.LogCaptureFixture
 def test_nan_stops_the_run(tmp_path: Path) -> None:
     model = ToyModel()
     with torch.no_grad():
-        model.network.out.bias[3] = torch.nan
+        model.network.out.weight[3] = torch.nan
     with pytest.raises(OfakernRuntimeError, match="loss must be finite, got nan in task 'shift' at update 1"):
         Trainer(**QUIET, max_updates=5, output_dir=tmp_path).fit(model=model, tasks=task())
     assert list_checkpoints(tmp_path) == []

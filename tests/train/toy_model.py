@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ofakern.data.batch import Example, PackedBatch, Segment
 from ofakern.errors import DataError
 from ofakern.modality.output import Output
+from ofakern.nn.loss import LossSums, label_smoothed_cross_entropy
 from ofakern.tasks import Task
-from ofakern.train import LossSums, label_smoothed_cross_entropy
 
 VOCABULARY = 24
 
@@ -26,12 +26,12 @@ class ToyNetwork(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, 16)
         self.norm = nn.BatchNorm1d(16)
         self.dropout = nn.Dropout(0.2)
-        self.out = nn.Linear(16, VOCABULARY)
+        self.out = nn.Linear(16, VOCABULARY, bias=False)
         self.unused = nn.Linear(2, 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.out(self.dropout(self.norm(self.embedding(tokens))))
-        return logits
+        hidden: Tensor = self.dropout(self.norm(self.embedding(tokens)))
+        return hidden
 
 
 class ToyModel:
@@ -59,12 +59,12 @@ class ToyModel:
     def train_step_loss(self, batch: PackedBatch, label_smoothing: float) -> LossSums:
         if self.network.training:
             self.batches.append(batch.columns["x"])
-        logits = self.network(batch.source.segments[0].value)
-        return label_smoothed_cross_entropy(logits, batch.labels, label_smoothing, None)
+        hidden = self.network(batch.source.segments[0].value)
+        return label_smoothed_cross_entropy(hidden, self.network.out.weight, batch.labels, label_smoothing)
 
     def answers(self, task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Output]:
         with torch.no_grad():
-            best = self.network(torch.tensor([row["x"] for row in rows])).argmax(-1)
+            best = self.network.out(self.network(torch.tensor([row["x"] for row in rows]))).argmax(-1)
         return [Output(text=str(int(y))) for y in best]
 
     def save_pretrained(self, directory: str | Path) -> None:
