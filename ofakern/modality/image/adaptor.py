@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ofakern.errors import OfakernValueError
-from ofakern.modality.image.resnet import CHANNELS, STRIDE, ResNet
+from ofakern.modality.image.resnet import STRIDE, WIDTH, ResNet
 from ofakern.modality.image.vit import VisionTransformer
 from ofakern.nn.adaptor import Adaptor, AdaptorConfig, SegmentValues, SideShape, relative_tables, table_weights
 from ofakern.nn.relative import RelativeBlock, grid_block, grid_coordinates
@@ -19,13 +19,22 @@ from ofakern.nn.relative import RelativeBlock, grid_block, grid_coordinates
 
 @dataclass(frozen=True, kw_only=True)
 class ImageResnetConfig(AdaptorConfig):
-    """bucket_size: the largest grid side; drop_path: of the backbone's blocks."""
+    """bucket_size: the largest grid side; drop_path: of the backbone's blocks.
+
+    resnet_blocks, resnet_width: blocks per stage and channels of the stem, for backbones smaller than `resnet_type`.
+    """
 
     name: ClassVar[str] = "image_resnet"
     resnet_type: str = "resnet101"
+    resnet_blocks: tuple[int, int, int] | None = None
+    resnet_width: int = WIDTH
     bucket_size: int = 42
     drop_path: float = 0.0
     freeze_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.resnet_blocks, list):  # as JSON gives it
+            object.__setattr__(self, "resnet_blocks", tuple(self.resnet_blocks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +101,11 @@ class ImageResnetAdaptor(_GridAdaptor):
     """ResNet features at stride 16, projected to the model's width."""
 
     def __init__(self, config: ImageResnetConfig, side: SideShape) -> None:
-        super().__init__(config, side, CHANNELS)
-        self.embed_images = ResNet(config.resnet_type, config.drop_path, config.freeze_batch_norm)
+        backbone = ResNet(
+            config.resnet_type, config.drop_path, config.freeze_batch_norm, config.resnet_blocks, config.resnet_width
+        )
+        super().__init__(config, side, backbone.channels)
+        self.embed_images = backbone
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         return -(-height // STRIDE), -(-width // STRIDE)

@@ -1,5 +1,7 @@
 """The ResNet backbone of OFA: stem and the first three stages of bottleneck blocks (v1.5), stride 16, 1024 channels.
 
+Small models may take fewer blocks and narrower ones.
+
 Runs channels_last. Outside training, when nothing needs a gradient, every batch norm is folded into its convolution;
 the folded weights are kept until a parameter, the mode, the dtype or the device changes.
 """
@@ -16,7 +18,7 @@ from ofakern.errors import OfakernValueError
 
 STAGES = {"resnet50": (3, 4, 6), "resnet101": (3, 4, 23), "resnet152": (3, 8, 36)}
 STRIDE = 16
-CHANNELS = 1024
+WIDTH = 64
 
 Folded = dict[nn.Conv2d, tuple[Tensor, Tensor]]
 
@@ -58,23 +60,37 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """images f32 `[n, 3, S, S]` to features `[n, 1024, ceil(S/16), ceil(S/16)]`.
+    """images f32 `[n, 3, S, S]` to features `[n, 16 * width, ceil(S/16), ceil(S/16)]`.
 
-    kind: resnet50, resnet101 or resnet152. frozen_norm: batch norm keeps its running statistics in training too.
+    kind: resnet50, resnet101 or resnet152; blocks: instead of its blocks per stage. width: channels of the stem, 64 in
+    all of these. frozen_norm: batch norm keeps its running statistics in training too; in a new model that makes it a
+    scale and a shift per channel.
     """
 
-    def __init__(self, kind: str, drop_path: float = 0.0, frozen_norm: bool = False) -> None:
+    def __init__(
+        self,
+        kind: str,
+        drop_path: float = 0.0,
+        frozen_norm: bool = False,
+        blocks: tuple[int, int, int] | None = None,
+        width: int = WIDTH,
+    ) -> None:
         super().__init__()
         if kind not in STAGES:
             raise OfakernValueError(f"ResNet: kind must be one of {sorted(STAGES)}, got {kind!r}")
-        stages = STAGES[kind]
+        stages = STAGES[kind] if blocks is None else blocks
+        if len(stages) != 3 or min(stages) < 1:
+            raise OfakernValueError(f"ResNet: blocks must be three counts of at least 1, got {blocks!r}")
+        if width < 1:
+            raise OfakernValueError(f"ResNet: width must be at least 1, got {width}")
+        self.channels = 16 * width
         rates = torch.linspace(0, drop_path, sum(stages)).tolist()
         self.frozen_norm = frozen_norm
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = _stage(64, 64, 1, rates[: stages[0]])
-        self.layer2 = _stage(256, 128, 2, rates[stages[0] : stages[0] + stages[1]])
-        self.layer3 = _stage(512, 256, 2, rates[stages[0] + stages[1] :])
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, 1, rates[: stages[0]])
+        self.layer2 = _stage(4 * width, 2 * width, 2, rates[stages[0] : stages[0] + stages[1]])
+        self.layer3 = _stage(8 * width, 4 * width, 2, rates[stages[0] + stages[1] :])
         self._folded: Folded | None = None
         self._folded_key: tuple[tuple[int, int], ...] = ()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
