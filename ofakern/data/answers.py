@@ -21,8 +21,8 @@ __all__ = ["AnswerReader"]
 class AnswerReader:
     """Tokens of an answer to an Output: `reader(tokens, columns, prefix_length=..., score=...)`.
 
-    closed_sets: by slot name; an answer of a closed set comes back as it was given. `columns` are the Example's: the row's
-    values with `IMAGE_SIZES` (boxes need them) and `IMAGES`.
+    closed_sets: by slot name; an answer of a closed set comes back as it was given. `columns` are the Example's: the
+    row's values with `IMAGE_SIZES` (boxes need them) and `IMAGES`.
     """
 
     def __init__(
@@ -132,9 +132,7 @@ class AnswerReader:
                 return end
         return len(ids)
 
-    def _starts(
-        self, slot: PlanSlot, ids: Sequence[int], place: int, columns: Mapping[str, Any], item: int
-    ) -> bool:
+    def _starts(self, slot: PlanSlot, ids: Sequence[int], place: int, columns: Mapping[str, Any], item: int) -> bool:
         """Whether `slot` certainly begins at `place`; free text never does."""
         if not slot.loss:
             known = self._known(slot, columns, item)

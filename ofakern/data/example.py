@@ -138,8 +138,6 @@ class Encoder:
         for slot in plan.target_slots:
             if slot.flag("closed_set") and slot.name not in self.closed_sets:
                 raise OfakernValueError(f"Encoder: closed_sets must hold one for slot {slot}, got none")
-            if slot.flag("disable_auto_boseos"):
-                raise OfakernValueError(f"Encoder: disable_auto_boseos must stand in the source, got it in {slot}")
         if len(plan.target) != 1 or not plan.target[0].text_like:
             raise OfakernValueError(f"Encoder: target must be one run of text-like slots, got {plan.instruction!r}")
 

@@ -114,7 +114,7 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             special_tokens=[],
         )
-        counted = _Counted(" " + text.strip() for text in texts)
+        counted = _Counted(" " + _valid(text).strip() for text in texts)
         with _single_threaded():
             bpe.train_from_iterator(counted, trainer)
         if counted.count == 0:
@@ -203,6 +203,13 @@ class _Counted:
         for text in self._texts:
             self.count += 1
             yield text
+
+
+def _valid(text: str) -> str:
+    """Lone surrogates out: the library refuses them, and one damaged row must not stop the training of a vocabulary."""
+    if not isinstance(text, str):
+        raise OfakernTypeError(f"Tokenizer.train: texts must be str, got {type(text).__name__}")
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @contextmanager

@@ -48,9 +48,15 @@ def answer(instruction: str) -> tuple[Any, Any]:
         ("[IMAGE:img] -> [TEXT:ans,closed_set]", {"ans": "Maybe so"}),
         ("[IMAGE:img] -> [TEXT:ans,closed_set,uncased] [BOX:box]", {"ans": "Maybe so", "box": ROW["box"]}),
         ("[IMAGE:img] -> [BOX:box]", {"box": ROW["box"]}),
-        ("[IMAGE:img] -> [TEXT:cap] [BOX:box] near [TEXT:more]", {"cap": "a red ball", "box": ROW["box"], "more": "the cat"}),
+        (
+            "[IMAGE:img] -> [TEXT:cap] [BOX:box] near [TEXT:more]",
+            {"cap": "a red ball", "box": ROW["box"], "more": "the cat"},
+        ),
         ("[IMAGE:img] -> found: ([BOX:boxes] [TEXT:names])*", {"boxes": ROW["boxes"], "names": ROW["names"]}),
-        ("[IMAGE:img] -> ([TEXT:names] at [BOX:boxes])* and [TEXT:cap]", {"boxes": ROW["boxes"], "names": ROW["names"], "cap": "a red ball"}),
+        (
+            "[IMAGE:img] -> ([TEXT:names] at [BOX:boxes])* and [TEXT:cap]",
+            {"boxes": ROW["boxes"], "names": ROW["names"], "cap": "a red ball"},
+        ),
         ("[IMAGE:img] -> ([TEXT:known,no_loss] : [TEXT:names] ;)*", {"names": ROW["names"]}),
     ],
 )

@@ -103,6 +103,9 @@ def test_errors(tmp_path: Path, golden: Tokenizer) -> None:
         golden.encode(3)  # type: ignore[arg-type]
     with pytest.raises(OfakernValueError, match="vocab_size must be at least 256"):
         Tokenizer.train(TEXTS, 100)
+    with pytest.raises(OfakernTypeError, match="texts must be str, got int"):
+        Tokenizer.train([1], 300)  # type: ignore[list-item]
+    assert Tokenizer.train(["a \ud800 b"], 256).encode("a b")
     with pytest.raises(DataError, match="at least one text"):
         Tokenizer.train([], 300)
     with pytest.raises(DataError, match="must be a readable"):

@@ -30,6 +30,8 @@ def encode_text(
         value = str(value)
     if not isinstance(value, str):
         raise DataError(f"{where}: text must be a string, got {type(value).__name__}")
+    if any("\ud800" <= char <= "\udfff" for char in value):  # half of a pair, as damaged JSON escapes leave it
+        raise DataError(f"{where}: text must be valid Unicode, got a lone surrogate in {value[:40]!r}")
     return tokenizer.encode(value, uncased=uncased, no_punctuation=no_punctuation, max_length=max_length)
 
 
