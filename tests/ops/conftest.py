@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
 
-from ofakern.ops import backends, native
+
+def _replace_module(path: str) -> None:
+    """Another build of ofakern._cpu (the sanitizers' one) takes the installed one's place."""
+    spec = importlib.util.spec_from_file_location("ofakern._cpu", path)
+    assert spec is not None and spec.loader is not None
+    sys.modules["ofakern._cpu"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["ofakern._cpu"])
+
+
+if "OFAKERN_TEST_CPU_MODULE" in os.environ:
+    _replace_module(os.environ["OFAKERN_TEST_CPU_MODULE"])
+
+from ofakern.ops import backends, native  # noqa: E402
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx")
 
