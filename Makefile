@@ -33,7 +33,7 @@ $(INSTALL_STAMP): pyproject.toml $(TOOLS_STAMP)
 	touch $@
 
 build: $(INSTALL_STAMP) ## rebuild the compiled modules (seconds when little changed)
-	@cmake --build $(BUILD) $(if $(TARGET),--target $(TARGET))
+	@flock $(BUILD)/.lock cmake --build $(BUILD) $(if $(TARGET),--target $(TARGET))
 	@cmake --install $(BUILD) --prefix "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
 
 test: setup ## all tests, compile checks included

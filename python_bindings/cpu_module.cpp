@@ -17,7 +17,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_isa", &ofakern::set_isa);
   m.def("describe",
         [](pybind11::handle tensor) { return ofakern::describe(ofakern::view_of("describe", "tensor", tensor)); });
-#ifdef OFAKERN_OP_ATTENTION
   ofakern::bind_attention(m);
-#endif
 }
