@@ -1,0 +1,144 @@
+"""From a plan's target to what may be generated, and from generated tokens back to the slots' values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from PIL import Image
+
+from ofakern.data.example import IMAGE_SIZES, IMAGES
+from ofakern.errors import OfakernRuntimeError
+from ofakern.generate import (
+    ChoiceTokens,
+    FixedTokens,
+    FreeTokens,
+    GenerationConfig,
+    Hypothesis,
+    RangeTokens,
+    RepeatTokens,
+    TargetElement,
+    TokenAutomaton,
+    compile_target,
+)
+from ofakern.instruction import Modality
+from ofakern.modality.box.preprocess import BoxCoder
+from ofakern.modality.output import Output
+from ofakern.plan import Plan, PlanSlot
+from ofakern.text import ClosedSet, Tokenizer
+
+__all__ = ["TargetReader"]
+
+_BOX_TOKENS = 4
+
+
+class TargetReader:
+    """The target of one plan: its automaton, and its answers as `Output`s.
+
+    Slots at the head whose text is known are the forced prefix and no part of it. A `no_loss` slot between generated
+    ones is known text of each sample (`per_sample`), so its automaton is too.
+    """
+
+    def __init__(
+        self, plan: Plan, tokenizer: Tokenizer, closed_sets: Mapping[str, ClosedSet], coder: BoxCoder | None
+    ) -> None:
+        self._plan, self._tokenizer, self._closed_sets, self._coder = plan, tokenizer, closed_sets, coder
+        self._slots = [slot for slot in plan.target_slots if slot.generator != "forced"]
+        self.per_sample = any(slot.generator == "separator" and not slot.plain for slot in self._slots)
+        self._bins = tokenizer.vocabulary.range("bin")
+        self._text = tokenizer.vocabulary.range("text")
+
+    # ------------------------------------------------------------------------------------------------- the search
+
+    def automaton(self, row: Mapping[str, Any]) -> TokenAutomaton:
+        """What the target may look like; `row` is read for known text in the middle only."""
+        elements: list[TargetElement] = []
+        for group, slots in groupby(self._slots, key=lambda slot: slot.group):
+            parts = [self._element(slot, row) for slot in slots]
+            elements += parts if group is None else [RepeatTokens(tuple(parts))]
+        vocabulary = self._tokenizer.vocabulary
+        return compile_target(elements, eos=vocabulary.eos, vocabulary_size=len(vocabulary))
+
+    def as_ofasys(self, config: GenerationConfig) -> tuple[GenerationConfig, bool]:
+        """OFASys's way: a box is any four tokens, text any tokens; the flag says whether the automaton is used."""
+        if any(slot.name in self._closed_sets for slot in self._slots):
+            return config, True
+        if self._slots[-1].modality is Modality.BOX:
+            return config.replace(max_new_tokens=_BOX_TOKENS, min_new_tokens=_BOX_TOKENS), False
+        return config, False
+
+    def _element(self, slot: PlanSlot, row: Mapping[str, Any]) -> TargetElement:
+        if slot.name in self._closed_sets:
+            return ChoiceTokens(self._closed_sets[slot.name].sequences)
+        if slot.generator == "separator":
+            return FixedTokens(tuple(self._known(slot, row)))
+        if slot.modality is Modality.BOX:
+            return RangeTokens(self._bins.start, self._bins.stop, _BOX_TOKENS)
+        if slot.modality is Modality.TEXT:
+            return FreeTokens(self._text.start, self._text.stop)
+        raise OfakernRuntimeError(f"inference: target slot must be TEXT or BOX so far, got {slot}")
+
+    def _known(self, slot: PlanSlot, row: Mapping[str, Any]) -> list[int]:
+        if slot.plain:
+            return self._tokenizer.encode(slot.text)
+        if slot.modality is not Modality.TEXT or slot.group is not None:
+            raise OfakernRuntimeError(f"inference: known text inside a target must be a TEXT slot, got {slot}")
+        return self._tokenizer.encode(str(row[slot.name]))
+
+    # ------------------------------------------------------------------------------------------------ the answers
+
+    def read(self, answer: Hypothesis, prefix: int, automaton: TokenAutomaton, columns: Mapping[str, Any]) -> Output:
+        """The values of one answer; `prefix` forced tokens stand before them, `columns` are the Example's."""
+        eos = self._tokenizer.vocabulary.eos
+        tokens = [token for token in answer.tokens[prefix:] if token != eos]
+        output = Output(score=answer.score, tokens=list(answer.tokens))
+        for number, part in self._parts(tokens, automaton):
+            slot = self._slots[number]
+            if slot.loss:
+                self._add(output, slot, part, columns)
+        self._finish(output, columns)
+        return output
+
+    def _parts(self, tokens: Sequence[int], automaton: TokenAutomaton) -> list[tuple[int, list[int]]]:
+        """(slot, its tokens) in order; a box stands four tokens at a time."""
+        if len(self._slots) == 1 and self._slots[0].group is None:
+            return [(0, list(tokens))]
+        found: list[tuple[int, list[int]]] = []
+        for number, run in groupby(zip(automaton.trace(tokens), tokens, strict=True), key=lambda pair: pair[0]):
+            part = [token for _, token in run]
+            if number < 0:
+                continue  # cut off by the length limit
+            step = _BOX_TOKENS if self._slots[number].modality is Modality.BOX else len(part)
+            found += [(number, part[i : i + step]) for i in range(0, len(part), step)]
+        return found
+
+    def _add(self, output: Output, slot: PlanSlot, tokens: list[int], columns: Mapping[str, Any]) -> None:
+        value: Any
+        if slot.modality is Modality.BOX:
+            value = self._box(slot, tokens, columns)
+            if value is not None:
+                output.boxes.append(value)
+        else:
+            closed = self._closed_sets.get(slot.name)
+            value = (closed.answer(tokens) if closed else None) or self._tokenizer.decode(tokens)
+        if slot.group is None:
+            output.values[slot.name] = value
+        else:
+            output.values.setdefault(slot.name, []).append(value)
+
+    def _box(self, slot: PlanSlot, tokens: list[int], columns: Mapping[str, Any]) -> Any:
+        whole = len(tokens) == _BOX_TOKENS and all(token in self._bins for token in tokens)
+        if self._coder is None or not whole:
+            return None
+        return self._coder.decode([t - self._bins.start for t in tokens], columns[IMAGE_SIZES][slot.image])
+
+    def _finish(self, output: Output, columns: Mapping[str, Any]) -> None:
+        output.box = output.boxes[0] if output.boxes else None
+        texts = [slot.name for slot in self._slots if slot.loss and slot.modality is not Modality.BOX]
+        if texts:
+            value = output.values.get(texts[-1], "")
+            output.text = " ".join(value) if isinstance(value, list) else value
+        images: Mapping[str, Image.Image] = columns.get(IMAGES, {})
+        named = next((slot.image for slot in self._slots if slot.image in images), next(iter(images), None))
+        output.image = None if named is None else images[named]

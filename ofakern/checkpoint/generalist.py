@@ -1,0 +1,404 @@
+"""`GeneralistModel`: OFA+ with its vocabulary and the plans of its tasks; one instruction in, an answer out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor
+
+from ofakern.checkpoint.answers import TargetReader
+from ofakern.checkpoint.files import load_module, read_json, save_module, write_folder, write_json
+from ofakern.checkpoint.known_task import KnownTask, TaskLike
+from ofakern.data.batch import Example, PackedBatch
+from ofakern.data.example import Encoder, PreprocessConfig, Split
+from ofakern.data.readers import open_files
+from ofakern.errors import CheckpointError, DataError, OfakernRuntimeError, OfakernTypeError, OfakernValueError
+from ofakern.generate import GenerationConfig, SpecialTokens, generate
+from ofakern.modality.image.adaptor import ImagePatchEmbedAdaptor, ImageResnetAdaptor, ImageVitAdaptor
+from ofakern.modality.output import Output
+from ofakern.model import TIED_KEYS, OFAConfig, OFAPlus
+from ofakern.nn.loss import LossSums, label_smoothed_cross_entropy
+from ofakern.plan import Plan, build_plans
+from ofakern.text import Tokenizer
+
+__all__ = ["GeneralistModel"]
+
+_FORMAT = "ofakern.generalist"
+_VERSION = 1
+_IMAGE_ADAPTORS = ("image_resnet", "image_vit", "image_patch_embed")
+_WEIGHTS = "model.safetensors"
+
+Row = Mapping[str, Any]
+Answer = Output | list[Output]
+
+
+class GeneralistModel:
+    """A generalist encoder-decoder that follows instructions.
+
+    Args:
+        config: the network; None: that of `size`. Its vocabulary size is set by the tokenizer.
+        size: tiny (33M), medium (93M), base (180M), large (470M), huge (930M).
+        tokenizer: text <-> vocabulary; None: one is trained on the texts of the tasks, in `Trainer.fit` or `for_tasks`.
+        vocab_size, bins: text ids and box bins of a vocabulary that is trained.
+        preprocess: how rows become tensors; image_size alone is short for it.
+        generation: defaults of `inference`. seed: of the first weights. backend: of every attention.
+        overrides: single fields of the configuration (`dim=64`, `encoder_layers=2`, ...).
+    """
+
+    def __init__(
+        self,
+        config: OFAConfig | None = None,
+        *,
+        size: str = "tiny",
+        tokenizer: Tokenizer | None = None,
+        vocab_size: int = 8192,
+        bins: int = 1000,
+        preprocess: PreprocessConfig | None = None,
+        image_size: int | None = None,
+        generation: GenerationConfig | None = None,
+        seed: int | None = 0,
+        backend: str = "auto",
+        **overrides: Any,
+    ) -> None:
+        if config is not None and not isinstance(config, OFAConfig):
+            raise OfakernTypeError(f"GeneralistModel: config must be an OFAConfig, got {type(config).__name__}")
+        self.config = OFAConfig.from_size(size) if config is None else config
+        self.config = dataclasses.replace(self.config, **overrides)
+        self.preprocess = preprocess or self._default_preprocess(image_size)
+        self.generation = generation or GenerationConfig()
+        self.tasks: dict[str, KnownTask] = {}
+        self._vocab_size, self._bins, self._seed, self._backend = vocab_size, bins, seed, backend
+        self._tokenizer: Tokenizer | None = None
+        self._network: OFAPlus | None = None
+        if tokenizer is not None:
+            self._build(tokenizer)
+
+    @classmethod
+    def from_size(cls, size: str, **kwargs: Any) -> GeneralistModel:
+        """A fresh model of a published size; see the class for the other arguments."""
+        return cls(size=size, **kwargs)
+
+    @classmethod
+    def for_tasks(cls, tasks: Sequence[TaskLike], **kwargs: Any) -> GeneralistModel:
+        """A fresh model with a vocabulary trained on the tasks' texts, their plans known."""
+        model = cls(**kwargs)
+        model.prepare(tasks)
+        return model
+
+    def _default_preprocess(self, image_size: int | None) -> PreprocessConfig:
+        longest = getattr(self.config.adaptor("text"), "max_position", 1024)
+        base = PreprocessConfig(max_source_length=longest, max_target_length=longest)
+        return base if image_size is None else dataclasses.replace(base, image_size=image_size)
+
+    def _build(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.config = dataclasses.replace(self.config, vocab_size=len(tokenizer.vocabulary))
+        self._network = OFAPlus(self.config, backend=self._backend, seed=self._seed).eval()
+        tokens = _image_tokens(self._network, self.preprocess.image_size)
+        self.preprocess = dataclasses.replace(self.preprocess, image_tokens={**tokens, **self.preprocess.image_tokens})
+
+    # -------------------------------------------------------------------------------------------------- the parts
+
+    @property
+    def network(self) -> OFAPlus:
+        """The OFA+ network; OfakernRuntimeError before there is a vocabulary."""
+        if self._network is None:
+            raise OfakernRuntimeError(
+                "GeneralistModel: a vocabulary must be there before the network, got none"
+                "\nTry: GeneralistModel.for_tasks(tasks), Trainer(...).fit(model=, tasks=), or tokenizer="
+            )
+        return self._network
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text <-> vocabulary; OfakernRuntimeError before there is one."""
+        if self._tokenizer is None:
+            raise OfakernRuntimeError(
+                "GeneralistModel: a vocabulary must be trained or given, got none"
+                "\nTry: GeneralistModel.for_tasks(tasks)"
+            )
+        return self._tokenizer
+
+    def __repr__(self) -> str:
+        c = self.config
+        size = f"dim={c.dim}, layers={c.encoder_layers}+{c.decoder_layers}"
+        return f"GeneralistModel({size}, vocabulary={c.vocab_size}, tasks={sorted(self.tasks)})"
+
+    def to(self, device: torch.device | str) -> GeneralistModel:
+        """Move the network; returns self."""
+        self.network.to(device)
+        return self
+
+    @property
+    def _image_adaptor(self) -> str | None:
+        names = [adaptor.name for adaptor in self.config.adaptors]
+        return next((name for name in _IMAGE_ADAPTORS if name in names), None)
+
+    def _check_plan(self, plan: Plan) -> Plan:
+        plan.require_available()
+        names = {adaptor.name for adaptor in self.config.adaptors}
+        for segment in plan.segments:
+            if segment.adaptor not in names:
+                raise OfakernValueError(
+                    f"GeneralistModel: adaptors must include {segment.adaptor!r} for {plan.instruction!r}, "
+                    f"got {sorted(names)}"
+                )
+        return plan
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def prepare(self, tasks: Sequence[TaskLike]) -> None:
+        """Learn the tasks' plans; where there is no vocabulary yet, train one on their texts and build the network."""
+        known = {task.name: KnownTask.from_task(task, self._image_adaptor) for task in tasks}
+        for task in known.values():
+            for plan in task.plans:
+                self._check_plan(plan)
+        if self._tokenizer is None:
+            texts = (text for task in tasks for text in task.texts())
+            self._build(Tokenizer.train(texts, self._vocab_size, bins=self._bins))
+        self.tasks.update(known)
+
+    def example_encoder(self, task: TaskLike, split: Split) -> Encoder:
+        """Row -> Example for a split of a task that `prepare` has seen."""
+        known = self.tasks[task.name]
+        return Encoder(
+            known.plans,
+            self.tokenizer,
+            self.preprocess,
+            split=split,
+            closed_sets=known.closed_sets(self.tokenizer),
+            files=open_files(task.files),
+            prepare=task.prepared,
+        )
+
+    def train_step_loss(self, batch: PackedBatch, label_smoothing: float = 0.0) -> LossSums:
+        """The batch's summed loss (with a gradient), negative log-likelihood and number of tokens."""
+        hidden = self.network(batch)
+        return label_smoothed_cross_entropy(
+            hidden, self.network.output_weight, batch.labels, label_smoothing, batch.allowed
+        )
+
+    # -------------------------------------------------------------------------------------------------- inference
+
+    @overload
+    def inference(self, instruction: str, data: Row | None = None, **kwargs: Any) -> Any: ...
+
+    @overload
+    def inference(self, instruction: str, data: Sequence[Row], **kwargs: Any) -> list[Any]: ...
+
+    @overload
+    def inference(self, instruction: Sequence[str], data: Any = None, **kwargs: Any) -> list[Any]: ...
+
+    def inference(
+        self,
+        instruction: str | Sequence[str],
+        data: Row | Sequence[Row] | None = None,
+        *,
+        closed_set: Iterable[str] | None = None,
+        batch_size: int = 8,
+        files: str | Path | None = None,
+        **generation: Any,
+    ) -> Any:
+        """Follow an instruction, or that of a task the model knows by name.
+
+        Args:
+            instruction: a task's name, or any instruction (its first alternative), new ones included. A list is
+                followed one by one, with one `data` each.
+            data: the slots' values by name: one row, or a list of rows. Images are paths, PIL images or arrays.
+            closed_set: the only answers there are (a list, or a mapping whose keys they are).
+            batch_size: rows generated together. files: folder or .zip archive for file names.
+            generation: `GenerationConfig`'s settings, OFASys's names too (`beam_size=`, `max_len=`, ...).
+
+        Returns:
+            An `Output` for one row, a list in order for a list of rows; with `num_return_sequences` above 1 every
+            `Output` is a list, best first.
+
+        Raises:
+            InstructionError: what the instruction is wrong about. DataError: a row that cannot be used.
+        """
+        if not isinstance(instruction, str):
+            rows = [data] * len(instruction) if data is None or isinstance(data, Mapping) else list(data)
+            if len(rows) != len(instruction):
+                raise OfakernValueError(
+                    f"inference: data must have one entry per instruction ({len(instruction)}), got {len(rows)}"
+                )
+            shared: dict[str, Any] = {"closed_set": closed_set, "batch_size": batch_size, "files": files}
+            return [
+                self.inference(one, row, **shared, **generation) for one, row in zip(instruction, rows, strict=True)
+            ]
+        known = self._known(instruction)
+        if closed_set is not None:
+            known = known.with_answers(closed_set)
+        single = data is None or isinstance(data, Mapping)
+        rows_given: list[Row] = [cast(Row, data or {})] if single else list(cast(Sequence[Row], data))
+        config = self.generation.replace(**{**known.generation, **generation})
+        found = list(self._follow(known, rows_given, config, batch_size, files))
+        return found[0] if single else found
+
+    __call__ = inference
+
+    def answers(self, task: TaskLike, rows: Sequence[Row]) -> list[Output]:
+        """The best answer for each of a task's (prepared) rows; their targets are not looked at."""
+        known = self.tasks[task.name]
+        plan = known.plans[0]
+        hidden = {slot.name for slot in plan.target_slots if slot.loss} - set(plan.source_columns)
+        asked = [{name: value for name, value in row.items() if name not in hidden} for row in rows]
+        config = self.generation.replace(**{**task.generation, "num_return_sequences": 1})
+        found = self._follow(known, asked, config, task.micro_batch_size, task.files)
+        return [cast(Output, answer) for answer in found]
+
+    def _known(self, instruction: str) -> KnownTask:
+        if instruction in self.tasks:
+            return self.tasks[instruction]
+        same = next((known for known in self.tasks.values() if known.instruction == instruction), None)
+        if same is not None:
+            return same
+        if "->" not in instruction and instruction.isidentifier():
+            raise OfakernValueError(
+                f"inference: instruction must be one, or the name of a known task ({', '.join(sorted(self.tasks))}), "
+                f"got {instruction!r}"
+            )
+        plans = build_plans(instruction, default_image_adaptor=self._image_adaptor)
+        return KnownTask(instruction, tuple(self._check_plan(plan) for plan in plans))
+
+    def _follow(
+        self, known: KnownTask, rows: Sequence[Row], config: GenerationConfig, batch_size: int, files: Any
+    ) -> Iterator[Answer]:
+        if batch_size < 1:
+            raise OfakernValueError(f"inference: batch_size must be at least 1, got {batch_size}")
+        closed_sets = known.closed_sets(self.tokenizer)
+        plan = known.plans[0]
+        encoder = Encoder(
+            plan, self.tokenizer, self.preprocess, split="test", closed_sets=closed_sets, files=open_files(files)
+        )
+        reader = TargetReader(plan, self.tokenizer, closed_sets, encoder.coder)
+        size = 1 if reader.per_sample else batch_size
+        for begin in range(0, len(rows), size):
+            chunk = rows[begin : begin + size]
+            examples = []
+            for number, row in enumerate(chunk, begin):
+                if not isinstance(row, Mapping):
+                    raise DataError(f"inference: row {number} must be a mapping of columns, got {type(row).__name__}")
+                examples.append(encoder(row, number))
+            yield from self._generate(reader, examples, chunk[0], config)
+
+    def _generate(
+        self, reader: TargetReader, examples: list[Example], row: Row, config: GenerationConfig
+    ) -> Iterator[Answer]:
+        network = self.network
+        training = network.training
+        network.eval()
+        automaton = reader.automaton(row)
+        constrained = True
+        if config.compat == "ofasys":
+            config, constrained = reader.as_ofasys(config)
+        vocabulary = self.tokenizer.vocabulary
+        try:
+            with torch.inference_mode():
+                memory = network.encode(PackedBatch.collate(examples).source.to(network.device))
+                found = generate(
+                    network,
+                    memory,
+                    len(examples),
+                    config,
+                    automaton=automaton if constrained else None,
+                    prefix=_prefixes(examples, vocabulary.pad),
+                    special=SpecialTokens(vocabulary.bos, vocabulary.pad, vocabulary.eos, vocabulary.unk),
+                    max_positions=self.preprocess.max_target_length,
+                )
+        finally:
+            network.train(training)
+        for example, answers in zip(examples, found, strict=True):
+            outputs = [reader.read(a, example.prefix_length, automaton, example.columns) for a in answers]
+            yield outputs if config.num_return_sequences > 1 else outputs[0]
+
+    # ------------------------------------------------------------------------------------------------------ files
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write weights, configuration, vocabulary, plans and generation settings; a reader never sees half of it."""
+        network, tokenizer = self.network, self.tokenizer
+
+        def write(folder: Path) -> None:
+            save_module(folder / _WEIGHTS, network, TIED_KEYS)
+            tokenizer.save_pretrained(folder)
+            header = {"format": _FORMAT, "version": _VERSION}
+            parts = {"model": self.config.to_dict(), "preprocess": dataclasses.asdict(self.preprocess)}
+            write_json(folder / "config.json", {**header, **parts})
+            tasks = {name: task.to_dict() for name, task in self.tasks.items()}
+            write_json(folder / "plans.json", {**header, "tasks": tasks})
+            write_json(folder / "generation_config.json", self.generation.to_dict())
+
+        write_folder(directory, write)
+
+    def load_weights(self, directory: str | Path) -> None:
+        """Load the weights that `save_pretrained` wrote; CheckpointError names keys that do not fit."""
+        load_module(Path(directory) / _WEIGHTS, self.network, TIED_KEYS)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, device: torch.device | str | None = None, backend: str = "auto"
+    ) -> GeneralistModel:
+        """The model that `save_pretrained` wrote, with the same outputs. CheckpointError says what is damaged."""
+        folder = Path(directory)
+        if not folder.is_dir():
+            raise CheckpointError(f"from_pretrained: directory must be a saved model, got {str(folder)!r}")
+        data = read_json(folder / "config.json")
+        if data.get("format") != _FORMAT or data.get("version") != _VERSION:
+            raise CheckpointError(
+                f"from_pretrained: {folder / 'config.json'} must be {_FORMAT} {_VERSION}, "
+                f"got {data.get('format')} {data.get('version')}"
+            )
+        try:
+            tokenizer = Tokenizer.from_pretrained(folder)
+            config = OFAConfig.from_dict(data["model"])
+            preprocess = PreprocessConfig(**{k: _tupled(v) for k, v in data["preprocess"].items()})
+            generation = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+        except (DataError, OfakernValueError, OfakernTypeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"from_pretrained: {folder} must hold a whole model, got: {error}") from error
+        if config.vocab_size != len(tokenizer.vocabulary):
+            raise CheckpointError(
+                f"from_pretrained: vocabulary must have the model's size ({config.vocab_size}), "
+                f"got {len(tokenizer.vocabulary)}"
+            )
+        model = cls(
+            config, tokenizer=tokenizer, preprocess=preprocess, generation=generation, backend=backend
+        )
+        plans = read_json(folder / "plans.json").get("tasks")
+        if not isinstance(plans, dict):
+            raise CheckpointError(
+                f"from_pretrained: {folder / 'plans.json'} must hold tasks, got {type(plans).__name__}"
+            )
+        model.tasks = {name: KnownTask.from_dict(task) for name, task in plans.items()}
+        model.load_weights(folder)
+        return model if device is None else model.to(device)
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _prefixes(examples: Sequence[Example], pad: int) -> Tensor | None:
+    """int64 [B, P]: the decoder's forced first tokens after the begin token, padded behind."""
+    longest = max(example.prefix_length for example in examples)
+    if longest == 0:
+        return None
+    prefix = torch.full((len(examples), longest), pad)
+    for row, example in zip(prefix, examples, strict=True):
+        row[: example.prefix_length] = example.target[0].value[1 : 1 + example.prefix_length]
+    return prefix
+
+
+def _image_tokens(network: OFAPlus, image_size: int) -> dict[str, int]:
+    """Tokens an image of `image_size` x `image_size` pixels takes, by adaptor."""
+    found: dict[str, int] = {}
+    for name, adaptor in network.encoder.adaptor.adaptors.items():
+        if isinstance(adaptor, (ImageResnetAdaptor, ImageVitAdaptor)):
+            height, width = adaptor.grid(image_size, image_size)
+            found[name] = height * width
+        elif isinstance(adaptor, ImagePatchEmbedAdaptor):
+            found[name] = adaptor.tokens
+    return found

@@ -1,0 +1,90 @@
+"""What a model keeps of a task it was trained on, and what it needs to follow any instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ofakern.data.example import build_closed_sets
+from ofakern.errors import CheckpointError, OfakernValueError
+from ofakern.instruction import Modality
+from ofakern.plan import Plan, build_plans
+from ofakern.text import ClosedSet, Tokenizer
+
+__all__ = ["KnownTask", "TaskLike"]
+
+
+class TaskLike(Protocol):
+    """What a model reads of a task (`ofakern.Task`)."""
+
+    name: str
+    instruction: str
+    files: str | Path | None
+    generation: dict[str, Any]
+    micro_batch_size: int
+
+    def prepared(self, row: Mapping[str, Any]) -> Mapping[str, Any]: ...
+
+    def closed_answers(self) -> Mapping[str, Sequence[str]]: ...
+
+    def texts(self) -> Iterable[str]: ...
+
+
+@dataclass(frozen=True)
+class KnownTask:
+    """An instruction's plans with the answers of its closed sets.
+
+    Attributes:
+        plans: one for each alternative; inference follows the first.
+        answers: slot name -> answers, of slots with a closed set.
+        generation: settings for `GenerationConfig.replace`.
+    """
+
+    instruction: str
+    plans: tuple[Plan, ...]
+    answers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_task(cls, task: TaskLike, image_adaptor: str | None) -> KnownTask:
+        """Plan a task's instruction and collect its answers."""
+        plans = build_plans(task.instruction, default_image_adaptor=image_adaptor)
+        answers = {name: tuple(values) for name, values in task.closed_answers().items()}
+        return cls(task.instruction, plans, answers, dict(task.generation))
+
+    def with_answers(self, closed_set: Iterable[str]) -> KnownTask:
+        """The same with other answers: for the slots with `closed_set`, or else for the last generated text slot."""
+        slots = [s for s in self.plans[0].target_slots if s.loss and s.modality is Modality.TEXT]
+        if not slots:
+            raise OfakernValueError(f"inference: closed_set must belong to a TEXT slot, got {self.instruction!r}")
+        chosen = [slot for slot in slots if slot.flag("closed_set")] or slots[-1:]
+        answers = tuple(map(str, closed_set))
+        return KnownTask(
+            self.instruction, self.plans, {**self.answers, **{s.name: answers for s in chosen}}, self.generation
+        )
+
+    def closed_sets(self, tokenizer: Tokenizer) -> dict[str, ClosedSet]:
+        """The closed set of every slot that has answers."""
+        found = build_closed_sets(self.plans, self.answers, tokenizer)
+        return found | {name: ClosedSet(self.answers[name], tokenizer) for name in self.answers if name not in found}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for plans.json."""
+        return {
+            "instruction": self.instruction,
+            "plans": [plan.to_dict() for plan in self.plans],
+            "closed_sets": {name: list(values) for name, values in self.answers.items()},
+            "generation": dict(self.generation),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> KnownTask:
+        """The inverse of `to_dict`; CheckpointError for other data."""
+        try:
+            plans = tuple(Plan.from_dict(plan) for plan in data["plans"])
+            answers = {name: tuple(values) for name, values in data["closed_sets"].items()}
+            return cls(data["instruction"], plans, answers, dict(data["generation"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"from_pretrained: plans.json must hold whole tasks, got: {error!r}") from error
