@@ -47,7 +47,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(
-    max_examples=40,
+    max_examples=100,
     deadline=None,
     derandomize=True,  # the same cases on every machine; nothing is stored
     database=None,

@@ -77,7 +77,7 @@ def run_python(code: str, *arguments: str, timeout: float) -> str:
     ("tokens", "limit_mib"), [(4096, 256), pytest.param(16384, 1024, marks=pytest.mark.slow)], ids=["4096", "16384"]
 )
 def test_memory_grows_with_tokens_only(tokens: int, limit_mib: int) -> None:
-    """Forward and backward with every gradient, B1 H12 K64. T x T floats of all heads would be 768 MiB at 4096 tokens and
+    """Forward and backward with every gradient, B1 H12 K64. T x T floats of all heads would be 768 MiB at 4096 tokens,
     12 GiB at 16384. Results and gradients are part of the extra memory."""
     extra = int(run_python(MEMORY, str(tokens), timeout=900)) / 2**20
     assert extra < limit_mib, f"{extra:.0f} MiB beyond the inputs"
