@@ -27,10 +27,10 @@ RANKS = {
     "modality": 3,
     "patch": 3,
     "model": 4,
+    "generate": 5,
     "plan": 5,
     "data": 6,
     "checkpoint": 7,
-    "generate": 8,
     "tasks": 9,
     "train": 9,
     "cli": 10,
@@ -40,7 +40,7 @@ RANKS = {
 FORBIDDEN = {"model": {"text", "instruction"}, "instruction": {"ops"}, "metrics": {"ops"}, "text": {"ops"}}
 # The packed batch is what data hands to the model: a leaf of plain tensors inside the data package.
 SEAMS = {"ofakern.data.batch"}
-# tasks and train are one level that works together; generate is told by tasks what to do.
+# tasks and train are one level that works together.
 PEERS = {("train", "tasks"), ("tasks", "train")}
 
 
