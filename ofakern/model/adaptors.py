@@ -62,12 +62,12 @@ class AdaptorGroup(nn.Module):
 
     def forward(self, side: PackedSide) -> tuple[Tensor, Tensor]:
         """(embeddings, position embeddings) of the packed tokens, `[N, D]` each."""
+        order = self.plan(side).order  # first of all: it refuses segments that the tables are too short for
         adaptors = self.adaptors
         parts = [find_adaptor(adaptors, values)(values, self.embed_tokens) for values in side.segments]
         if not parts:
             empty = self.embed_tokens.weight.new_zeros((0, self.config.dim))
             return empty, empty
-        order = self.plan(side).order
         embed = _pack([embed for embed, _ in parts], order)
         positions = _pack([position for _, position in parts], order)
         if self.order_embedding is not None:

@@ -147,5 +147,4 @@ def _decoder_layer(
 
 def _rates(last: float, layers: int) -> list[float]:
     """Drop-path rates rise linearly from 0 to the last layer's."""
-    rates: list[float] = torch.linspace(0, last, layers).tolist()
-    return rates
+    return [last * layer / max(layers - 1, 1) for layer in range(layers)]

@@ -84,7 +84,8 @@ class ResNet(nn.Module):
         if width < 1:
             raise OfakernValueError(f"ResNet: width must be at least 1, got {width}")
         self.channels = 16 * width
-        rates = torch.linspace(0, drop_path, sum(stages)).tolist()
+        depth = sum(stages)
+        rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
         self.frozen_norm = frozen_norm
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

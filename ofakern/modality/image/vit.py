@@ -82,7 +82,7 @@ class _Block(nn.Module):
 class _Transformer(nn.Module):
     def __init__(self, shape: VitShape, drop_path: float) -> None:
         super().__init__()
-        rates = torch.linspace(0, drop_path, shape.blocks).tolist()
+        rates = [drop_path * block / max(shape.blocks - 1, 1) for block in range(shape.blocks)]
         self.resblocks = nn.ModuleList(_Block(shape, rate) for rate in rates)
 
 
