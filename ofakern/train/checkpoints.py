@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ofakern.checkpoint.files import replace_folder
 from ofakern.errors import CheckpointError
 
 _NAME = re.compile(r"checkpoint-(\d{8})")
@@ -51,16 +52,6 @@ def save_checkpoint(
         for old in list_checkpoints(folder)[:-keep_last]:
             shutil.rmtree(old)
     return final
-
-
-def replace_folder(partial: Path, final: Path) -> None:
-    """Put `partial` in the place of `final`; what stood there is removed only after the new one is in place."""
-    old = final.with_name(f".{final.name}.{os.getpid()}.old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:

@@ -28,7 +28,7 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.adam_epsilon)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.adam_epsilon, fused=True)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
@@ -79,6 +79,4 @@ def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tenso
     parameters = dict(module.named_parameters())
     for full, value in tensors.items():
         key, name = full.split("|", 1)
-        parameter = parameters[name]
-        moved = value if key == "step" else value.to(parameter.device)
-        optimizer.state[parameter][key] = moved
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)

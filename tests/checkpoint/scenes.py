@@ -13,22 +13,21 @@ from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import OFAConfig
 from ofakern.tasks import Task
 
-COLOURS = ("red", "green", "blue")
+COLOURS = ("red", "green", "blue", "yellow", "black", "purple")
 SIDE = 32
 
 
 def scenes() -> list[dict[str, Any]]:
     rows = []
-    for number, colour in enumerate(COLOURS * 2):
+    for number, colour in enumerate(COLOURS):
         image = Image.new("RGB", (40, 32), "white")
         x, y = 4 + 10 * (number % 3), 2 + 12 * (number // 3)
         box = (x, y, x + 12, y + 14)
         ImageDraw.Draw(image).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=colour)
-        where = "top" if number < 3 else "bottom"
         rows.append(
             {
                 "img": image,
-                "cap": f"a {colour} block at the {where}",
+                "cap": f"a {colour} block on white ground",
                 "q": "which colour is it?",
                 "answer": colour,
                 "box": ",".join(map(str, box)),
