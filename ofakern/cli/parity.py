@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(_as_data(results, not failed), indent=1) + "\n", encoding="utf-8")
     if args.markdown:
-        args.markdown.write_text(_markdown(args.directory, results), encoding="utf-8")
+        args.markdown.write_text(_markdown(args.directory, args.backend, results), encoding="utf-8")
     return 1 if failed else 0
 
 
@@ -126,13 +126,14 @@ def _as_data(results: list[CaseResult], passed: bool) -> dict[str, Any]:
     }
 
 
-def _markdown(directory: Path, results: list[CaseResult]) -> str:
+def _markdown(directory: Path, backend: str, results: list[CaseResult]) -> str:
     lines = [
         "# Parity with OFASys",
         "",
         f"Written by `ofakern parity {directory} --markdown docs/PARITY.md` on {date.today().isoformat()} with torch",
-        f"{torch.__version__}, float32. A quantity agrees when its relative L2 error and its largest error over the",
-        f"largest recorded value are both at most {TOLERANCE:g}, at positions that are not padding.",
+        f"{torch.__version__}, float32, attention backend `{backend}`. A quantity agrees when its relative L2 error",
+        f"and its largest error over the largest recorded value are both at most {TOLERANCE:g}, at positions that are",
+        "not padding.",
         "",
         "- *adaptors*: embeddings, positions and the bias matrices that tables and coordinates stand for;",
         "- *encoder*, *decoder*: the states before, between and after all layers;",

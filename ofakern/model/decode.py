@@ -1,7 +1,8 @@
 """Incremental decoding: one token per row and step, over a straightforward key-value cache.
 
-The cache's layout is this module's own. Keys of a row stand in a run of `max_length` slots; a step sees the first
-t + 1 of them, so nothing moves while decoding and the coordinates are those of the full forward pass.
+The cache's layout is this module's own. Keys of a row stand in a run of `capacity` slots, of which step t sees the
+first t + 1; the coordinates are those of the full forward pass. The capacity doubles when it is used up, so short
+answers neither allocate nor (when beams change places) copy room for the longest.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from ofakern.model.stacks import Decoder, Memory
 from ofakern.nn.attention import Positions
 from ofakern.ops.attention import AttentionLayout, RelativeTerm
 from ofakern.ops.attention.intervals import cross as cross_intervals
+
+FIRST_CAPACITY = 16
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class DecodeState:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._k_pos: Tensor | None = None
+        self._capacity = min(FIRST_CAPACITY, max_length)
         self._cross_layout = self._plan_cross()
 
     @property
@@ -101,6 +105,8 @@ class DecodeState:
             raise OfakernValueError(
                 f"OFAPlus.decode_step: max_length ({self.max_length}) must exceed the tokens fed, got {self.length}"
             )
+        if self.length == self._capacity:
+            self._grow()
         decoder = self._decoder
         x, positions = self._embed(tokens)
         q_pos, k_pos = decoder.adaptor.factored(positions)
@@ -122,15 +128,15 @@ class DecodeState:
         return embed, positions
 
     def _plan_self(self) -> AttentionLayout:
-        """Row r sees slots r * max_length .. r * max_length + t."""
-        rows, t = self.rows, self.length
-        lo = torch.arange(rows, dtype=torch.int32) * self.max_length
+        """Row r sees slots r * capacity .. r * capacity + t."""
+        rows, t, slots = self.rows, self.length, self._capacity
+        lo = torch.arange(rows, dtype=torch.int32) * slots
         visible = torch.stack([lo, lo + t + 1], dim=1)
         terms = []
         if self._rows:
-            k_coord = torch.arange(self.max_length, dtype=torch.int32).repeat(rows)
+            k_coord = torch.arange(slots, dtype=torch.int32).repeat(rows)
             terms = [RelativeTerm(torch.full((rows,), t, dtype=torch.int32), k_coord, visible, self._rows)]
-        return AttentionLayout.build(visible, [1] * rows, [self.max_length] * rows, terms).to(self._device)
+        return AttentionLayout.build(visible, [1] * rows, [slots] * rows, terms).to(self._device)
 
     def _plan_cross(self) -> AttentionLayout:
         counts = np.bincount(self._sample, minlength=len(self._source_lengths)).tolist()
@@ -155,4 +161,16 @@ class DecodeState:
 
     def _empty(self, like: Tensor) -> Tensor:
         # Slots beyond the current step are never read (no query sees them), so they need no value.
-        return like.new_empty((self.rows, self.max_length, *like.shape[1:]))
+        return like.new_empty((self.rows, self._capacity, *like.shape[1:]))
+
+    def _grow(self) -> None:
+        room = min(self._capacity, self.max_length - self._capacity)
+        self._capacity += room
+        self._keys = [_with_room(cache, room) for cache in self._keys]
+        self._values = [_with_room(cache, room) for cache in self._values]
+        if self._k_pos is not None:
+            self._k_pos = _with_room(self._k_pos, room)
+
+
+def _with_room(cache: Tensor, slots: int) -> Tensor:
+    return torch.cat([cache, cache.new_empty((cache.shape[0], slots, *cache.shape[2:]))], dim=1)

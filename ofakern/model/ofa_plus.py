@@ -38,9 +38,10 @@ class OFAPlus(nn.Module):
         return self.encoder.adaptor.embed_tokens.weight.device
 
     def prepare(self, batch: PackedBatch) -> PackedBatch:
-        """Builds the batch's layouts now (on the CPU, e.g. in a loader's thread) instead of at its first use."""
+        """Builds the batch's layouts now, e.g. before it moves to a device, instead of at its first use."""
         self.encoder.adaptor.plan(batch.source)
         self.decoder.adaptor.plan(batch.target)
+        self.decoder.cross_layout(batch.target, batch.source.lengths_cpu)
         return batch
 
     def encode(self, side: PackedSide) -> Memory:

@@ -84,12 +84,12 @@ class Decoder(nn.Module):
     def decoder_layers(self) -> list[DecoderLayer]:
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
-    def cross_layout(self, side: PackedSide, memory: Memory) -> AttentionLayout:
-        """Kept in the target side's cache: it depends on the lengths only."""
-        key = ("cross", memory.lengths)
+    def cross_layout(self, side: PackedSide, source_lengths: tuple[int, ...]) -> AttentionLayout:
+        """Of cross attention; kept in the target side's cache."""
+        key = ("cross", source_lengths)
         layout = side.cache.get(key)
         if not isinstance(layout, AttentionLayout):
-            layout = plan_cross(side, memory.lengths)
+            layout = plan_cross(side, source_lengths)
             side.cache[key] = layout
         return layout
 
@@ -107,7 +107,10 @@ class Decoder(nn.Module):
         q_pos, k_pos = self.adaptor.factored(positions)
         own = Positions(plan.layout, q_pos, k_pos, self.backend)
         cross = Positions(
-            self.cross_layout(side, memory), self.cross_queries(positions), self.cross_keys(memory), self.backend
+            self.cross_layout(side, memory.lengths),
+            self.cross_queries(positions),
+            self.cross_keys(memory),
+            self.backend,
         )
         samples = Samples(side.sample_id, side.samples)
         for layer, tables in zip(self.decoder_layers(), self.adaptor.tables(plan.blocks), strict=True):
