@@ -21,6 +21,9 @@ OFAKERN_HOT Vec vzero() { return {_mm256_setzero_ps()}; }
 OFAKERN_HOT Vec vload(const float* p) { return {_mm256_loadu_ps(p)}; }
 OFAKERN_HOT void vstore(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
 OFAKERN_HOT Vec vload_masked(const float* p, Mask m) { return {_mm256_maskload_ps(p, m.m)}; }
+OFAKERN_HOT Vec vload_merge(Vec a, const float* p, Mask m) {  // p where m
+  return {_mm256_blendv_ps(a.v, _mm256_maskload_ps(p, m.m), _mm256_castsi256_ps(m.m))};
+}
 OFAKERN_HOT void vstore_masked(float* p, Vec x, Mask m) { _mm256_maskstore_ps(p, m.m, x.v); }
 OFAKERN_HOT Vec vgather(const float* base, const std::int32_t* index, Mask m) {
   const __m256i i = _mm256_maskload_epi32(index, m.m);
@@ -56,6 +59,7 @@ OFAKERN_HOT Mask mask_bits(std::uint32_t bits) {
   return {_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane)};
 }
 OFAKERN_HOT Mask mask_and(Mask a, Mask b) { return {_mm256_and_si256(a.m, b.m)}; }
+OFAKERN_HOT Mask mask_or(Mask a, Mask b) { return {_mm256_or_si256(a.m, b.m)}; }
 OFAKERN_HOT Mask mask_andnot(Mask a, Mask b) { return {_mm256_andnot_si256(b.m, a.m)}; }
 OFAKERN_HOT Mask mask_range(int lo, int hi) { return mask_andnot(mask_first(hi), mask_first(lo)); }
 OFAKERN_HOT bool mask_none(Mask m) { return _mm256_testz_si256(m.m, m.m) != 0; }

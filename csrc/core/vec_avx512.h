@@ -3,6 +3,7 @@
 
 // gcc 12 takes the undefined vectors inside its own intrinsics for a mistake (its bug 105593).
 #pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
@@ -23,6 +24,7 @@ OFAKERN_HOT Vec vzero() { return {_mm512_setzero_ps()}; }
 OFAKERN_HOT Vec vload(const float* p) { return {_mm512_loadu_ps(p)}; }
 OFAKERN_HOT void vstore(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
 OFAKERN_HOT Vec vload_masked(const float* p, Mask m) { return {_mm512_maskz_loadu_ps(m, p)}; }
+OFAKERN_HOT Vec vload_merge(Vec a, const float* p, Mask m) { return {_mm512_mask_loadu_ps(a.v, m, p)}; }  // p where m
 OFAKERN_HOT void vstore_masked(float* p, Vec x, Mask m) { _mm512_mask_storeu_ps(p, m, x.v); }
 OFAKERN_HOT Vec vgather(const float* base, const std::int32_t* index, Mask m) {
   const __m512i i = _mm512_maskz_loadu_epi32(m, index);
@@ -44,6 +46,7 @@ OFAKERN_HOT Mask mask_first(int n) { return n >= kWidth ? Mask{0xffff} : n <= 0 
 OFAKERN_HOT Mask mask_bits(std::uint32_t bits) { return static_cast<Mask>(bits); }
 OFAKERN_HOT Mask mask_range(int lo, int hi) { return static_cast<Mask>(mask_first(hi) & ~mask_first(lo)); }
 OFAKERN_HOT Mask mask_and(Mask a, Mask b) { return static_cast<Mask>(a & b); }
+OFAKERN_HOT Mask mask_or(Mask a, Mask b) { return static_cast<Mask>(a | b); }
 OFAKERN_HOT Mask mask_andnot(Mask a, Mask b) { return static_cast<Mask>(a & ~b); }
 OFAKERN_HOT bool mask_none(Mask m) { return m == 0; }
 

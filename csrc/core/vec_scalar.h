@@ -29,6 +29,10 @@ OFAKERN_HOT Vec vload_masked(const float* p, Mask m) {
   OFAKERN_LANES if (m >> l & 1u) r.v[l] = p[l];
   return r;
 }
+OFAKERN_HOT Vec vload_merge(Vec a, const float* p, Mask m) {  // p where m
+  OFAKERN_LANES if (m >> l & 1u) a.v[l] = p[l];
+  return a;
+}
 OFAKERN_HOT void vstore_masked(float* p, Vec x, Mask m) { OFAKERN_LANES if (m >> l & 1u) p[l] = x.v[l]; }
 OFAKERN_HOT Vec vgather(const float* base, const std::int32_t* index, Mask m) {
   Vec r = vzero();
@@ -82,6 +86,7 @@ OFAKERN_HOT Mask mask_first(int n) { return n >= kWidth ? 0xfu : n <= 0 ? 0u : (
 OFAKERN_HOT Mask mask_bits(std::uint32_t bits) { return bits & 0xfu; }
 OFAKERN_HOT Mask mask_range(int lo, int hi) { return mask_first(hi) & ~mask_first(lo); }
 OFAKERN_HOT Mask mask_and(Mask a, Mask b) { return a & b; }
+OFAKERN_HOT Mask mask_or(Mask a, Mask b) { return a | b; }
 OFAKERN_HOT Mask mask_andnot(Mask a, Mask b) { return a & ~b; }
 OFAKERN_HOT bool mask_none(Mask m) { return m == 0; }
 

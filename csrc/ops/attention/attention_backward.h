@@ -22,7 +22,7 @@ struct Cluster {
 template <class T>
 struct BackwardScratch {
   using Elem = Packed<T>;
-  static constexpr i64 kQueries = Tile<Elem>::kQueries, kKeys = Tile<Elem>::kKeys;
+  static constexpr i64 kQueries = Tile<Elem>::kQueries, kStep = Tile<Elem>::kStep, kKeys = Tile<Elem>::kKeys;
   static constexpr int kPair = Gemm<Elem>::kPair;
 
   KeySide<T> keys;
@@ -82,47 +82,46 @@ struct BackwardTensors {
   float* partial_head_scale;   // [samples, heads]
 };
 
-// Adds dS lanes to the term's (reversed) gradient table, wherever the row's term applies.
-template <class Entry>
-OFAKERN_HOT void scatter_lanes(const Entry& entry, float* gradient, Vec ds, int x) {
-  const KeyGroup& group = entry.groups[x / kWidth];
-  float* table = gradient + entry.shift;
-  const Mask lanes = mask_range(entry.lo - x, entry.hi - x);
-  if (group.kind == KeyGroup::scattered) {
-    float values[kWidth];
+// Adds dS of vector v to the term's (reversed) gradient table, wherever the row's term applies.
+template <class Entries>
+OFAKERN_HOT void scatter_lanes(const Entries& entries, float* table, Vec ds, int v) {
+  if (entries.scattered) {
+    float values[kWidth], chosen[kWidth] = {};
+    vstore_masked(chosen, vset(1.0f), mask_or(entries.first[v], entries.second[v]));
     vstore(values, ds);
-    const int begin = max_of(0, entry.lo - x), end = min_of(kWidth, entry.hi - x);
-    for (int l = begin; l < end; ++l) table[entry.coords[x + l]] += values[l];
+    for (int l = 0; l < kWidth; ++l)
+      if (chosen[l] != 0.0f) table[entries.coords[v * kWidth + l]] += values[l];
     return;
   }
-  const Mask first = mask_and(lanes, mask_bits(group.first));
-  vstore_masked(table + group.base[0], vadd(vload_masked(table + group.base[0], first), ds), first);
-  if (group.kind == KeyGroup::one_run) return;
-  const Mask second = mask_andnot(lanes, mask_bits(group.first));
-  vstore_masked(table + group.base[1], vadd(vload_masked(table + group.base[1], second), ds), second);
+  float *first = table + entries.base[v], *second = table + entries.base_second[v];
+  vstore_masked(first, vadd(vload_masked(first, entries.first[v]), ds), entries.first[v]);
+  if (!mask_none(entries.second[v]))
+    vstore_masked(second, vadd(vload_masked(second, entries.second[v]), ds), entries.second[v]);
 }
 
-// One row of S and dP becomes c M P and dS, in place; everything outside [lo, hi) becomes 0.
-template <class T>
-OFAKERN_LOCAL void backward_row(const Problem<T>& p, const RowView& row, BackwardScratch<T>& s, i64 r, i64 padded_keys,
-                                float head_scale, const float* dropout, Vec& head_scale_sum) {
+// One row of S and dP becomes c M P and dS, in place; everything outside the row's keys becomes 0.
+template <int TERMS, class T>
+OFAKERN_LOCAL void backward_row(const Problem<T>& p, const TilePlan<T>& plan, const RowTables& row, const RowTables& gradient,
+                                BackwardScratch<T>& s, i64 r, int padded, float head_scale, const float* dropout,
+                                Vec& head_scale_sum) {
   float* scores = s.scores + r * s.kKeys;
   float* dscores = s.dscores + r * s.kKeys;
-  if (row.lo >= row.hi) {
-    zero_row(scores, padded_keys);
-    zero_row(dscores, padded_keys);
+  if (plan.empty()) {
+    zero_row(scores, padded * kWidth);
+    zero_row(dscores, padded * kWidth);
     return;
   }
   const Vec scale = vset(p.scale * kLog2e), lse2 = vset(s.lse2[r]), delta = vset(s.delta[r]), c = vset(head_scale);
-  const int begin = row.lo / kWidth * kWidth, end = static_cast<int>(round_up(row.hi, kWidth));
-  zero_row(scores, begin);
-  zero_row(dscores, begin);
-  for (int x = begin; x < end; x += kWidth) {
-    const bool whole = x >= row.lo && x + kWidth <= row.hi;
-    const Mask lanes = mask_range(row.lo - x, row.hi - x);
-    Vec probability = vexp2(vsub(score_lanes(p, row, scores, scale, x), lse2));
+  const int begin = plan.begin, end = plan.end;
+  zero_row(scores, begin * kWidth);
+  zero_row(dscores, begin * kWidth);
+  Vec sum = head_scale_sum;
+  for (int v = begin; v < end; ++v) {
+    const i64 x = v * kWidth;
+    Vec probability = vexp2_for(vsub(score_lanes<TERMS>(plan, row, scores, scale, v), lse2), s.queries);
     Vec dp = vload(dscores + x);
-    if (!whole) {
+    if (!plan.whole) {
+      const Mask lanes = mask_range(plan.lo - v * kWidth, plan.hi - v * kWidth);
       probability = vselect(lanes, probability, vzero());
       dp = vselect(lanes, dp, vzero());
     }
@@ -132,23 +131,25 @@ OFAKERN_LOCAL void backward_row(const Problem<T>& p, const RowView& row, Backwar
       kept = vmul(kept, factor);
       dp = vmul(dp, factor);
     }
-    head_scale_sum = vfma(probability, dp, head_scale_sum);
+    sum = vfma(probability, dp, sum);
     const Vec ds = vmul(probability, vsub(vmul(c, dp), delta));
     vstore(scores + x, vmul(c, kept));
     vstore(dscores + x, ds);
-    for (int t = 0; t < p.term_count; ++t)
-      if (x < row.terms[t].hi && x + kWidth > row.terms[t].lo) scatter_lanes(row.terms[t], s.dtables[t], ds, x);
+    for (int t = 0; t < TERMS; ++t)
+      if (v >= plan.terms[t].begin && v < plan.terms[t].end)
+        scatter_lanes(plan.terms[t], const_cast<float*>(gradient.table[t]), ds, v);
   }
-  zero_row(scores + end, padded_keys - end);
-  zero_row(dscores + end, padded_keys - end);
+  head_scale_sum = sum;
+  zero_row(scores + end * kWidth, (padded - end) * kWidth);
+  zero_row(dscores + end * kWidth, (padded - end) * kWidth);
 }
 
 // f32 operands are the rows themselves; bf16 ones are rounded here, dS in both orders.
-OFAKERN_HOT void round_rows(BackwardScratch<float>&, i64, i64) {}
-OFAKERN_HOT void round_rows(BackwardScratch<f16>&, i64, i64) {}
+OFAKERN_HOT void round_rows(BackwardScratch<float>&, i64, i64, i64) {}
+OFAKERN_HOT void round_rows(BackwardScratch<f16>&, i64, i64, i64) {}
 #if defined(OFAKERN_NATIVE_BF16)
-OFAKERN_LOCAL void round_rows(BackwardScratch<bf16>& s, i64 rows, i64 padded_keys) {
-  for (i64 r = 0; r < rows; r += 2)
+OFAKERN_LOCAL void round_rows(BackwardScratch<bf16>& s, i64 first, i64 rows, i64 padded_keys) {
+  for (i64 r = first; r < first + rows; r += 2)
     for (i64 x = 0; x < padded_keys; x += kWidth) {
       const i64 even = r * s.kKeys + x, odd = even + s.kKeys, pair = r * s.kKeys + 2 * x;
       const Vec ds0 = vload(s.dscores + even), ds1 = vload(s.dscores + odd);
@@ -159,7 +160,7 @@ OFAKERN_LOCAL void round_rows(BackwardScratch<bf16>& s, i64 rows, i64 padded_key
     }
 }
 #else
-OFAKERN_HOT void round_rows(BackwardScratch<bf16>&, i64, i64) {}
+OFAKERN_HOT void round_rows(BackwardScratch<bf16>&, i64, i64, i64) {}
 #endif
 
 // dst [width, kQueries] = the transpose of src [kQueries, width], by way of `units`.
@@ -204,36 +205,55 @@ OFAKERN_HOT void store_scaled(const float* src, i64 count, float factor, T* dst)
   for (i64 x = 0; x < count; x += kWidth) vstore_n(dst + x, vmul(vload_n(src + x, count - x), f), count - x);
 }
 
-template <class T>
+// S, dP and from them c M P and dS of query rows [q, q + rows) of the block, for one tile of keys.
+template <int TERMS, class T>
+OFAKERN_LOCAL void backward_step(const Problem<T>& p, BackwardScratch<T>& s, TilePlan<T>& plan, i64 tile, i64 sample, i64 head,
+                                 i64 first, i64 q, i64 rows, Vec& head_scale_sum) {
+  using Elem = Packed<T>;
+  constexpr i64 kKeys = BackwardScratch<T>::kKeys;
+  const i64 keys = s.keys.tile_keys(tile), columns = round_up(keys, Gemm<Elem>::kColumns);
+  const i64 padded_keys = round_up(keys, max_of<i64>(Gemm<Elem>::kDepth, kWidth));
+  const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows), depth_rows = round_up(rows, Gemm<Elem>::kDepth);
+  gemm(gemm_rows, columns, p.depth, s.queries + q * p.depth, p.depth,
+       KeySide<T>::transposed(s.keys.k_transposed, tile, p.depth), s.scores + q * kKeys, kKeys, false);
+  gemm(gemm_rows, columns, p.columns, s.outputs + q * p.columns, p.columns,
+       KeySide<T>::transposed(s.keys.v_transposed, tile, p.columns), s.dscores + q * kKeys, kKeys, false);
+  const float head_scale = p.head_scale == nullptr ? 1.0f : p.head_scale[head];
+  for (i64 r = q; r < q + rows; ++r) {
+    const i64 i = first + r;
+    plan.set(p, s.keys, tile, i);
+    const float* dropout = nullptr;
+    if (p.dropout && !plan.empty()) {
+      dropout_factors(p, sample, head, i, s.keys.first + tile * kKeys, padded_keys, s.dropout);
+      dropout = s.dropout;
+    }
+    RowTables gradient = {};
+    for (int t = 0; t < TERMS; ++t) gradient.table[t] = s.dtables[t] + (p.terms[t].rows - 1 - p.terms[t].q_coord[i]);
+    backward_row<TERMS>(p, plan, row_tables(p, head, i), gradient, s, r, static_cast<int>(padded_keys / kWidth), head_scale,
+                        dropout, head_scale_sum);
+  }
+  zero_row(s.scores + (q + rows) * kKeys, (depth_rows - rows) * kKeys);
+  zero_row(s.dscores + (q + rows) * kKeys, (depth_rows - rows) * kKeys);
+  round_rows(s, q, depth_rows, padded_keys);
+}
+
+// A block of at most kQueries rows of one head against all keys they see.
+template <int TERMS, class T>
 OFAKERN_LOCAL void backward_rows(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 sample,
                                  i64 head, i64 first, i64 rows) {
   using Elem = Packed<T>;
-  constexpr i64 kQueries = BackwardScratch<T>::kQueries, kKeys = BackwardScratch<T>::kKeys;
+  constexpr i64 kQueries = BackwardScratch<T>::kQueries, kStep = BackwardScratch<T>::kStep, kKeys = BackwardScratch<T>::kKeys;
   const Interval hull = hull_of(p, first, rows);
   open_rows(p, g, s, head, first, rows);
-  const float head_scale = p.head_scale == nullptr ? 1.0f : p.head_scale[head];
   const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows), depth_rows = round_up(rows, Gemm<Elem>::kDepth);
   const i64 last = hull.empty() ? 0 : ceil_div(hull.hi - s.keys.first, kKeys);
   Vec head_scale_sum = vzero();
+  TilePlan<T> plan;
   for (i64 tile = hull.empty() ? 0 : (hull.lo - s.keys.first) / kKeys; tile < last; ++tile) {
-    const i64 keys = s.keys.tile_keys(tile), columns = round_up(keys, Gemm<Elem>::kColumns);
-    const i64 padded_keys = round_up(keys, max_of<i64>(Gemm<Elem>::kDepth, kWidth));
-    gemm(gemm_rows, columns, p.depth, s.queries, p.depth, KeySide<T>::transposed(s.keys.k_transposed, tile, p.depth),
-         s.scores, kKeys, false);
-    gemm(gemm_rows, columns, p.columns, s.outputs, p.columns, KeySide<T>::transposed(s.keys.v_transposed, tile, p.columns),
-         s.dscores, kKeys, false);
-    for (i64 r = 0; r < rows; ++r) {
-      const RowView row = view_row(p, s.keys, tile, head, first + r);
-      const float* dropout = nullptr;
-      if (p.dropout && row.lo < row.hi) {
-        dropout_factors(p, sample, head, first + r, s.keys.first + tile * kKeys, keys, s.dropout);
-        dropout = s.dropout;
-      }
-      backward_row(p, row, s, r, padded_keys, head_scale, dropout, head_scale_sum);
-    }
-    zero_row(s.scores + rows * kKeys, (depth_rows - rows) * kKeys);
-    zero_row(s.dscores + rows * kKeys, (depth_rows - rows) * kKeys);
-    round_rows(s, depth_rows, padded_keys);
+    const i64 columns = round_up(s.keys.tile_keys(tile), Gemm<Elem>::kColumns);
+    const i64 padded_keys = round_up(s.keys.tile_keys(tile), max_of<i64>(Gemm<Elem>::kDepth, kWidth));
+    for (i64 q = 0; q < rows; q += kStep)
+      backward_step<TERMS>(p, s, plan, tile, sample, head, first, q, min_of(kStep, rows - q), head_scale_sum);
     gemm(round_up(p.value_width, Gemm<Elem>::kRows), columns, depth_rows, s.outputs_t, kQueries, s.pairs(s.p_pairs),
          s.dv + tile * kKeys * p.columns, kKeys, true);
     gemm(round_up(p.width + p.pos_width, Gemm<Elem>::kRows), columns, depth_rows, s.queries_t, kQueries,
@@ -241,7 +261,7 @@ OFAKERN_LOCAL void backward_rows(const Problem<T>& p, const BackwardTensors<T>& 
     gemm(gemm_rows, p.depth, padded_keys, s.ds_rows, kKeys, KeySide<T>::rows(s.keys.k_rows, tile, p.depth), s.dq, p.depth,
          true);
   }
-  if (s.dhead_scale != nullptr) *s.dhead_scale += hsum(head_scale_sum);
+  *s.dhead_scale += hsum(head_scale_sum);
   for (i64 r = 0; r < rows; ++r) {
     const i64 token = (first + r) * p.heads + head;
     store_scaled(s.dq + r * p.depth, p.width, p.scale, g.dq + token * p.width);
@@ -362,6 +382,7 @@ template <class T>
 OFAKERN_LOCAL void backward_sample(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 sample,
                                    i64 key_head) {
   const i64 begin = p.q_offsets[sample], end = p.q_offsets[sample + 1];
+  const auto run = p.term_count == 0 ? backward_rows<0, T> : p.term_count == 1 ? backward_rows<1, T> : backward_rows<2, T>;
   for (i64 head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head) {
     const i64 slot = sample * p.heads + head;
     for (int t = 0; t < p.term_count; ++t) {
@@ -371,7 +392,7 @@ OFAKERN_LOCAL void backward_sample(const Problem<T>& p, const BackwardTensors<T>
     s.dhead_scale = g.partial_head_scale + slot;
     *s.dhead_scale = 0.0f;
     for (i64 first = begin; first < end; first += s.kQueries)
-      backward_rows(p, g, s, sample, head, first, min_of(s.kQueries, end - first));
+      run(p, g, s, sample, head, first, min_of(s.kQueries, end - first));
   }
 }
 
@@ -427,7 +448,7 @@ OFAKERN_LOCAL void backward(const AttentionInputs& in, const TensorView& out, co
     const Cluster& cluster = memory.clusters[c];
     Arena own(memory.threads + memory.bytes_per_thread * thread);
     BackwardScratch<T> scratch = BackwardScratch<T>::take(p, memory.span, own);
-    AmxTiles tiles;
+    const AmxTiles tiles;
     scratch.keys.pack(p, key_head, cluster.keys, true);
     zero_row(scratch.dk, scratch.keys.tile_count() * scratch.kKeys * p.depth);
     zero_row(scratch.dv, scratch.keys.tile_count() * scratch.kKeys * p.columns);

@@ -7,17 +7,17 @@ namespace ofakern::OFAKERN_ISA {
 namespace {
 
 // A task packs its keys once and lets this many query rows (over the heads that share them) use the packing.
-constexpr i64 kForwardRows = 768;
+constexpr i64 kForwardRows = 1024;
 
 template <class T>
 struct ForwardScratch {
   using Elem = Packed<T>;
-  static constexpr i64 kQueries = Tile<Elem>::kQueries, kKeys = Tile<Elem>::kKeys;
+  static constexpr i64 kQueries = Tile<Elem>::kQueries, kStep = Tile<Elem>::kStep, kKeys = Tile<Elem>::kKeys;
 
   KeySide<T> keys;
   Elem* queries;         // [kQueries, depth]
-  float* scores;         // [kQueries, kKeys]
-  Elem* probabilities;   // [kQueries, kKeys]; for f32 the same memory as scores
+  float* scores;         // [kStep, kKeys]
+  Elem* probabilities;   // [kStep, kKeys]; for f32 the same memory as scores
   float* output;         // [kQueries, columns]
   float *maximum, *sum;  // [kQueries], maximum in units of log2(e)
   float *growth, *tile_sum;  // of this tile: old maximum minus new, sum of probabilities
@@ -27,8 +27,8 @@ struct ForwardScratch {
     ForwardScratch s = {};
     s.keys = KeySide<T>::take(p, span, false, arena);
     s.queries = arena.take<Elem>(kQueries * p.depth);
-    s.scores = arena.take<float>(kQueries * kKeys);
-    s.probabilities = sizeof(Elem) == sizeof(float) ? reinterpret_cast<Elem*>(s.scores) : arena.take<Elem>(kQueries * kKeys);
+    s.scores = arena.take<float>(kStep * kKeys);
+    s.probabilities = sizeof(Elem) == sizeof(float) ? reinterpret_cast<Elem*>(s.scores) : arena.take<Elem>(kStep * kKeys);
     s.output = arena.take<float>(kQueries * p.columns);
     s.maximum = arena.take<float>(kQueries);
     s.sum = arena.take<float>(kQueries);
@@ -39,60 +39,61 @@ struct ForwardScratch {
   }
 };
 
-// Turns one row of dot products into unnormalised probabilities (Elem, zero where masked) and updates its maximum.
-template <class T>
-OFAKERN_LOCAL void softmax_row(const Problem<T>& p, const RowView& row, ForwardScratch<T>& s, i64 r, i64 padded_keys,
-                               const float* dropout) {
+// Turns row r of the step's dot products into unnormalised probabilities (Elem, zero where masked), and moves the maximum of
+// query row q. `padded` vectors are written.
+template <int TERMS, class T>
+OFAKERN_LOCAL void softmax_row(const Problem<T>& p, const TilePlan<T>& plan, const RowTables& row, ForwardScratch<T>& s, i64 r,
+                               i64 q, int padded, const float* dropout) {
   using Elem = Packed<T>;
   float* scores = s.scores + r * s.kKeys;
   Elem* probabilities = s.probabilities + r * s.kKeys;
-  if (row.lo >= row.hi) {
-    zero_row(probabilities, padded_keys);
-    s.growth[r] = 0.0f;
-    s.tile_sum[r] = 0.0f;
+  const int begin = plan.begin, end = plan.end;
+  if (plan.empty()) {
+    zero_row(probabilities, padded * kWidth);
+    s.growth[q] = 0.0f;
+    s.tile_sum[q] = 0.0f;
     return;
   }
   const Vec scale = vset(p.scale * kLog2e);
-  const int begin = row.lo / kWidth * kWidth, end = static_cast<int>(round_up(row.hi, kWidth));
   Vec top = vset(-kInfinity);
-  for (int x = begin; x < end; x += kWidth) {
-    Vec score = score_lanes(p, row, scores, scale, x);
-    if (x < row.lo || x + kWidth > row.hi) score = vselect(mask_range(row.lo - x, row.hi - x), score, vset(-kInfinity));
-    vstore(scores + x, score);
+  for (int v = begin; v < end; ++v) {
+    Vec score = score_lanes<TERMS>(plan, row, scores, scale, v);
+    if (!plan.whole) score = vselect(mask_range(plan.lo - v * kWidth, plan.hi - v * kWidth), score, vset(-kInfinity));
+    vstore(scores + v * kWidth, score);
     top = vmax(top, score);
   }
-  const float before = s.maximum[r];
+  const float before = s.maximum[q];
   const float now = max_of(before, hmax(top));
   const float reference = now == -kInfinity ? 0.0f : now;
-  s.maximum[r] = now;
-  s.growth[r] = before - reference;
+  s.maximum[q] = now;
+  s.growth[q] = before - reference;
 
   const Vec shift = vset(reference);
   Vec total = vzero();
-  for (int x = 0; x < begin; x += kWidth) vstore_as(probabilities + x, vzero());
-  for (int x = begin; x < end; x += kWidth) {
-    Vec probability = vexp2(vsub(vload(scores + x), shift));
+  for (int v = 0; v < begin; ++v) vstore_as(probabilities + v * kWidth, vzero());
+  for (int v = begin; v < end; ++v) {
+    Vec probability = vexp2_for(vsub(vload(scores + v * kWidth), shift), probabilities);
     total = vadd(total, probability);
-    if (dropout != nullptr) probability = vmul(probability, vload(dropout + x));
-    vstore_as(probabilities + x, probability);
+    if (dropout != nullptr) probability = vmul(probability, vload(dropout + v * kWidth));
+    vstore_as(probabilities + v * kWidth, probability);
   }
-  for (i64 x = end; x < padded_keys; x += kWidth) vstore_as(probabilities + x, vzero());
-  s.tile_sum[r] = hsum(total);
+  for (int v = end; v < padded; ++v) vstore_as(probabilities + v * kWidth, vzero());
+  s.tile_sum[q] = hsum(total);
 }
 
 // Applies the rows' new maxima to what was accumulated under the old ones.
 template <class T>
-OFAKERN_LOCAL void rescale_rows(const Problem<T>& p, ForwardScratch<T>& s, i64 rows) {
-  alignas(64) float factors[ForwardScratch<T>::kQueries];
+OFAKERN_LOCAL void rescale_rows(const Problem<T>& p, ForwardScratch<T>& s, i64 first, i64 rows) {
+  alignas(64) float factors[ForwardScratch<T>::kStep];
   for (i64 r = 0; r < rows; r += kWidth) {
-    const Vec factor = vexp2(vload(s.growth + r));
+    const Vec factor = vexp2(vload(s.growth + first + r));
     vstore(factors + r, factor);
-    vstore(s.sum + r, vfma(vload(s.sum + r), factor, vload(s.tile_sum + r)));
+    vstore(s.sum + first + r, vfma(vload(s.sum + first + r), factor, vload(s.tile_sum + first + r)));
   }
   for (i64 r = 0; r < rows; ++r) {
     if (factors[r] == 1.0f) continue;
     const Vec factor = vset(factors[r]);
-    float* output = s.output + r * p.columns;
+    float* output = s.output + (first + r) * p.columns;
     for (i64 x = 0; x < p.columns; x += kWidth) vstore(output + x, vmul(vload(output + x), factor));
   }
 }
@@ -110,43 +111,51 @@ OFAKERN_LOCAL void finish_row(const Problem<T>& p, const ForwardScratch<T>& s, i
   lse[i * p.heads + head] = empty ? -kInfinity : s.maximum[r] * kLn2 + __builtin_logf(s.sum[r]);
 }
 
-template <class T>
-OFAKERN_LOCAL void forward_rows(const Problem<T>& p, ForwardScratch<T>& s, i64 sample, i64 head, i64 first, i64 rows, T* out,
-                                float* lse) {
+// Query rows [q, q + rows) of the block against one tile of keys.
+template <int TERMS, class T>
+OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, TilePlan<T>& plan, i64 tile, i64 sample, i64 head,
+                                i64 first, i64 q, i64 rows) {
   using Elem = Packed<T>;
   constexpr i64 kKeys = ForwardScratch<T>::kKeys;
-  const i64 padded_rows = round_up(rows, max_of<i64>(Gemm<Elem>::kRows, kWidth));
+  const i64 keys = s.keys.tile_keys(tile), gemm_rows = round_up(rows, Gemm<Elem>::kRows);
+  const i64 padded_keys = round_up(keys, max_of<i64>(Gemm<Elem>::kDepth, kWidth));
+  gemm(gemm_rows, round_up(keys, Gemm<Elem>::kColumns), p.depth, s.queries + q * p.depth, p.depth,
+       KeySide<T>::transposed(s.keys.k_transposed, tile, p.depth), s.scores, kKeys, false);
+  for (i64 r = 0; r < rows; ++r) {
+    const i64 i = first + q + r;
+    plan.set(p, s.keys, tile, i);
+    const float* dropout = nullptr;
+    if (p.dropout && !plan.empty()) {
+      dropout_factors(p, sample, head, i, s.keys.first + tile * kKeys, padded_keys, s.dropout);
+      dropout = s.dropout;
+    }
+    softmax_row<TERMS>(p, plan, row_tables(p, head, i), s, r, q + r, static_cast<int>(padded_keys / kWidth), dropout);
+  }
+  zero_row(s.probabilities + rows * kKeys, (gemm_rows - rows) * kKeys);
+  rescale_rows(p, s, q, round_up(rows, kWidth));
+  gemm(gemm_rows, p.columns, padded_keys, s.probabilities, kKeys, KeySide<T>::rows(s.keys.v_rows, tile, p.columns),
+       s.output + q * p.columns, p.columns, true);
+}
+
+// A block of at most kQueries rows of one head against all keys they see.
+template <int TERMS, class T>
+OFAKERN_LOCAL void forward_rows(const Problem<T>& p, ForwardScratch<T>& s, i64 sample, i64 head, i64 first, i64 rows, T* out,
+                                float* lse) {
+  constexpr i64 kKeys = ForwardScratch<T>::kKeys, kStep = ForwardScratch<T>::kStep;
+  static_assert(kStep % kWidth == 0, "the rows' state is updated by whole vectors");
+  const i64 padded_rows = round_up(rows, kStep);
   const Interval hull = hull_of(p, first, rows);
   for (i64 r = 0; r < padded_rows; ++r) {
     s.maximum[r] = -kInfinity;
-    s.sum[r] = 0.0f;
-    s.growth[r] = 0.0f;
-    s.tile_sum[r] = 0.0f;
+    s.sum[r] = s.growth[r] = s.tile_sum[r] = 0.0f;
   }
   if (!hull.empty()) {
     pack_queries(p, head, first, rows, s.queries);
     zero_row(s.output, padded_rows * p.columns);
-    zero_row(s.probabilities + rows * kKeys, (padded_rows - rows) * kKeys);
-  }
-  const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows);
-  const i64 last = hull.empty() ? 0 : ceil_div(hull.hi - s.keys.first, kKeys);
-  for (i64 tile = hull.empty() ? 0 : (hull.lo - s.keys.first) / kKeys; tile < last; ++tile) {
-    const i64 keys = s.keys.tile_keys(tile);
-    const i64 padded_keys = round_up(keys, max_of<i64>(Gemm<Elem>::kDepth, kWidth));
-    gemm(gemm_rows, round_up(keys, Gemm<Elem>::kColumns), p.depth, s.queries, p.depth,
-         KeySide<T>::transposed(s.keys.k_transposed, tile, p.depth), s.scores, kKeys, false);
-    for (i64 r = 0; r < rows; ++r) {
-      const RowView row = view_row(p, s.keys, tile, head, first + r);
-      const float* dropout = nullptr;
-      if (p.dropout && row.lo < row.hi) {
-        dropout_factors(p, sample, head, first + r, s.keys.first + tile * kKeys, keys, s.dropout);
-        dropout = s.dropout;
-      }
-      softmax_row(p, row, s, r, padded_keys, dropout);
-    }
-    rescale_rows(p, s, padded_rows);
-    gemm(gemm_rows, p.columns, padded_keys, s.probabilities, kKeys, KeySide<T>::rows(s.keys.v_rows, tile, p.columns),
-         s.output, p.columns, true);
+    TilePlan<T> plan;
+    for (i64 tile = (hull.lo - s.keys.first) / kKeys; tile * kKeys < hull.hi - s.keys.first; ++tile)
+      for (i64 q = 0; q < rows; q += kStep)
+        forward_step<TERMS>(p, s, plan, tile, sample, head, first, q, min_of(kStep, rows - q));
   }
   for (i64 r = 0; r < rows; ++r) finish_row(p, s, head, first + r, r, out, lse);
 }
@@ -199,6 +208,15 @@ struct ForwardMemory {
   }
 };
 
+template <int TERMS, class T>
+OFAKERN_LOCAL void forward_task(const Problem<T>& p, ForwardScratch<T>& s, ForwardTask task, i64 key_head, T* out, float* lse) {
+  constexpr i64 kQueries = ForwardScratch<T>::kQueries;
+  s.keys.pack(p, key_head, hull_of(p, task.first, task.count), false);
+  for (i64 head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head)
+    for (i64 r = 0; r < task.count; r += kQueries)
+      forward_rows<TERMS>(p, s, task.sample, head, task.first + r, min_of(kQueries, task.count - r), out, lse);
+}
+
 template <class T>
 OFAKERN_LOCAL void forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse, void* workspace,
                            int threads) {
@@ -213,13 +231,9 @@ OFAKERN_LOCAL void forward(const AttentionInputs& in, const TensorView& out, con
     const i64 key_head = index % p.key_heads;
     Arena own(memory.threads + memory.bytes_per_thread * thread);
     ForwardScratch<T> scratch = ForwardScratch<T>::take(p, span, own);
-    AmxTiles tiles;
-    const Interval hull = hull_of(p, task.first, task.count);
-    scratch.keys.pack(p, key_head, hull, false);
-    for (i64 head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head)
-      for (i64 r = 0; r < task.count; r += ForwardScratch<T>::kQueries)
-        forward_rows(p, scratch, task.sample, head, task.first + r, min_of(ForwardScratch<T>::kQueries, task.count - r),
-                     out.as<T>(), lse.as<float>());
+    const AmxTiles tiles;
+    const auto run = p.term_count == 0 ? forward_task<0, T> : p.term_count == 1 ? forward_task<1, T> : forward_task<2, T>;
+    run(p, scratch, task, key_head, out.as<T>(), lse.as<float>());
   });
 }
 

@@ -26,15 +26,16 @@ struct PackedAs<bf16> {
 template <class T>
 using Packed = typename PackedAs<T>::type;
 
-// Rows and keys of one tile. Scores of a tile (f32) stay in the second-level cache, its operands in the first.
+// kQueries rows keep their running state while tiles of kKeys keys go by; kStep rows at a time have their scores computed and
+// used, so that a tile's packed keys and the step's scores meet in the first-level cache.
 template <class Elem>
 struct Tile {
-  static constexpr i64 kQueries = 96, kKeys = 128;
+  static constexpr i64 kQueries = 192, kStep = 48, kKeys = 128;
 };
 #if defined(OFAKERN_AMX)
 template <>
 struct Tile<bf16> {
-  static constexpr i64 kQueries = 128, kKeys = 128;
+  static constexpr i64 kQueries = 256, kStep = 32, kKeys = 128;
 };
 #endif
 
@@ -314,60 +315,105 @@ OFAKERN_LOCAL Interval hull_of(const Problem<T>& p, i64 first, i64 count) {
   return hull;
 }
 
-// One query row within one tile of keys: which keys it sees and where its table entries stand.
-struct RowView {
-  int lo, hi;  // keys seen, counted from the tile's first
-  struct {
-    int lo, hi;                  // keys inside the term's interval too
-    const float* table;          // reversed table, moved so that index = the key's coordinate
-    const KeyGroup* groups;      // of this tile
-    const std::int32_t* coords;  // of this tile
-    i64 shift;                   // table = reversed + shift
-  } terms[2];
+// How the rows that share their intervals go through one tile of keys: which lanes of which vectors they see, and where
+// the lanes' table entries stand. Made once, used by all such rows.
+template <class T>
+struct TilePlan {
+  static constexpr int kVectors = static_cast<int>(Tile<Packed<T>>::kKeys / kWidth);
+  struct Entries {
+    Interval same = {-1, -1};  // as the layout has it
+    int begin, end;            // vectors with an entry
+    bool scattered;            // some vector must be gathered
+    const std::int32_t* coords;
+    // Lanes `first` read table[base + lane], lanes `second` read table[base_second + lane].
+    i64 base[kVectors], base_second[kVectors];
+    Mask first[kVectors], second[kVectors];
+  };
+
+  Interval visible = {-1, -1};  // as the layout has it
+  i64 tile = -1;
+  int lo = 0, hi = 0;  // keys seen, counted from the tile's first
+  int begin = 0, end = 0;  // vectors that hold them
+  bool whole = false;      // those vectors hold nothing else
+  Entries terms[2];
+
+  bool empty() const { return lo >= hi; }
+
+  void set(const Problem<T>& p, const KeySide<T>& side, i64 new_tile, i64 i) {
+    const bool same_keys = new_tile == tile && p.visible[i].lo == visible.lo && p.visible[i].hi == visible.hi;
+    if (!same_keys) set_keys(side, new_tile, p.visible[i]);
+    for (int t = 0; t < p.term_count; ++t) {
+      const Interval same = p.terms[t].same[i];
+      if (!same_keys || same.lo != terms[t].same.lo || same.hi != terms[t].same.hi)
+        set_term(p.terms[t], side, terms[t], same, side.tile_groups(t, new_tile));
+    }
+  }
+
+ private:
+  void set_keys(const KeySide<T>& side, i64 new_tile, Interval new_visible) {
+    visible = new_visible;
+    tile = new_tile;
+    const Interval seen = local(side, visible);
+    lo = seen.lo;
+    hi = seen.hi;
+    begin = lo / kWidth;
+    end = static_cast<int>(ceil_div(hi, kWidth));
+    whole = lo % kWidth == 0 && hi % kWidth == 0;
+  }
+
+  // Counted from the tile's first key, clipped to the tile; {0, 0} when nothing is left.
+  Interval local(const KeySide<T>& side, Interval interval) const {
+    const i64 first = side.first + tile * KeySide<T>::kKeys;
+    const i64 from = max_of<i64>(interval.lo - first, 0), to = min_of<i64>(interval.hi - first, side.tile_keys(tile));
+    return from < to ? Interval{static_cast<std::int32_t>(from), static_cast<std::int32_t>(to)} : Interval{0, 0};
+  }
+
+  void set_term(const Term& term, const KeySide<T>& side, Entries& entries, Interval same, const KeyGroup* groups) {
+    entries.same = same;
+    entries.coords = term.k_coord + side.first + tile * KeySide<T>::kKeys;
+    entries.scattered = false;
+    const Interval keys = intersect(local(side, same), Interval{lo, hi});
+    entries.begin = keys.empty() ? 0 : keys.lo / kWidth;
+    entries.end = keys.empty() ? 0 : static_cast<int>(ceil_div(keys.hi, kWidth));
+    for (int v = entries.begin; v < entries.end; ++v) {
+      const KeyGroup& group = groups[v];
+      const Mask lanes = mask_range(keys.lo - v * kWidth, keys.hi - v * kWidth);
+      entries.scattered = entries.scattered || group.kind == KeyGroup::scattered;
+      entries.base[v] = group.base[0];
+      entries.base_second[v] = group.base[1];
+      entries.first[v] = group.kind == KeyGroup::scattered ? lanes : mask_and(lanes, mask_bits(group.first));
+      entries.second[v] = mask_andnot(lanes, mask_bits(group.first));
+    }
+  }
+};
+
+// The row's own part of a term: table entries of key lane l stand at table[base + l] (see TilePlan).
+struct RowTables {
+  const float* table[2];
 };
 
 template <class T>
-OFAKERN_HOT RowView view_row(const Problem<T>& p, const KeySide<T>& side, i64 tile, i64 head, i64 i) {
-  const std::int32_t tile_first = static_cast<std::int32_t>(side.first + tile * KeySide<T>::kKeys);
-  const Interval keys = {tile_first, tile_first + static_cast<std::int32_t>(side.tile_keys(tile))};
-  const Interval seen = intersect(p.visible[i], keys);
-  RowView row;
-  row.lo = seen.lo - tile_first;
-  row.hi = seen.empty() ? row.lo : seen.hi - tile_first;
-  for (int t = 0; t < p.term_count; ++t) {
-    const Term& term = p.terms[t];
-    const Interval same = intersect(term.same[i], seen);
-    auto& entry = row.terms[t];
-    entry.lo = same.empty() ? 0 : same.lo - tile_first;
-    entry.hi = same.empty() ? 0 : same.hi - tile_first;
-    entry.shift = term.rows - 1 - term.q_coord[i];
-    entry.table = term.reversed + head * term.rows + entry.shift;
-    entry.groups = side.tile_groups(t, tile);
-    entry.coords = term.k_coord + tile_first;
-  }
+OFAKERN_HOT RowTables row_tables(const Problem<T>& p, i64 head, i64 i) {
+  RowTables row = {};
+  for (int t = 0; t < p.term_count; ++t)
+    row.table[t] = p.terms[t].reversed + head * p.terms[t].rows + (p.terms[t].rows - 1 - p.terms[t].q_coord[i]);
   return row;
 }
 
-// The entries of one term for lanes [x, x + kWidth) of a row; 0 outside the term's interval, where nothing is read.
-template <class Entry>
-OFAKERN_HOT Vec table_lanes(const Entry& entry, int x) {
-  const KeyGroup& group = entry.groups[x / kWidth];
-  const bool whole = entry.lo <= x && x + kWidth <= entry.hi;
-  if (whole && group.kind == KeyGroup::one_run) return vload(entry.table + group.base[0]);
-  const Mask lanes = mask_range(entry.lo - x, entry.hi - x);
-  if (group.kind == KeyGroup::scattered) return vgather(entry.table, entry.coords + x, lanes);
-  const Mask first = mask_bits(group.first);
-  const Vec head = vload_masked(entry.table + group.base[0], mask_and(lanes, first));
-  if (group.kind == KeyGroup::one_run) return head;
-  return vadd(head, vload_masked(entry.table + group.base[1], mask_andnot(lanes, first)));
+// The entries of one term for vector v of a row.
+template <class Entries>
+OFAKERN_HOT Vec table_lanes(const Entries& entries, const float* table, int v) {
+  if (entries.scattered) return vgather(table, entries.coords + v * kWidth, mask_or(entries.first[v], entries.second[v]));
+  return vload_merge(vload_masked(table + entries.base[v], entries.first[v]), table + entries.base_second[v],
+                     entries.second[v]);
 }
 
-// Scores in units of log2(e) for lanes [x, x + kWidth): the scaled dot product plus the relative terms.
-template <class T>
-OFAKERN_HOT Vec score_lanes(const Problem<T>& p, const RowView& row, const float* products, Vec scale, int x) {
-  Vec score = vmul(vload(products + x), scale);
-  for (int t = 0; t < p.term_count; ++t)
-    if (x < row.terms[t].hi && x + kWidth > row.terms[t].lo) score = vadd(score, table_lanes(row.terms[t], x));
+// Scores in units of log2(e) for vector v: the scaled dot product plus the relative terms.
+template <int TERMS, class T>
+OFAKERN_HOT Vec score_lanes(const TilePlan<T>& plan, const RowTables& row, const float* products, Vec scale, int v) {
+  Vec score = vmul(vload(products + v * kWidth), scale);
+  for (int t = 0; t < TERMS; ++t)
+    if (v >= plan.terms[t].begin && v < plan.terms[t].end) score = vadd(score, table_lanes(plan.terms[t], row.table[t], v));
   return score;
 }
 
