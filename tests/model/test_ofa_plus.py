@@ -264,3 +264,24 @@ def test_an_empty_source_segment_and_sample_are_fine() -> None:
     out = per_sample(model, PackedBatch.collate(both))
     torch.testing.assert_close(out[1], per_sample(model, PackedBatch.collate(both[1:]))[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out[0], per_sample(model, PackedBatch.collate(both[:1]))[0], rtol=1e-5, atol=1e-5)
+
+
+def test_images_of_several_sizes_share_a_batch() -> None:
+    resnet = ImageResnetConfig(resnet_type="resnet50", resnet_blocks=(1, 1, 1), resnet_width=8, bucket_size=6)
+    model = build(adaptors=(TextAdaptorConfig(max_position=32, bucket_size=6), resnet))
+    text = [Segment(1, "text", 1, torch.tensor([4, 5, 6]))]
+    sizes = ((32, 32), (48, 80), (33, 16), (48, 80))
+    samples = [
+        Example([Segment(0, "image_resnet", 2, torch.randn(3, *size)), *text], text, torch.tensor([5, 6, 2]))
+        for size in sizes
+    ]
+    batch = PackedBatch.collate(samples)
+    assert [s.value.shape[0] for s in batch.source.segments if s.adaptor == "image_resnet"] == [1, 2, 1]
+    assert batch.source.lengths_cpu == (7, 18, 6, 18)
+    for sample, expected in zip(samples, per_sample(model, batch), strict=True):
+        torch.testing.assert_close(per_sample(model, PackedBatch.collate([sample]))[0], expected, rtol=1e-4, atol=1e-5)
+    moved = model.prepare(batch).to("cpu")
+    assert moved.source.cache.keys() == batch.source.cache.keys()
+    large = Example([Segment(0, "image_resnet", 2, torch.randn(3, 112, 16))], text, torch.tensor([5, 6, 2]))
+    with pytest.raises(OfakernValueError, match=r"grid_block: .* \[1, 6\]"):
+        model(PackedBatch.collate([large]))
