@@ -17,6 +17,8 @@ from ofakern.errors import OfakernError
 COMMANDS = {
     "info": "versions, CPU instruction set, GPU, and which backend runs which op",
     "plan": "print the plan of an instruction",
+    "train": "train a model on the tasks of a YAML file",
+    "generate": "follow an instruction with a saved model",
     "parity": "recompute recorded cases of a reference implementation and compare",
     "bench": "time an op against its peers",
 }

@@ -10,6 +10,7 @@ from torch import nn
 
 from ofakern.data.batch import PackedBatch
 from ofakern.data.dataset import BrokenTally, Encode, TaskDataset, load
+from ofakern.data.example import Split
 from ofakern.instruction import Modality
 from ofakern.modality.box.preprocess import parse_box
 from ofakern.modality.output import Output
@@ -23,7 +24,7 @@ class Evaluable(Protocol):
     @property
     def network(self) -> nn.Module: ...
 
-    def example_encoder(self, task: Task, split: str) -> Encode: ...
+    def example_encoder(self, task: Task, split: Split) -> Encode: ...
 
     def train_step_loss(self, batch: PackedBatch, label_smoothing: float) -> LossSums: ...
 
@@ -31,7 +32,7 @@ class Evaluable(Protocol):
 
 
 def evaluate(
-    model: Evaluable, tasks: Sequence[Task], split: str, *, seed: int = 1, bf16: bool = False
+    model: Evaluable, tasks: Sequence[Task], split: Split, *, seed: int = 1, bf16: bool = False
 ) -> dict[str, dict[str, float]]:
     """Task -> {"nll": per target token, metrics...}; tasks without rows for the split are left out.
 
@@ -53,7 +54,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def _evaluate_task(model: Evaluable, task: Task, split: str, seed: int, bf16: bool) -> dict[str, float]:
+def _evaluate_task(model: Evaluable, task: Task, split: Split, seed: int, bf16: bool) -> dict[str, float]:
     rows = task.rows(split)
     assert rows is not None
     dataset = TaskDataset(rows, model.example_encoder(task, split), seed=seed, shuffle=False, name=task.name)

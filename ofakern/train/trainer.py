@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ofakern.data.example import Split
 from ofakern.errors import OfakernTypeError, OfakernValueError
 from ofakern.tasks import Task
 from ofakern.train.config import TrainConfig
@@ -51,7 +52,7 @@ class Trainer:
             run.close()
 
     def evaluate(
-        self, *, model: Evaluable, tasks: Task | Sequence[Task], split: str = "test"
+        self, *, model: Evaluable, tasks: Task | Sequence[Task], split: Split = "test"
     ) -> dict[str, dict[str, float]]:
         """Task -> {"loss", "nll", metrics...} on a split; tasks without rows for it are left out."""
         chosen = [tasks] if isinstance(tasks, Task) else list(tasks)

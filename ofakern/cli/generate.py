@@ -1,0 +1,77 @@
+"""`ofakern generate MODEL INSTRUCTION`: the answer of a saved model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from ofakern.checkpoint import GeneralistModel
+from ofakern.errors import OfakernValueError
+from ofakern.modality.output import Output
+
+_EPILOG = """examples:
+  ofakern generate demo-output/model caption --data img=photo.png
+  ofakern generate demo-output/model "[IMAGE:img] [TEXT:q] -> [TEXT:a]" --data img=photo.png "q=what colour is it?"
+  ofakern generate demo-output/model grounding --data img=photo.png card="ace of spades" --save-box boxed.png"""
+
+_SETTINGS: dict[str, type] = {
+    "num_beams": int,
+    "max_new_tokens": int,
+    "min_new_tokens": int,
+    "no_repeat_ngram_size": int,
+    "num_return_sequences": int,
+    "length_penalty": float,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "seed": int,
+}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="follow an instruction with a saved model",
+        description="Print a saved model's answer to an instruction, or to that of a task it was trained on.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="folder that save_pretrained or a training run wrote")
+    parser.add_argument("instruction", help="an instruction, or the name of a task")
+    parser.add_argument("--data", metavar="NAME=VALUE", nargs="+", default=[], help="the slots' values")
+    parser.add_argument("--closed-set", metavar="ANSWER", nargs="+", help="the only answers there are")
+    parser.add_argument("--do-sample", action="store_true", help="draw instead of searching")
+    for name, kind in _SETTINGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper())
+    parser.add_argument("--json", action="store_true", help="one JSON object per answer")
+    parser.add_argument("--save-box", metavar="FILE", help="write the image with the (best) answer's boxes")
+
+
+def run(args: argparse.Namespace) -> int:
+    row: dict[str, str] = {}
+    for item in args.data:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise OfakernValueError(f"--data: value must be NAME=VALUE, got {item!r}")
+        row[name] = value
+    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    if args.do_sample:
+        given["do_sample"] = True
+    model = GeneralistModel.from_pretrained(args.model)
+    found = model.inference(args.instruction, row, closed_set=args.closed_set, **given)
+    outputs: list[Output] = found if isinstance(found, list) else [found]
+    for output in outputs:
+        print(_line(output, args.json))
+    if args.save_box:
+        outputs[0].save_box(args.save_box)
+    return 0
+
+
+def _line(output: Output, as_json: bool) -> str:
+    if as_json:
+        shown: dict[str, Any] = {"values": output.values, "score": output.score, "tokens": output.tokens}
+        return json.dumps(shown, ensure_ascii=False)
+    parts = [output.text] if output.text is not None else []
+    parts += [", ".join(f"{value:.1f}" for value in box) for box in output.boxes]
+    return "\t".join(parts)
