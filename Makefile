@@ -24,8 +24,8 @@ setup: $(INSTALL_STAMP) build ## .venv with ofakern, its kernels and the develop
 # An existing .venv is completed, not replaced.
 $(TOOLS_STAMP): constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0 \
-		cmake ninja pybind11 scikit-build-core
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt \
+		torch cmake ninja pybind11 scikit-build-core
 	touch $@
 
 $(INSTALL_STAMP): pyproject.toml $(TOOLS_STAMP)

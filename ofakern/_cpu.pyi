@@ -1,4 +1,4 @@
-"""The CPU kernels. Arguments are positional; every tensor is checked again in C++ (csrc/ops/<op>/<op>.h has the contract)."""
+"""The CPU kernels. Arguments are positional; C++ checks every tensor again (csrc/ops/<op>/<op>.h has the contract)."""
 
 from torch import Tensor
 
