@@ -1,7 +1,7 @@
 """The demonstration's three data sets as plain rows: sequences of dicts that hold PIL images, texts and boxes.
 
 Every training row is a pure function of its index, so any order of access, any number of passes and a resumed run see
-the same rows. Test rows are the sets' own test splits, untouched apart from being resized.
+the same rows. Test rows are the sets' own test splits, untouched.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from demo_scenes import CARD_CLASSES, CardPhoto, SceneMaker, resized_photo
+from demo_scenes import CARD_CLASSES, CardPhoto, SceneMaker, card_photo
 from PIL import Image, ImageEnhance
 
 __all__ = [
@@ -25,8 +25,11 @@ __all__ = [
     "Rows",
     "answers",
     "caption_rows",
+    "captions",
+    "card_photos",
     "grounding_rows",
     "question_rows",
+    "questions",
 ]
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -101,10 +104,10 @@ def _varied_emoji(picture: Image.Image, rng: np.random.Generator) -> Image.Image
     return ImageEnhance.Color(moved).enhance(rng.uniform(0.7, 1.3))
 
 
-def caption_rows(split: str, size: int, *, seed: int = 0, passes: int = 1) -> Rows:
-    """noto_emoji: `img` (a picture of `size` x `size`), `cap` (its English name, lower case).
+def caption_rows(split: str, *, size: int = 72, seed: int = 0, passes: int = 1) -> Rows:
+    """noto_emoji: `img`, `cap` (its English name, lower case).
 
-    With `passes` above 1 the rows of the training split are repeated, each time varied anew.
+    Training rows, `size` x `size` pixels, repeat `passes` times and are varied anew each time.
     """
     records = [r for r in _lines(DATA / "noto_emoji" / "annotations.jsonl") if r["split"] == split]
 
@@ -112,10 +115,15 @@ def caption_rows(split: str, size: int, *, seed: int = 0, passes: int = 1) -> Ro
         record = records[i % len(records)]
         picture = _opened("noto_emoji", record["file"])
         if split == "train":
-            picture = _varied_emoji(picture, np.random.default_rng((seed, 1, i)))
-        return {"img": _square(picture, size), "cap": record["en"].lower()}
+            picture = _square(_varied_emoji(picture, np.random.default_rng((seed, 1, i))), size)
+        return {"img": picture, "cap": record["en"].lower()}
 
     return Rows(len(records) * passes, make)
+
+
+def captions(split: str) -> list[str]:
+    """The captions of a split, without their pictures."""
+    return [r["en"].lower() for r in _lines(DATA / "noto_emoji" / "annotations.jsonl") if r["split"] == split]
 
 
 def answers() -> tuple[str, ...]:
@@ -123,20 +131,30 @@ def answers() -> tuple[str, ...]:
     return tuple(sorted((DATA / "easy_vqa" / "answers.txt").read_text(encoding="utf-8").split()))
 
 
-def question_rows(split: str, size: int, *, passes: int = 1) -> Rows:
-    """easy_vqa: `img`, `question`, `answer`. Every other training pass is mirrored, which changes no answer."""
+def questions(split: str) -> list[tuple[str, str, str]]:
+    """(picture, question, answer) of every question of a split of easy_vqa."""
     head, *lines = _lines(DATA / "easy_vqa" / "questions.jsonl")
-    records = [
+    return [
         (line["file"], head["questions"][q], head["answers"][a])
         for line in lines
         if line["file"].startswith(f"{split}/")
         for q, a in line["qa"]
     ]
 
+
+def question_rows(split: str, *, size: int = 64, passes: int = 1) -> Rows:
+    """easy_vqa: `img`, `question`, `answer`.
+
+    Training rows, `size` x `size` pixels, repeat `passes` times; every other pass is mirrored, which changes no answer.
+    """
+    records = questions(split)
+
     def make(i: int) -> Row:
         turn, place = divmod(i, len(records))
         member, question, answer = records[place]
-        picture = _square(_opened("easy_vqa", member), size)
+        picture = _opened("easy_vqa", member)
+        if split == "train":
+            picture = _square(picture, size)
         if turn % 2:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return {"img": picture, "question": question, "answer": answer}
@@ -145,22 +163,23 @@ def question_rows(split: str, size: int, *, passes: int = 1) -> Rows:
 
 
 @cache
-def _card_photos(split: str) -> tuple[CardPhoto, ...]:
+def card_photos(split: str) -> tuple[CardPhoto, ...]:
+    """The photographs of a split of playing_cards."""
     return tuple(
-        CardPhoto(_opened("playing_cards", r["file"]), tuple((b[0], tuple(b[1:])) for b in r["boxes"]))
+        card_photo(_opened("playing_cards", r["file"]), [(b[0], tuple(b[1:])) for b in r["boxes"]])
         for r in _lines(DATA / "playing_cards" / "boxes.jsonl")
         if r["split"] == split
     )
 
 
-def grounding_rows(split: str, size: int, *, seed: int = 0, length: int = 0) -> Rows:
+def grounding_rows(split: str, *, size: int = 224, seed: int = 0, length: int = 1) -> Rows:
     """playing_cards: `img`, `card` (a class that one card of the picture has), `box` (its x0, y0, x1, y1 in pixels).
 
     Testing uses the photos of the test split and every class that occurs once in its photo: with two queens in sight
-    "queen" has no single answer. Training draws `length` rows, each a varied training photo or a scene composed of
-    cards cut from the training photos.
+    "queen" has no single answer. Training draws `length` rows of `size` x `size` pixels, each a varied training photo
+    or a scene composed of cards cut from the training photos.
     """
-    photos = _card_photos(split)
+    photos = card_photos(split)
     if split == "train":
         maker = SceneMaker(photos, size)
         return Rows(length, lambda i: maker.row(np.random.default_rng((seed, 2, i))))
@@ -168,7 +187,6 @@ def grounding_rows(split: str, size: int, *, seed: int = 0, length: int = 0) -> 
 
     def make(i: int) -> Row:
         photo, name, box = queries[i]
-        picture, scaled = resized_photo(photo.picture, box, size)
-        return {"img": picture, "card": name, "box": scaled}
+        return {"img": photo.picture, "card": name, "box": box}
 
     return Rows(len(queries), make)

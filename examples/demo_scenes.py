@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
-__all__ = ["CARD_CLASSES", "CardPhoto", "SceneMaker", "resized_photo"]
+__all__ = ["CARD_CLASSES", "CardPhoto", "SceneMaker", "card_photo"]
 
 CARD_CLASSES = ("ace", "jack", "king", "nine", "queen", "ten")
 Box = tuple[float, float, float, float]
@@ -33,6 +33,15 @@ class CardPhoto:
         return _single(self.boxes)
 
 
+def card_photo(picture: Image.Image, boxes: Sequence[Labelled]) -> CardPhoto:
+    """The photo with its boxes cut to it (a few reach past the edge by a rounding)."""
+    return CardPhoto(picture, tuple((name, _cut(box, picture.width, picture.height)) for name, box in boxes))
+
+
+def _cut(box: Box, width: int, height: int) -> Box:
+    return (max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height)))
+
+
 def _single(boxes: Sequence[Labelled]) -> list[Labelled]:
     counts = Counter(name for name, _ in boxes)
     return [(name, box) for name, box in boxes if counts[name] == 1]
@@ -42,9 +51,9 @@ def _scaled(box: Box, x: float, y: float) -> Box:
     return (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
 
 
-def resized_photo(picture: Image.Image, box: Box, size: int) -> tuple[Image.Image, Box]:
+def _resized(picture: Image.Image, box: Box, size: int) -> tuple[Image.Image, Box]:
     """The picture stretched to `size` x `size` and the box with it."""
-    scaled = _scaled(box, size / picture.width, size / picture.height)
+    scaled = _cut(_scaled(box, size / picture.width, size / picture.height), size, size)
     return picture.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0), scaled
 
 
@@ -126,7 +135,7 @@ class SceneMaker:
             if named:
                 break
         name, box = named[int(rng.integers(len(named)))]
-        picture, box = resized_photo(picture, box, self._size)
+        picture, box = _resized(picture, box, self._size)
         return {"img": _recoloured(picture, rng), "card": name, "box": box}
 
     def _photo(self, rng: np.random.Generator) -> tuple[Image.Image, list[Labelled]]:
