@@ -209,6 +209,7 @@ class GeneralistModel:
             instruction: a task's name, or any instruction (its first alternative), new ones included. A list is
                 followed one by one, with one `data` each.
             data: the slots' values by name: one row, or a list of rows. Images are paths, PIL images or arrays.
+                Answers in them are not looked at.
             closed_set: the only answers there are (a list, or a mapping whose keys they are).
             batch_size: rows generated together. files: folder or .zip archive for file names.
             generation: `GenerationConfig`'s settings, OFASys's names too (`beam_size=`, `max_len=`, ...).
@@ -242,13 +243,10 @@ class GeneralistModel:
     __call__ = inference
 
     def answers(self, task: TaskLike, rows: Sequence[Row]) -> list[Output]:
-        """The best answer for each of a task's (prepared) rows; their targets are not looked at."""
+        """The best answer for each of a task's (prepared) rows."""
         known = self.tasks[task.name]
-        plan = known.plans[0]
-        hidden = {slot.name for slot in plan.target_slots if slot.loss} - set(plan.source_columns)
-        asked = [{name: value for name, value in row.items() if name not in hidden} for row in rows]
         config = self.generation.replace(**{**task.generation, "num_return_sequences": 1})
-        found = self._follow(known, asked, config, task.micro_batch_size, task.files)
+        found = self._follow(known, rows, config, task.micro_batch_size, task.files)
         return [cast(Output, answer) for answer in found]
 
     def _known(self, instruction: str) -> KnownTask:
@@ -276,6 +274,8 @@ class GeneralistModel:
             plan, self.tokenizer, self.preprocess, split="test", closed_sets=closed_sets, files=open_files(files)
         )
         reader = TargetReader(plan, self.tokenizer, closed_sets, encoder.coder)
+        # Answers that rows may bring along are not looked at, unless the source shows them anyway.
+        hidden = {slot.name for slot in plan.target_slots if slot.loss} - set(plan.source_columns)
         size = 1 if reader.per_sample else batch_size
         for begin in range(0, len(rows), size):
             chunk = rows[begin : begin + size]
@@ -283,7 +283,8 @@ class GeneralistModel:
             for number, row in enumerate(chunk, begin):
                 if not isinstance(row, Mapping):
                     raise DataError(f"inference: row {number} must be a mapping of columns, got {type(row).__name__}")
-                examples.append(encoder(row, number))
+                asked = {name: value for name, value in row.items() if name not in hidden}
+                examples.append(encoder(asked, number))
             yield from self._generate(reader, examples, chunk[0], config)
 
     def _generate(
@@ -342,8 +343,11 @@ class GeneralistModel:
     def from_pretrained(
         cls, directory: str | Path, *, device: torch.device | str | None = None, backend: str = "auto"
     ) -> GeneralistModel:
-        """The model that `save_pretrained` wrote, with the same outputs. CheckpointError says what is damaged."""
-        folder = Path(directory)
+        """The model that `save_pretrained` wrote, with the same outputs. CheckpointError says what is damaged.
+
+        directory: a saved model, a checkpoint of a training run, or the run's output_dir (its newest checkpoint).
+        """
+        folder = _newest(Path(directory))
         if not folder.is_dir():
             raise CheckpointError(f"from_pretrained: directory must be a saved model, got {str(folder)!r}")
         data = read_json(folder / "config.json")
@@ -364,9 +368,7 @@ class GeneralistModel:
                 f"from_pretrained: vocabulary must have the model's size ({config.vocab_size}), "
                 f"got {len(tokenizer.vocabulary)}"
             )
-        model = cls(
-            config, tokenizer=tokenizer, preprocess=preprocess, generation=generation, backend=backend
-        )
+        model = cls(config, tokenizer=tokenizer, preprocess=preprocess, generation=generation, backend=backend)
         plans = read_json(folder / "plans.json").get("tasks")
         if not isinstance(plans, dict):
             raise CheckpointError(
@@ -375,6 +377,13 @@ class GeneralistModel:
         model.tasks = {name: KnownTask.from_dict(task) for name, task in plans.items()}
         model.load_weights(folder)
         return model if device is None else model.to(device)
+
+
+def _newest(folder: Path) -> Path:
+    """The newest checkpoint of a run's folder, or the folder itself when it is none."""
+    if (folder / "config.json").exists():
+        return folder
+    return max(folder.glob("checkpoint-" + "[0-9]" * 8), default=folder)
 
 
 def _tupled(value: Any) -> Any:

@@ -101,6 +101,11 @@ class TokenAutomaton:
 
     def allowed(self, states: Tensor) -> Tensor:
         """bool [rows, V]: the tokens that may come next in `states` (int64 [rows])."""
+        # Most rows of a batch are in few states.
+        distinct, place = states.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        return self._allowed(distinct)[place]
+
+    def _allowed(self, states: Tensor) -> Tensor:
         position = torch.arange(self.vocabulary_size)
         mask = torch.zeros(len(states), self.vocabulary_size, dtype=torch.bool)
         for lo, hi, _ in (part.unbind(1) for part in self._ranges[states].unbind(1)):

@@ -86,17 +86,17 @@ class StepScorer:
             history: int64 [rows, step + 1], the tokens so far, beginning with the start token.
             states: int64 [rows] of the automaton.
         """
-        logits = logits.float() / self._config.temperature
+        logits = logits.float()
+        if self._config.temperature != 1.0:
+            logits = logits / self._config.temperature
         in_prefix = step < self._prefix_lengths
         at_end = step >= self._limits
         if self._automaton is None:
-            scores = torch.log_softmax(logits, -1)
+            scores = log_probabilities(logits, step)
             free = torch.ones(len(logits), dtype=torch.bool)
         else:
-            scores = self._constrained(self._automaton, logits, states, in_prefix, at_end)
+            scores = self._constrained(self._automaton, logits, states, step)
             free = self._automaton.free[states]
-        if bool(scores.isnan().any()):
-            raise OfakernRuntimeError(f"generate: logits must be finite, got NaN at step {step}")
         scores[:, self._special.pad] = NEVER
         scores[:, self._special.unk] -= self._config.unk_penalty
         self._bound_length(scores, free & ~in_prefix, at_end, step)
@@ -108,23 +108,24 @@ class StepScorer:
             ban_repeated_ngrams(scores, history, self._prefix_lengths, free & ~in_prefix & ~at_end, size)
         return scores
 
-    def _constrained(
-        self, automaton: TokenAutomaton, logits: Tensor, states: Tensor, in_prefix: Tensor, at_end: Tensor
-    ) -> Tensor:
-        allowed = automaton.allowed(states)
-        allowed |= in_prefix[:, None]
+    def _constrained(self, automaton: TokenAutomaton, logits: Tensor, states: Tensor, step: int) -> Tensor:
+        in_prefix = step < self._prefix_lengths
+        blocked = ~automaton.allowed(states)
+        blocked &= ~in_prefix[:, None]
         # At the length limit the end of sequence is forced, whatever the automaton still expects.
-        allowed[:, self._special.eos] |= at_end
+        blocked[:, self._special.eos] &= step < self._limits
         renormalise = automaton.renormalise[states] & ~in_prefix
-        scores = torch.log_softmax(logits.masked_fill(renormalise[:, None] & ~allowed, NEVER), -1)
-        return scores.masked_fill_(~allowed, NEVER)
+        if bool(renormalise.any()):
+            logits = logits.masked_fill(blocked & renormalise[:, None], NEVER)
+        return log_probabilities(logits, step).masked_fill_(blocked, NEVER)
 
     def _bound_length(self, scores: Tensor, free: Tensor, at_end: Tensor, step: int) -> None:
         eos = self._special.eos
         counted = step if self._config.compat == "ofasys" else step - self._prefix_lengths
         early = free & (counted < self._config.min_new_tokens) & ~at_end
         end_scores = torch.where(early, NEVER, scores[:, eos])
-        scores.masked_fill_(at_end[:, None], NEVER)
+        if bool(at_end.any()):
+            scores.masked_fill_(at_end[:, None], NEVER)
         scores[:, eos] = end_scores
 
     def _force_prefix(self, scores: Tensor, rows: Tensor, step: int) -> Tensor:
@@ -136,6 +137,14 @@ class StepScorer:
             others = float(wanted[rows].min()) - 1
         forced = torch.full_like(scores, others).scatter_(1, token[:, None], wanted)
         return torch.where(rows[:, None], forced, scores)
+
+
+def log_probabilities(logits: Tensor, step: int) -> Tensor:
+    """log_softmax of [rows, V]; OfakernRuntimeError when it is not a number."""
+    scores = torch.log_softmax(logits, -1)
+    if bool(scores[:, 0].isnan().any()):  # one NaN (or infinity) makes the whole row NaN
+        raise OfakernRuntimeError(f"generate: logits must be finite, got NaN at step {step}")
+    return scores
 
 
 def ban_repeated_ngrams(scores: Tensor, history: Tensor, skip: Tensor, rows: Tensor, size: int) -> None:

@@ -185,7 +185,7 @@ class _BeamSearch:
         if step == 0:
             lprobs = lprobs[:, :1].contiguous()  # all beams are still the same
         else:
-            lprobs = lprobs + torch.where(self._live, self._sums[:, :, step - 1], NEVER)[:, :, None]
+            lprobs += torch.where(self._live, self._sums[:, :, step - 1], NEVER)[:, :, None]
         flat = lprobs.view(batch, -1)
         scores, places = flat.topk(min(2 * beams, flat.shape[1] - 1), dim=1)
         origins, tokens = places // vocabulary, places % vocabulary

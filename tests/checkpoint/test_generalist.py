@@ -102,6 +102,7 @@ def test_one_row_or_many(trained: GeneralistModel) -> None:
     both = trained.inference(["vqa", "caption"], [QUESTIONS[0], ROWS[0]])
     assert [o.text for o in both] == ["red", ROWS[0]["cap"]]
     assert trained("vqa", QUESTIONS[0]).text == "red"
+    assert trained("vqa", {**QUESTIONS[0], "answer": "no such colour"}) == trained("vqa", QUESTIONS[0])
 
 
 def test_n_best_and_ofasys_names(trained: GeneralistModel) -> None:

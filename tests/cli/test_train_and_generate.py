@@ -44,6 +44,7 @@ def test_train_resume_generate(config: Path, capsys: pytest.CaptureFixture[str])
     assert main([*arguments, "--json", "--num-return-sequences", "2"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 2 and lines[0]["score"] >= lines[1]["score"] and "b" in lines[0]["values"]
+    arguments[1] = str(checkpoint.parent)  # the run's folder stands for its newest checkpoint
     assert main([*arguments, "--closed-set", "yes", "no"]) == 0
     assert capsys.readouterr().out.strip() in ("yes", "no")
 
