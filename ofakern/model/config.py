@@ -30,8 +30,9 @@ class OFAConfig:
     Rates are probabilities. use_self_attn_bias: relative tables. entangle_position_embedding: positions are added to
     the embeddings and the factored position term is off. max_segments > 0: segments of one sample get an order
     embedding (two images of one instruction become distinguishable). target_slots > 0: target slots get an embedding.
-    Both are 0 for published checkpoints. compat="ofasys" reproduces quirks of the published implementation: without
-    relative tables its encoder scales scores by K^-0.5 and ignores the head weights.
+    Both are 0 for published checkpoints. init_std: deviation of new matrices and embeddings; 0.02 suits dim 768, about
+    dim^-0.5 lets narrow models attend from the start. compat="ofasys" reproduces quirks of the published
+    implementation: without relative tables its encoder scales scores by K^-0.5 and ignores the head weights.
     """
 
     vocab_size: int = 59457
@@ -60,6 +61,7 @@ class OFAConfig:
     max_segments: int = 0
     target_slots: int = 0
     checkpoint_activations: bool = False
+    init_std: float = 0.02
     compat: str = ""
 
     def __post_init__(self) -> None:

@@ -7,21 +7,19 @@ from torch import nn
 
 from ofakern.nn.adaptor import Adaptor
 
-STD = 0.02
 
-
-def initialise(model: nn.Module, pad_id: int, seed: int | None) -> None:
-    """OFA's practice: N(0, 0.02) for matrices and embeddings, zero biases, He for convolutions; a zero pad row.
+def initialise(model: nn.Module, pad_id: int, seed: int | None, std: float = 0.02) -> None:
+    """OFA's practice: N(0, std) for matrices and embeddings, zero biases, He for convolutions; a zero pad row.
 
     Relative tables stay zero. (OFASys meant that too, and then drew them from the normal law with the rest.)
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=STD, generator=generator)
+            nn.init.normal_(module.weight, std=std, generator=generator)
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=STD, generator=generator)
+            nn.init.normal_(module.weight, std=std, generator=generator)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
             if module.bias is not None:

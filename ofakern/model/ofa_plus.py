@@ -31,7 +31,7 @@ class OFAPlus(nn.Module):
         embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.encoder = Encoder(config, embed_tokens, backend)
         self.decoder = Decoder(config, embed_tokens, backend)
-        initialise(self, config.pad_id, seed)
+        initialise(self, config.pad_id, seed, config.init_std)
 
     @property
     def device(self) -> torch.device:
