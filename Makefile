@@ -4,7 +4,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 PY := $(BIN)/python
 BUILD := build/editable
-SANITIZED := build/sanitize
 EXTRAS := dev,bench,train
 
 TOOLS_STAMP := .venv/.ofakern-tools
@@ -57,9 +56,7 @@ format: setup ## rewrite the sources in the house's format
 	git ls-files '*.h' '*.cpp' '*.cu' | xargs $(BIN)/clang-format -i
 
 sanitize: setup ## build _cpu with ASan and UBSan and run the op tests with it
-	cmake -S . -B $(SANITIZED) -G Ninja -DOFAKERN_SANITIZE=ON -DOFAKERN_CUDA=OFF -DPython_EXECUTABLE=$(CURDIR)/$(PY)
-	cmake --build $(SANITIZED)
-	$(PY) tests/build/run_sanitized.py $(SANITIZED) -q tests/ops tests/build/test_bindings.py
+	$(PY) -m pytest -q -s -m sanitize tests/ops
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist demo-output .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks $(INSTALL_STAMP)

@@ -1,7 +1,35 @@
-"""What every test shares: two threads, as on the smallest machine the suite is meant for."""
+"""What every test shares: two threads, as on the smallest machine the suite is meant for; what runs only when asked."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
+
+import pytest
 import torch
 
+# Markers (pyproject.toml) whose tests take minutes: `pytest -m slow`, `make sanitize`.
+ON_REQUEST = ("slow", "sanitize")
+
 torch.set_num_threads(2)
+
+
+def _replace_cpu_module(path: str) -> None:
+    """Another build of ofakern._cpu (the sanitizers' one) takes the installed one's place."""
+    spec = importlib.util.spec_from_file_location("ofakern._cpu", path)
+    assert spec is not None and spec.loader is not None
+    sys.modules["ofakern._cpu"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["ofakern._cpu"])
+
+
+if "OFAKERN_TEST_CPU_MODULE" in os.environ:
+    _replace_cpu_module(os.environ["OFAKERN_TEST_CPU_MODULE"])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marks = [mark for mark in ON_REQUEST if mark not in config.option.markexpr]
+    skipped = [item for item in items if any(item.get_closest_marker(mark) for mark in marks)]
+    if skipped:
+        config.hook.pytest_deselected(items=skipped)
+        items[:] = [item for item in items if item not in skipped]

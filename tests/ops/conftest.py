@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
 
-
-def _replace_module(path: str) -> None:
-    """Another build of ofakern._cpu (the sanitizers' one) takes the installed one's place."""
-    spec = importlib.util.spec_from_file_location("ofakern._cpu", path)
-    assert spec is not None and spec.loader is not None
-    sys.modules["ofakern._cpu"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["ofakern._cpu"])
-
-
-if "OFAKERN_TEST_CPU_MODULE" in os.environ:
-    _replace_module(os.environ["OFAKERN_TEST_CPU_MODULE"])
-
-from ofakern.ops import backends, native  # noqa: E402
+from ofakern.ops import backends, native
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: minutes, not part of the suite (run with -m slow)")
-    config.addinivalue_line(
-        "markers", "sanitize: builds with ASan and UBSan and runs the op tests (run with -m sanitize)"
-    )
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    asked = config.option.markexpr
-    skipped = [
-        item for item in items for mark in ("slow", "sanitize") if item.get_closest_marker(mark) and mark not in asked
-    ]
-    if skipped:
-        config.hook.pytest_deselected(items=skipped)
-        items[:] = [item for item in items if item not in skipped]
 
 
 @pytest.fixture
