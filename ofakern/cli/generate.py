@@ -15,17 +15,17 @@ _EPILOG = """examples:
   ofakern generate demo-output/model "[IMAGE:img] [TEXT:q] -> [TEXT:a]" --data img=photo.png "q=what colour is it?"
   ofakern generate demo-output/model grounding --data img=photo.png card="ace of spades" --save-box boxed.png"""
 
-_SETTINGS: dict[str, type] = {
-    "num_beams": int,
-    "max_new_tokens": int,
-    "min_new_tokens": int,
-    "no_repeat_ngram_size": int,
-    "num_return_sequences": int,
-    "length_penalty": float,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "seed": int,
+_SETTINGS: dict[str, tuple[type, str]] = {
+    "num_beams": (int, "beams of the search; 1 is greedy (default: 5, or 1 for a closed set)"),
+    "max_new_tokens": (int, "most tokens of the answer (default: 256)"),
+    "min_new_tokens": (int, "fewest tokens of the answer (default: 0)"),
+    "no_repeat_ngram_size": (int, "no n-gram of free text twice; 0 allows it (default: 3 with beams)"),
+    "num_return_sequences": (int, "answers, best first (default: 1)"),
+    "length_penalty": (float, "rank by log-probability / tokens ** this (default: 1.0)"),
+    "temperature": (float, "logits are divided by it (default: 1.0)"),
+    "top_k": (int, "with --do-sample: from this many best tokens; 0: all (default: 0)"),
+    "top_p": (float, "with --do-sample: from the tokens that hold this probability (default: 1.0)"),
+    "seed": (int, "with --do-sample (default: 0)"),
 }
 
 
@@ -39,13 +39,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("model", help="folder that save_pretrained or a training run wrote")
     parser.add_argument("instruction", help="an instruction, or the name of a task")
-    parser.add_argument("--data", metavar="NAME=VALUE", nargs="+", default=[], help="the slots' values")
+    parser.add_argument("--data", metavar="NAME=VALUE", nargs="+", default=[], help="the slots' values; an image is a file")
     parser.add_argument("--closed-set", metavar="ANSWER", nargs="+", help="the only answers there are")
-    parser.add_argument("--do-sample", action="store_true", help="draw instead of searching")
-    for name, kind in _SETTINGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper())
-    parser.add_argument("--json", action="store_true", help="one JSON object per answer")
-    parser.add_argument("--save-box", metavar="FILE", help="write the image with the (best) answer's boxes")
+    parser.add_argument("--do-sample", action="store_true", help="draw an answer at random instead of searching for the best")
+    for name, (kind, meaning) in _SETTINGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=meaning)
+    parser.add_argument("--json", action="store_true", help="print one JSON object per answer: values, score, tokens")
+    parser.add_argument("--save-box", metavar="FILE", help="write the image with the best answer's boxes drawn on it")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ class Info(TypedDict):
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "info",
-        help="versions, CPU instruction set, GPU, and which backend runs which op",
+        help="what this machine can run: versions, CPU, GPU, ops by backend",
         description="Show versions, CPU instruction set, GPU, and for each op and backend: available, or why not.",
         epilog="examples:\n  ofakern info\n  ofakern info --json\n  OFAKERN_CPU_ISA=avx2 ofakern info",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -15,13 +15,20 @@ from ofakern.errors import OfakernError
 
 # Command -> one line of help. The module is ofakern.cli.<command>, imported only when its command is asked for.
 COMMANDS = {
-    "info": "versions, CPU instruction set, GPU, and which backend runs which op",
+    "info": "what this machine can run: versions, CPU, GPU, ops by backend",
     "plan": "print the plan of an instruction",
     "train": "train a model on the tasks of a YAML file",
     "generate": "follow an instruction with a saved model",
-    "parity": "recompute recorded cases of a reference implementation and compare",
+    "parity": "recompute recorded cases of OFASys and compare",
     "bench": "time an op against its peers",
 }
+
+_EPILOG = """examples:
+  ofakern info
+  ofakern plan "[IMAGE:img] what does the image describe? -> [TEXT:cap]"
+  ofakern COMMAND --help
+
+exit code 2: a mistake in the arguments or in a file they name; OFAKERN_DEBUG=1 shows where it was found."""
 
 USER_ERROR = 2
 
@@ -44,7 +51,8 @@ def build_parser(wanted: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ofakern",
         description="Fast structured-bias attention and the models built on it.",
-        epilog="example: ofakern info",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ofakern {ofakern.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -26,15 +26,15 @@ exit code 0: everything agrees; 1: something differs, or a case named with --cas
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "parity",
-        help="recompute recorded cases of a reference implementation and compare",
+        help="recompute recorded cases of OFASys and compare",
         description="Recompute the recorded cases of a directory with our model: adaptor outputs, biases, layer "
         "states, logits, loss, gradients, packed, in any order of the batch and one token at a time.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="holds index.json, config.json, state_dict*, cases")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="folder with index.json, config.json, state_dict.* and the cases' files")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this case (may be repeated)")
-    parser.add_argument("--backend", default="auto", help="of the attention op (default: auto)")
+    parser.add_argument("--backend", default="auto", help="backend of the attention op: auto, cpu or reference (default: auto)")
     parser.add_argument("--json", type=Path, metavar="F", help="write every comparison to this file")
     parser.add_argument("--markdown", type=Path, metavar="F", help="write the table as a Markdown page")
 
