@@ -25,6 +25,12 @@ OFAKERN_LOCAL void copy_row(const T* src, i64 width, Elem* dst, i64 padded) {
 }
 
 template <class Elem>
+OFAKERN_HOT void copy_row(const Elem* src, i64 width, Elem* dst, i64 padded) {
+  std::memcpy(static_cast<void*>(dst), src, static_cast<std::size_t>(width) * sizeof(Elem));
+  std::memset(static_cast<void*>(dst + width), 0, static_cast<std::size_t>(padded - width) * sizeof(Elem));
+}
+
+template <class Elem>
 OFAKERN_HOT void zero_row(Elem* dst, i64 padded) {
   std::memset(static_cast<void*>(dst), 0, static_cast<std::size_t>(padded) * sizeof(Elem));
 }

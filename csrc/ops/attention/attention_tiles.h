@@ -35,7 +35,7 @@ struct Tile {
 #if defined(OFAKERN_AMX)
 template <>
 struct Tile<bf16> {
-  static constexpr i64 kQueries = 256, kStep = 32, kKeys = 128;
+  static constexpr i64 kQueries = 256, kStep = 32, kKeys = 256;
 };
 #endif
 
