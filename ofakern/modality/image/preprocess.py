@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ofakern.errors import DataError
@@ -153,7 +153,9 @@ def _from_base64(text: str, where: str) -> bytes:
 def _decode(data: bytes, value: Any, where: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data))
-    except Exception as error:  # UnidentifiedImageError, DecompressionBombError and whatever a plugin raises
+    except UnidentifiedImageError as error:  # Pillow's own words are the address of the buffer
+        raise DataError(f"{where}: image must be readable, got {_shown(value)}: no known image format") from error
+    except Exception as error:  # DecompressionBombError and whatever a plugin raises
         raise DataError(f"{where}: image must be readable, got {_shown(value)}: {error}") from error
 
 
