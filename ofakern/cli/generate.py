@@ -39,9 +39,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("model", help="folder that save_pretrained or a training run wrote")
     parser.add_argument("instruction", help="an instruction, or the name of a task")
-    parser.add_argument("--data", metavar="NAME=VALUE", nargs="+", default=[], help="the slots' values; an image is a file")
+    parser.add_argument(
+        "--data", metavar="NAME=VALUE", nargs="+", default=[], help="the slots' values; an image is a file"
+    )
     parser.add_argument("--closed-set", metavar="ANSWER", nargs="+", help="the only answers there are")
-    parser.add_argument("--do-sample", action="store_true", help="draw an answer at random instead of searching for the best")
+    parser.add_argument(
+        "--do-sample", action="store_true", help="draw an answer at random instead of searching for the best"
+    )
     for name, (kind, meaning) in _SETTINGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=meaning)
     parser.add_argument("--json", action="store_true", help="print one JSON object per answer: values, score, tokens")

@@ -32,9 +32,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="folder with index.json, config.json, state_dict.* and the cases' files")
+    parser.add_argument(
+        "directory",
+        type=Path,
+        metavar="DIR",
+        help="folder with index.json, config.json, state_dict.* and the cases' files",
+    )
     parser.add_argument("--case", action="append", metavar="NAME", help="only this case (may be repeated)")
-    parser.add_argument("--backend", default="auto", help="backend of the attention op: auto, cpu or reference (default: auto)")
+    parser.add_argument(
+        "--backend", default="auto", help="backend of the attention op: auto, cpu or reference (default: auto)"
+    )
     parser.add_argument("--json", type=Path, metavar="F", help="write every comparison to this file")
     parser.add_argument("--markdown", type=Path, metavar="F", help="write the table as a Markdown page")
 
