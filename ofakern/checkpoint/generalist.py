@@ -44,9 +44,13 @@ class GeneralistModel:
         size: tiny (33M), medium (93M), base (180M), large (470M), huge (930M).
         tokenizer: text <-> vocabulary; None: one is trained on the texts of the tasks, in `Trainer.fit` or `for_tasks`.
         vocab_size, bins: text ids and box bins of a vocabulary that is trained.
-        preprocess: how rows become tensors; image_size alone is short for it.
+        preprocess: how rows become tensors; `image_size=` (side of the square images in pixels, 480) is short for it.
         generation: defaults of `inference`. seed: of the first weights. backend: of every attention.
         overrides: single fields of the configuration (`dim=64`, `encoder_layers=2`, ...).
+
+    Raises:
+        OfakernTypeError, OfakernValueError: a configuration that cannot be built. OfakernRuntimeError: the network or
+            tokenizer is used before there is a vocabulary.
     """
 
     def __init__(
@@ -215,11 +219,13 @@ class GeneralistModel:
             generation: `GenerationConfig`'s settings, OFASys's names too (`beam_size=`, `max_len=`, ...).
 
         Returns:
-            An `Output` for one row, a list in order for a list of rows; with `num_return_sequences` above 1 every
-            `Output` is a list, best first.
+            An `Output` (`.text`, `.box` in pixels of the original image, `.image`, `.save_box(path)`) for one row, a
+            list in order for a list of rows; with `num_return_sequences` above 1 every `Output` is a list, best first.
 
         Raises:
             InstructionError: what the instruction is wrong about. DataError: a row that cannot be used.
+            OfakernRuntimeError: a slot's modality is not available yet. OfakernValueError: an unknown task or setting,
+            or an adaptor that this model was built without.
         """
         if not isinstance(instruction, str):
             rows = [data] * len(instruction) if data is None or isinstance(data, Mapping) else list(data)

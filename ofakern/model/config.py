@@ -25,14 +25,31 @@ COMPAT = ("", "ofasys")
 
 @dataclass(frozen=True, kw_only=True)
 class OFAConfig:
-    """Everything that shapes an `OFAPlus`.
+    """Everything that shapes an `OFAPlus`. Names and defaults are OFASys's (base size).
 
-    Rates are probabilities. use_self_attn_bias: relative tables. entangle_position_embedding: positions are added to
-    the embeddings and the factored position term is off. max_segments > 0: segments of one sample get an order
-    embedding (two images of one instruction become distinguishable). target_slots > 0: target slots get an embedding.
-    Both are 0 for published checkpoints. init_std: deviation of new matrices and embeddings; 0.02 suits dim 768, about
-    dim^-0.5 lets narrow models attend from the start. compat="ofasys" reproduces quirks of the published
-    implementation: without relative tables its encoder scales scores by K^-0.5 and ignores the head weights.
+    Attributes:
+        vocab_size, pad_id: rows of the tied embeddings, and the pad's.
+        dim, ffn_dim, heads: model width D, feed-forward width, heads H; D / H is a multiple of 8.
+        encoder_layers, decoder_layers: depth.
+        adaptors: configurations of the adaptors that the model has, each name once.
+        activation: of the feed-forward layers, "gelu" or "relu".
+        normalize_before: layer norms before (True) or after each part of a layer.
+        dropout, attention_dropout, activation_dropout, encoder_drop_path, decoder_drop_path: probabilities; a drop path
+            grows with depth up to its value.
+        attn_scale_factor: scores are scaled by (attn_scale_factor * D / H)^-0.5.
+        scale_attn, scale_fc, scale_heads, scale_resids: NormFormer's extra norms and weights, after attention, inside
+            the feed-forward layers, per head, and on its residual.
+        use_self_attn_bias: relative tables. share_attn_bias: one for all layers of a stack.
+        entangle_position_embedding: positions are added to the embeddings and the factored position term is off.
+        max_segments: above 0, segments of one sample get an order embedding (two images of one instruction become
+            distinguishable). target_slots: above 0, target slots get an embedding. Published checkpoints: both 0.
+        checkpoint_activations: recompute layers in the backward pass instead of keeping their activations.
+        init_std: deviation of new matrices and embeddings; 0.02 suits dim 768, about dim^-0.5 lets narrow models attend
+            from the start.
+        compat: "ofasys" reproduces quirks of the published implementation: without relative tables its encoder scales
+            scores by K^-0.5 and ignores the head weights.
+
+    Raises OfakernValueError for widths, names and combinations that cannot be built.
     """
 
     vocab_size: int = 59457

@@ -45,12 +45,15 @@ class OFAPlus(nn.Module):
         return batch
 
     def encode(self, side: PackedSide) -> Memory:
-        """The encoder over a source side; the result is opaque."""
+        """The encoder over a source side of N packed tokens; the result is opaque and serves `decode`, `begin_decode`.
+
+        Raises OfakernValueError when the side has values of an adaptor that the model was built without.
+        """
         memory: Memory = self.encoder(side)
         return memory
 
     def decode(self, side: PackedSide, memory: Memory) -> Tensor:
-        """The decoder over a target side (decoder inputs), all tokens at once: `[Nt, D]`."""
+        """The decoder over a target side (decoder inputs) of the same samples, all tokens at once: `[Nt, D]`."""
         hidden: Tensor = self.decoder(side, memory)
         return hidden
 

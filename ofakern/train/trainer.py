@@ -18,7 +18,11 @@ from ofakern.train.signals import graceful_stop
 
 
 class Trainer:
-    """Runs `TrainConfig`; keyword arguments stand for single settings: `Trainer(max_updates=100, bf16=True)`."""
+    """Trains and evaluates as a `TrainConfig` says, which lists all settings with their units.
+
+    Keyword arguments stand for single settings: `Trainer(max_updates=100, bf16=True)`.
+    Raises OfakernTypeError for an unknown setting, OfakernValueError for one out of range.
+    """
 
     def __init__(self, config: TrainConfig | None = None, **kwargs: Any) -> None:
         if config is not None and not isinstance(config, TrainConfig):
@@ -32,10 +36,17 @@ class Trainer:
         their losses over the number of all their target tokens. Started by torchrun, each rank takes its own share.
 
         Args:
+            model: a `GeneralistModel`; it learns the tasks' plans, and without a vocabulary gets one here.
+            tasks: one or several, each with training rows and a name of its own.
             resume: True goes on from the newest checkpoint in output_dir, a path from that one. The run then gives the
                 same bits as one that was never interrupted.
 
+        Returns:
+            TrainResult: updates done, seconds, history (one dict for each logged update), the last evaluation,
+            broken samples by task, the last checkpoint, and whether a signal stopped the run.
+
         Raises:
+            OfakernValueError: no task, two of one name, or one without training rows.
             DataError: too many broken samples. OfakernRuntimeError: a loss or gradient that is not finite.
             CheckpointError: nothing to resume from, or another run's checkpoint.
         """
@@ -54,7 +65,12 @@ class Trainer:
     def evaluate(
         self, *, model: Evaluable, tasks: Task | Sequence[Task], split: Split = "test"
     ) -> dict[str, dict[str, float]]:
-        """Task -> {"loss", "nll", metrics...} on a split; tasks without rows for it are left out."""
+        """Task -> {"nll", metrics...} on a split; tasks without rows for it are left out.
+
+        nll: mean per target token, in nats; the metrics are the task's own, on generated answers. "broken" counts rows
+        that could not be read, where there are any.
+        The model must know the tasks (`fit`, `GeneralistModel.for_tasks` or a saved model).
+        """
         chosen = [tasks] if isinstance(tasks, Task) else list(tasks)
         return evaluate(model, chosen, split, seed=self.config.seed, bf16=self.config.bf16)
 

@@ -4,7 +4,7 @@ from ofakern.ops.attention import intervals
 from ofakern.ops.attention.api import attention
 from ofakern.ops.attention.intervals import intervals_from_mask
 from ofakern.ops.attention.layout import AttentionLayout, RelativeTerm
-from ofakern.ops.attention.padded import scaled_dot_product_attention
+from ofakern.ops.attention.padded import padded_layout, scaled_dot_product_attention
 
 __all__ = [
     "AttentionLayout",
@@ -12,5 +12,6 @@ __all__ = [
     "attention",
     "intervals",
     "intervals_from_mask",
+    "padded_layout",
     "scaled_dot_product_attention",
 ]

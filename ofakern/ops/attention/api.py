@@ -103,6 +103,11 @@ def attention(
     Raises:
         OfakernTypeError, OfakernValueError: an argument of the wrong type, dtype, device, shape or range.
         BackendError: the backend cannot run the call, with the reason.
+        OfakernRuntimeError: a second derivative, or vmap (both work with backend="reference").
+
+    Source: the factored term is TUPE's (Ke et al., arXiv 2006.15595), the relative terms cover T5's buckets
+    (arXiv 1910.10683), ALiBi (arXiv 2108.12409), BEiT, Swin and OFA; the algorithm is the online softmax of
+    FlashAttention (arXiv 2205.14135).
     """
     call = _check(q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed)
     chosen = backends.select(backend, call.q, call.v, call.q_pos)

@@ -74,7 +74,9 @@ class AttentionLayout:
     ) -> AttentionLayout:
         """Validates a batch's intervals and coordinates and derives what kernels need; O(N log N), vectorised.
 
-        visible int32 `[Nq,2]` on the CPU; q_lengths, k_lengths: tokens per sample; at most two terms.
+        visible int32 `[Nq,2]`: query i sees keys `visible[i,0] <= j < visible[i,1]`, numbered over the whole batch
+        (`ofakern.ops.attention.intervals` builds them). q_lengths, k_lengths: tokens of each of the B samples, summing
+        to Nq and Nk. terms: at most two. All tensors on the CPU; `to(device)` moves the result.
         Raises OfakernTypeError and OfakernValueError: wrong dtypes and shapes, intervals outside the keys or reversed,
         and tables too short (or coordinates too small) for a pair that reads them.
         """

@@ -53,7 +53,11 @@ def scaled_dot_product_attention(
             layers (and under `torch.compile(fullgraph=True)`).
 
     Returns:
-        `[B,H,T,V]`. A query that sees no key gives 0 (torch gives NaN).
+        `[B,H,T,V]` in query's dtype. A query that sees no key gives 0 (torch gives NaN).
+
+    Raises:
+        OfakernTypeError, OfakernValueError: wrong types and shapes, a float mask, a mask whose rows are not one run of
+            keys, layout given beside what it replaces. BackendError: as `attention`.
     """
     _check_padded(query, key, value, q_pos, k_pos, enable_gqa)
     batch, _, length, _ = query.shape
@@ -92,7 +96,10 @@ def padded_layout(
     key_lengths: Lengths | None = None,
     terms: Sequence[RelativeTerm] = (),
 ) -> AttentionLayout:
-    """The layout, on the CPU, of a padded batch: B samples of `queries` and `keys` tokens; else as the front door."""
+    """The layout, on the CPU, of a padded batch, for `scaled_dot_product_attention(..., layout=layout.to(device))`.
+
+    batch, queries, keys: B, T and S. attn_mask, is_causal, key_lengths, terms and errors: as there.
+    """
     if attn_mask is None and key_lengths is None and not terms:
         return _plain_layout(batch, queries, keys, is_causal)
     if attn_mask is not None:
