@@ -26,9 +26,9 @@ INSTRUCTION = "[IMAGE:img] what is it? -> [TEXT:cap]"
 ROW = {"img": Image.new("RGB", (32, 32), "red"), "cap": "a red square"}
 
 
-def qkv(**changes: Tensor) -> list[Tensor]:
+def qkv(**changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.ones(N, 2, 16)
-    return [changes.get(name, x) for name in ("q", "k", "v")]
+    return changes.get("q", x), changes.get("k", x), changes.get("v", x)
 
 
 def layout(rows: int = 2 * N - 1, visible: Tensor | None = None) -> AttentionLayout:
@@ -104,14 +104,15 @@ def test_attention(call: Callable[[str], object], kind: type[OfakernError], mess
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_negative_bit_view_gives_the_numbers_it_stands_for(backend: str) -> None:
-    """DLPack hands over its memory without the sign: bindings refuse it (build/test_bindings.py), the op resolves it."""
+    """DLPack hands over its memory without the sign: bindings refuse it (build/test_bindings.py), the op resolves."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(N, 2, 16, generator=generator) for _ in range(2))
     table = torch.randn(2, 2 * N - 1, generator=generator)
 
     def results(view: Callable[[Tensor], Tensor]) -> list[Tensor]:
         leaves = [x.clone().requires_grad_() for _ in range(3)] + [table.clone().requires_grad_()]
-        out = attention(*map(view, leaves[:3]), layout(), tables=[view(leaves[3])], backend=backend)
+        q, k, v, bias = (view(leaf) for leaf in leaves)
+        out = attention(q, k, v, layout(), tables=[bias], backend=backend)
         out.backward(view(weight))
         return [out, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
