@@ -62,7 +62,7 @@ def test_padded_attention_is_torchs_with_concatenated_positions() -> None:
 
 
 def test_a_task_from_one_line(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All of it but the number of updates, which is for a reader with a minute."""
+    """All of it but the number of updates, which is for a reader with some minutes."""
     assert UPDATES in BLOCKS[2]
     names = run(BLOCKS[2].replace(UPDATES, "max_updates=1"))
     assert (clone / "emoji-model" / "model.safetensors").is_file()
