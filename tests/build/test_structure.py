@@ -167,3 +167,21 @@ def test_no_source_file_is_too_long() -> None:
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert not {name: count for name, count in lengths.items() if count > MAX_LINES}
+
+
+@pytest.mark.parametrize(("folder", "megabytes"), [("tests/golden", 35), ("examples/data", 12)])
+def test_carried_data_stays_small(folder: str, megabytes: int) -> None:
+    total = sum(path.stat().st_size for path in (ROOT / folder).rglob("*") if path.is_file())
+    assert 0 < total <= megabytes * 10**6, f"{folder} has {total} bytes"
+
+
+def test_carried_data_has_its_licences() -> None:
+    bare = [folder.name for folder in (ROOT / "examples/data").iterdir() if not list(folder.glob("LICENSE*"))]
+    assert not bare
+
+
+def test_versions_are_pinned_in_one_place() -> None:
+    pin = re.compile(r"\b(torch|triton)\s*==\s*\d")
+    files = [ROOT / name for name in ("Makefile", "pyproject.toml", "CMakeLists.txt", ".ci/run")]
+    assert not [path.name for path in files if pin.search(path.read_text(encoding="utf-8"))]
+    assert pin.search((ROOT / "constraints.txt").read_text(encoding="utf-8"))
