@@ -56,7 +56,7 @@ QUESTION = "[IMAGE:img] [TEXT:question] -> [TEXT:answer,closed_set]"
 GROUNDING = "[IMAGE:img] which region does the text [TEXT:card] describe? -> [BOX:box]"
 
 IMAGE_SIZE = 64
-BINS = 32  # one box bin is two pixels: as fine as 12,000 updates could learn, and quick to learn in 1,500
+BINS = 24  # fewer bins are learnt sooner; an edge is off by at most 1/46 of the picture
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,8 @@ def print_results(results: dict[str, Any]) -> None:
             ratio = f"{value / baseline:.2f}x" if baseline else "-"
             print(f"{task:<11}{metric:<22}{value:>8.3f}{baseline:>10.3f}{ratio:>8}{entry['n']:>7}")
     print("\nThe constant answers are the best ones on the training split. Questions are asked over a closed set of 13")
-    print("answers. Half of grounding's training pictures are scenes composed of cards cut from the training photos;")
-    print("all testing is on the sets' own test splits, which training never saw.")
+    print("answers. Three in five of grounding's training pictures are scenes composed of cards cut from the training")
+    print("photos; all testing is on the sets' own test splits, which training never saw.")
 
 
 def run(updates: int, minutes: float, output: Path, seed: int, limit: int = 1000) -> dict[str, Any]:

@@ -112,13 +112,15 @@ def _cropped(
 class SceneMaker:
     """Draws grounding rows of `size` x `size` pixels from training photos.
 
-    photos: the training split. share: the part of the rows that is composed; the rest are photos, cropped, mirrored
-    and recoloured. Rows are dicts with `img`, `card` and `box` (pixels of `img`).
+    photos: the training split. plain, composed: the parts of the rows that are one card on a plain colour (from which
+    a new model learns soonest what a position is) and several cards on a piece of a photo; the rest are photos,
+    cropped, mirrored and recoloured. Rows are dicts with `img`, `card` and `box` (pixels of `img`).
     """
 
-    def __init__(self, photos: Sequence[CardPhoto], size: int, share: float = 0.5) -> None:
+    def __init__(self, photos: Sequence[CardPhoto], size: int, *, plain: float = 0.3, composed: float = 0.3) -> None:
         self._size = size
-        self._share = share
+        self._plain = plain
+        self._composed = composed
         self._photos = [photo for photo in photos if photo.single_cards()]
         self._grounds = list(photos)
         self._cards: dict[str, list[Image.Image]] = {name: [] for name in CARD_CLASSES}
@@ -130,7 +132,14 @@ class SceneMaker:
     def row(self, rng: np.random.Generator) -> dict[str, Any]:
         """One row; it depends on nothing but the generator's state."""
         while True:
-            picture, boxes = self._scene(rng) if rng.random() < self._share else self._photo(rng)
+            kind = rng.random()
+            if kind < self._plain:
+                picture, boxes = self._scene(rng, self._plain_ground(rng), 1)
+            elif kind < self._plain + self._composed:
+                count = int(rng.choice([1, 2, 3, 4], p=[0.4, 0.3, 0.15, 0.15]))
+                picture, boxes = self._scene(rng, self._ground(rng), count)
+            else:
+                picture, boxes = self._photo(rng)
             named = _single(boxes)
             if named:
                 break
@@ -153,13 +162,16 @@ class SceneMaker:
                     side = 2 * self._size
                     return photo.picture.crop(window).resize((side, side), Image.Resampling.BILINEAR)
 
-    def _scene(self, rng: np.random.Generator) -> tuple[Image.Image, list[Labelled]]:
-        """One to four cards of different classes on a background; a card mostly hidden by a later one is unnamed."""
-        ground = self._ground(rng)
+    def _plain_ground(self, rng: np.random.Generator) -> Image.Image:
+        red, green, blue = (int(v) for v in rng.integers(0, 170, 3))
+        return Image.new("RGB", (2 * self._size, 2 * self._size), (red, green, blue))
+
+    def _scene(self, rng: np.random.Generator, ground: Image.Image, count: int) -> tuple[Image.Image, list[Labelled]]:
+        """At most `count` cards of different classes on `ground`; none hides much of an earlier one."""
         side = ground.width
         boxes: list[Labelled] = []
         scale = rng.uniform(0.25, 0.5)
-        for name in rng.permutation(CARD_CLASSES)[: int(rng.choice([1, 2, 3, 4], p=[0.4, 0.3, 0.15, 0.15]))]:
+        for name in rng.permutation(CARD_CLASSES)[:count]:
             card = self._posed(str(name), scale * rng.uniform(0.85, 1.15) * side, rng)
             room_x, room_y = side - card.width, side - card.height
             if room_x <= 0 or room_y <= 0:
