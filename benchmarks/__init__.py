@@ -1,0 +1,1 @@
+"""Benchmarks of the ops against their peers: `ofakern bench`, run from a checkout of the repository."""

@@ -1,0 +1,63 @@
+"""Bars per case and contender, with the measured roofline as a line; SVG and PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ofakern.errors import OfakernRuntimeError
+
+_COLORS = ("#c0392b", "#9aa5b1", "#2f6db3", "#6fa8dc", "#e0a030", "#6b8e4e", "#7d5ba6")  # ours first
+
+
+def plot(results: dict[str, Any], folder: Path) -> list[Path]:
+    """One figure per op, phase and dtype: `<op>_<phase>_<dtype>.svg` and `.png`. Returns the paths.
+
+    Raises OfakernRuntimeError without matplotlib.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise OfakernRuntimeError(
+            "bench: --plot must have matplotlib, got none\nTry: pip install 'ofakern[bench]'"
+        ) from error
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for record in results["records"]:
+        groups.setdefault((record["op"], record["phase"], record["dtype"]), []).append(record)
+    paths = []
+    for (op, phase, dtype), records in groups.items():
+        figure = _figure(op, phase, dtype, records, results)
+        for suffix in ("svg", "png"):
+            path = folder / f"{op}_{phase.replace('+', '_')}_{dtype}.{suffix}"
+            figure.savefig(path, dpi=120)
+            paths.append(path)
+    return paths
+
+
+def _figure(op: str, phase: str, dtype: str, records: list[dict[str, Any]], results: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    cases = list(dict.fromkeys(r["case"] for r in records))
+    names = list(dict.fromkeys(r["backend"] for r in records))
+    figure = Figure(figsize=(2.4 + 1.5 * len(cases), 4.4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    for n, name in enumerate(names):
+        rates = {r["case"]: r["tflops"] * 1e3 for r in records if r["backend"] == name}
+        places = [c + (n - (len(names) - 1) / 2) * width for c, case in enumerate(cases) if case in rates]
+        label = f"ofakern ({name})" if n == 0 else name
+        axes.bar(places, list(rates.values()), width, label=label, color=_COLORS[n % len(_COLORS)])
+    roof = results["roofline"]
+    for key, label, style in (("gemm_tflops", "GEMM", "-"), ("gemm_no_amx_tflops", "GEMM without AMX", "--")):
+        if dtype in roof.get(key, {}):
+            axes.axhline(roof[key][dtype]["best"] * 1e3, color="black", linestyle=style, linewidth=1, label=label)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
+    axes.set_ylabel("GFLOP/s (work of the case / p50)")
+    machine = results["machine"]
+    title = f"{op}, {phase}, {dtype}\n{machine['cpu']}, {machine['threads']} threads, {machine['date'][:10]}"
+    figure.suptitle(title, fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure

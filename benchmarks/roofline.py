@@ -1,0 +1,91 @@
+"""What this machine can do, measured in the same run: torch's GEMM per dtype, copy and read bandwidth.
+
+`python -m benchmarks.roofline DTYPE THREADS` prints one GEMM measurement as JSON; the runner calls it with oneDNN held
+below AMX for the row `gemm_no_amx`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.core import DTYPES, Work
+from benchmarks.timing import quantiles
+
+_SIZES = (1024, 2048)
+_NO_AMX = "AVX512_CORE_BF16"
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def _median(call: Callable[[], object], seconds: float) -> float:
+    call()
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(samples) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - start)
+    return quantiles(samples)["p50"]
+
+
+def gemm(dtype: str, seconds: float = 0.4) -> dict[str, float]:
+    """TFLOP/s of a square matrix product by size, median of repeated calls; "best" is the largest."""
+    rates = {}
+    for size in _SIZES:
+        a, b = (torch.randn(size, size).to(DTYPES[dtype]) for _ in range(2))
+        out = torch.empty(size, size, dtype=DTYPES[dtype])
+
+        def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> object:
+            return torch.mm(a, b, out=out)
+
+        rates[str(size)] = 2 * size**3 / _median(product, seconds) / 1e12
+    return rates | {"best": max(rates.values())}
+
+
+def has_amx() -> bool:
+    try:
+        return "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False  # not Linux
+
+
+def gemm_no_amx(dtype: str) -> dict[str, float]:
+    """The same GEMM in a process whose oneDNN is limited to AVX512_BF16: what a kernel without AMX is up against."""
+    command = [sys.executable, "-m", "benchmarks.roofline", dtype, str(torch.get_num_threads())]
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": _NO_AMX, "PYTHONPATH": str(_ROOT)}
+    result = subprocess.run(command, env=env, cwd=_ROOT, capture_output=True, text=True, check=True)
+    rates: dict[str, float] = json.loads(result.stdout)
+    return rates
+
+
+def bandwidth(size: float, seconds: float = 0.1) -> dict[str, float]:
+    """GB/s of copy (bytes read plus bytes written) and of read (a sum), over arrays of `size` bytes in all."""
+    words = max(int(size) // 8, 1024)
+    source, target = torch.ones(words), torch.empty(words)
+    whole = torch.ones(2 * words)
+    copy = 8 * words / _median(lambda: target.copy_(source), seconds) / 1e9
+    read = 8 * words / _median(lambda: whole.sum(), seconds) / 1e9
+    return {"mib": 8 * words / 2**20, "copy_gbps": copy, "read_gbps": read}
+
+
+def least_seconds(work: Work, gemm_tflops: float, band: dict[str, float]) -> float:
+    """The roofline: a call takes at least its flops at the GEMM rate, and its bytes at the faster bandwidth."""
+    return max(work.flops / (gemm_tflops * 1e12), work.bytes / (max(band["copy_gbps"], band["read_gbps"]) * 1e9))
+
+
+def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The better of two measurements of one thing, number by number."""
+    return {key: max(value, second[key]) for key, value in first.items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    print(json.dumps(gemm(sys.argv[1])))

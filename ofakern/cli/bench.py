@@ -1,0 +1,78 @@
+"""`ofakern bench OP`: time an op against its peers. The benchmarks live in the repository, not in the package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import ofakern
+from ofakern.errors import OfakernRuntimeError, OfakernValueError
+
+_EPILOG = """examples:
+  ofakern bench attention --quick
+  ofakern bench attention --json benchmarks/results/attention_cpu.json --plot bench-plots
+  ofakern bench attention --case ofa_base_enc_1024 --dtype bf16 --threads 1
+  ofakern bench attention --case long_16384 --dtype f32
+  ofakern bench attention --quick --compare old.json
+
+Needs a checkout of the repository (benchmarks/ and tests/ops/): the op's own tests decide whether it may be timed."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "bench",
+        help="time an op against its peers",
+        description="Check an op on its benchmark cases, then time it and its peers in turn in one process: time, "
+        "peak memory, FLOP/s, GB/s and the share of this machine's measured roofline.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("op", metavar="OP", help="attention")
+    parser.add_argument("--device", default="cpu", help="cpu (default)")
+    parser.add_argument("--dtype", nargs="+", default=["f32", "bf16"], metavar="D", help="f32 bf16 f16")
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="only these cases (default: all but the longest)")
+    parser.add_argument("--quick", action="store_true", help="few cases, few rounds, no compiled peer: under a minute")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and of ofakern")
+    parser.add_argument("--json", type=Path, metavar="F", help="write machine, roofline and records to this file")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw SVG and PNG files into this folder")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print the ratios to an older --json file")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.device != "cpu":
+        raise OfakernValueError(f"bench: --device must be cpu (this version has no GPU kernel), got {args.device!r}")
+    root = str(_checkout())
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    try:
+        runner, tables = import_module("benchmarks.run"), import_module("benchmarks.tables")
+    except ModuleNotFoundError as error:
+        raise OfakernRuntimeError(
+            f"bench: {error.name} must be installed, got none\nTry: pip install 'ofakern[bench]'"
+        ) from error
+    old = None if args.compare is None else tables.load(args.compare)
+    options = runner.Options(args.op, tuple(args.dtype), args.case, args.quick, args.threads)
+    results = runner.run(options)
+    print(tables.render(results))
+    if args.json is not None:
+        runner.write_json(results, args.json)
+    if args.plot is not None:
+        for path in import_module("benchmarks.plots").plot(results, args.plot):
+            print(path)
+    if old is not None:
+        print(f"\nagainst {args.compare}:\n{tables.compare(results, old)}")
+    return 0
+
+
+def _checkout() -> Path:
+    """The repository: around this package when it is installed editable, else the current directory."""
+    package = Path(ofakern.__file__).resolve().parent
+    for folder in (package.parent, Path.cwd()):
+        if (folder / "benchmarks/run.py").is_file() and (folder / "ofakern").is_dir():
+            return folder
+    raise OfakernRuntimeError(
+        f"bench: the command must run in a checkout of the ofakern repository, got {Path.cwd()}\n"
+        "Try: git clone the repository, cd into it, and run the command again; the installed package has no benchmarks."
+    )

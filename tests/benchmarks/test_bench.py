@@ -1,0 +1,144 @@
+"""`ofakern bench`: its records, its refusal of wrong kernels, the work it counts, and what it makes of results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ofakern
+from benchmarks import memory, plots, report, roofline, run, tables, timing
+from benchmarks.core import Unavailable
+from benchmarks.ops import bench_attention
+from benchmarks.ops.bench_attention import CASES, CONTENDERS, make, reduced, work
+from ofakern.cli import bench
+from ofakern.cli import main as cli
+from ofakern.errors import OfakernRuntimeError
+from ofakern.ops.attention import attention
+
+RECORD = {"op", "case", "phase", "dtype", "device", "backend", "ms", "peak_mib", "tflops", "gbps", "roofline_pct"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run of the command on the smallest case."""
+    path = tmp_path_factory.mktemp("bench") / "r.json"
+    arguments = ["--quick", "--case", "small_16", "--dtype", "f32", "--threads", "1", "--json", str(path)]
+    threads = torch.get_num_threads()
+    try:
+        assert cli.main(["bench", "attention", *arguments]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    return tables.load(path)
+
+
+def test_records_have_the_stated_form(results: dict[str, Any]) -> None:
+    assert {(r["backend"], r["phase"]) for r in results["records"]} == {
+        (name, phase) for name in CONTENDERS if name != "flex" for phase in ("fwd", "fwd+bwd")
+    }
+    for record in results["records"]:
+        ours = record["backend"] == "cpu"
+        assert record.keys() == RECORD | ({"versus"} if ours else set())
+        assert 0 < record["ms"]["p20"] <= record["ms"]["p50"] <= record["ms"]["p80"]
+        if ours:
+            assert record["versus"].keys() == {"sdpa_plain", "sdpa_mask", "sdpa_concat", "ofasys"}
+    assert {s["backend"] for s in results["skipped"]} == {"flex"}
+    assert results["machine"]["threads"] == 1
+    assert results["roofline"]["gemm_tflops"]["f32"]["best"] > 0
+
+
+def test_roofline_share_is_least_time_over_time(results: dict[str, Any]) -> None:
+    record = results["records"][0]
+    job = work(CASES["small_16"], "f32", "fwd")
+    band = results["roofline"]["bandwidth"][f"{job.bytes / 2**20:.3g} MiB"]
+    least = roofline.least_seconds(job, results["roofline"]["gemm_tflops"]["f32"]["best"], band)
+    assert record["roofline_pct"] == pytest.approx(100 * least / (record["ms"]["p50"] / 1e3))
+
+
+def test_flops_of_the_base_case_are_384_and_1024_per_pair() -> None:
+    pairs = 2 * 12 * 1024 * 1024
+    spec = CASES["ofa_base_enc_1024"]
+    assert work(spec, "bf16", "fwd").flops == 384 * pairs
+    assert work(spec, "bf16", "fwd+bwd").flops == (384 + 1024) * pairs
+    assert work(CASES["plain_1024"], "f32", "fwd").flops == 256 * pairs
+    assert work(CASES["causal_1024"], "f32", "fwd").flops == 256 * 24 * (1024 * 1025 // 2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peers_compute_the_case(name: str) -> None:
+    problem = make(reduced(CASES[name]), "f32")
+    expected = bench_attention.ours(problem).forward().detach()
+    for peer in ("sdpa_plain", "sdpa_mask", "sdpa_concat", "ofasys"):
+        try:
+            entry = CONTENDERS[peer](problem)
+        except Unavailable:
+            continue
+        for phase in ("fwd", "fwd+bwd"):
+            got = entry.packed(entry.call(phase)())
+            if entry.exact:
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = attention
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        out, *lse = right(*args, **kwargs) if kwargs.get("return_lse") else (right(*args, **kwargs),)
+        return (out * 1.01, *lse) if lse else out * 1.01
+
+    monkeypatch.setattr(bench_attention, "attention", wrong)
+    assert cli.main(["bench", "attention", "--case", "small_16", "--dtype", "f32"]) == 2
+    assert "must be right before it is timed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dance"], "OP must be one of attention, got 'dance'"),
+        (["attention", "--device", "cuda"], "--device must be cpu"),
+        (["attention", "--dtype", "f8"], "--dtype must be one of f32, bf16, f16, got 'f8'"),
+        (["attention", "--case", "x"], "--case must be one of ofa_base_enc_1024"),
+        (["attention", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["attention", "--compare", "pyproject.toml"], "pyproject.toml must be JSON"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ofakern, "__file__", str(tmp_path / "site/ofakern/__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OfakernRuntimeError, match="must run in a checkout"):
+        bench._checkout()
+
+
+def test_page_plots_and_comparison(results: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "small.json"
+    run.write_json(results, path)
+    page = report.page([path])
+    assert "## small.json" in page and "| small_16 |" in page and "flex" in page
+    assert {p.suffix for p in plots.plot(results, tmp_path)} == {".svg", ".png"}
+    slower = json.loads(json.dumps(results))
+    for record in slower["records"]:
+        record["ms"]["p50"] *= 2
+    assert all(line.split()[6] == "2.00" for line in tables.compare(results, slower).splitlines()[1:])
+
+
+def test_quantiles() -> None:
+    assert timing.quantiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == {"p20": 2.0, "p50": 3.0, "p80": 5.0}
+
+
+@pytest.mark.skipif(not memory.MemoryMeter.available, reason="needs /proc/self/clear_refs")
+def test_memory_of_a_dense_peer_is_its_matrices() -> None:
+    """OFASys' formula on ragged holds [8,12,1024,1024] float32 scores, 384 MiB; ours its output and little more."""
+    with memory.MemoryMeter("attention") as meter:
+        dense = meter.peak_mib("ragged", "f32", "ofasys", "fwd", 1)
+        ours = meter.peak_mib("ragged", "f32", "cpu", "fwd", 1)
+    assert dense is not None and ours is not None
+    assert 384 <= dense <= 1600
+    assert 8 <= ours <= 40
