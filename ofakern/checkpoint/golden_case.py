@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ofakern.checkpoint.golden import PAD, read_json
+from ofakern.checkpoint.golden import read_json
+from ofakern.checkpoint.ofasys import PAD
 from ofakern.data.batch import IGNORE_LABEL, Example, PackedBatch, Segment
 from ofakern.errors import DataError
 from ofakern.instruction.modality import Modality
+from ofakern.modality.audio.adaptor import tokens_in_ofasys
 from ofakern.model import OFAPlus
 
 _TEXTUAL = {Modality.TEXT, Modality.BOX, Modality.PHONE, Modality.STRUCT, Modality.CATEGORY}
@@ -24,13 +26,15 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Slot:
-    """A recorded slot: values int64 `[B, n]` or f32 `[B, 3, S, S]`; padded: positions it takes in the recording."""
+    """A recorded slot: values int64 `[B, n]`, images f32 `[B, 3, S, S]` or filter banks f32 `[B, t, 80]`; padded:
+    positions it takes in the recording; frames: of each sample's filter banks, the rest is padding."""
 
     number: int
     modality: Modality
     adaptor: str
     values: np.ndarray
     padded: int
+    frames: tuple[int, ...] = ()
 
     def segment(self, sample: int) -> Segment:
         value = torch.from_numpy(np.ascontiguousarray(self.values[sample]))
@@ -40,6 +44,8 @@ class Slot:
 
     def kept(self, sample: int) -> int:
         """Positions of a sample that are not padding."""
+        if self.frames:
+            return tokens_in_ofasys(self.frames[sample], self.values.shape[1])
         if self.values.ndim != 2:
             return self.padded
         real = self.values[sample] != PAD
@@ -121,11 +127,18 @@ def _slots(arrays: Arrays, model: OFAPlus) -> list[Slot]:
     names = sorted((key for key in arrays if key.startswith("input.slot")), key=_slot_number)
     for key in names:
         modality = Modality[key.split(".")[2]]
+        if key.endswith("_lengths"):
+            continue
         values = arrays[key]
-        last = key == names[-1]
-        adaptor = "text" if modality in _TEXTUAL else _image_adaptor(arrays, "decoder" if last else "encoder")
-        padded = values.shape[1] if values.ndim == 2 else _image_positions(arrays, adaptor)
-        found.append(Slot(_slot_number(key), modality, adaptor, values, padded))
+        frames: tuple[int, ...] = ()
+        if modality in _TEXTUAL:
+            adaptor = "text"
+        elif modality is Modality.AUDIO:
+            adaptor, frames = "audio_fbank", tuple(int(n) for n in arrays[f"{key}_lengths"])
+        else:
+            adaptor = _image_adaptor(arrays, "decoder" if key == names[-1] else "encoder")
+        padded = values.shape[1] if values.ndim == 2 else _recorded_positions(arrays, adaptor)
+        found.append(Slot(_slot_number(key), modality, adaptor, values, padded, frames))
     return found
 
 
@@ -140,7 +153,7 @@ def _image_adaptor(arrays: Arrays, side: str) -> str:
     return names.pop()[1]
 
 
-def _image_positions(arrays: Arrays, adaptor: str) -> int:
+def _recorded_positions(arrays: Arrays, adaptor: str) -> int:
     key = next(k for k in arrays if k.startswith("encoder.adaptor_call") and k.endswith(f".{adaptor}.embed"))
     return int(arrays[key].shape[1])
 

@@ -302,6 +302,11 @@ def _gradient_check(group: str, name: str, ours: Tensor | np.ndarray, recorded: 
     return compare(f"backbone {group}" if backbone else group, name, ours, recorded, floor, tolerance)
 
 
+def gradient_norm_checks(norms: dict[str, float], gradients: dict[str, Tensor]) -> list[Check]:
+    """Every recorded gradient norm, and that no parameter has a gradient the recording does not know."""
+    return _norm_checks(norms, gradients, 1e-7 * max(norms.values(), default=0.0))
+
+
 def _norm_checks(norms: dict[str, float], gradients: dict[str, Tensor], noise: float) -> list[Check]:
     """Every recorded gradient norm, and that no parameter has a gradient the recording does not know."""
     if not norms:

@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from ofakern.errors import OfakernValueError
+from ofakern.modality.audio.adaptor import AudioFbankAdaptor, AudioFbankConfig
 from ofakern.modality.image.adaptor import (
     ImagePatchEmbedAdaptor,
     ImagePatchEmbedConfig,
@@ -22,8 +23,9 @@ _CONFIGS: dict[str, type[AdaptorConfig]] = {
     "image_resnet": ImageResnetConfig,
     "image_vit": ImageVitConfig,
     "image_patch_embed": ImagePatchEmbedConfig,
+    "audio_fbank": AudioFbankConfig,
 }
-_SOURCE_ONLY = {"image_resnet", "image_vit"}
+_SOURCE_ONLY = {"image_resnet", "image_vit", "audio_fbank"}
 
 
 def build_adaptor(config: AdaptorConfig, side: SideShape) -> Adaptor | None:
@@ -38,6 +40,8 @@ def build_adaptor(config: AdaptorConfig, side: SideShape) -> Adaptor | None:
         return ImageVitAdaptor(config, side)
     if isinstance(config, ImagePatchEmbedConfig):
         return ImagePatchEmbedAdaptor(config, side)
+    if isinstance(config, AudioFbankConfig):
+        return AudioFbankAdaptor(config, side)
     raise OfakernValueError(f"build_adaptor: config must be of a known adaptor, got {type(config).__name__}")
 
 

@@ -53,10 +53,12 @@ class AdaptorGroup(nn.Module):
 
     def plan(self, side: PackedSide) -> SidePlan:
         """The side's plan, built at the first call and kept in the side's cache."""
-        key = ("plan", self.source, self.config.use_self_attn_bias, self.config.adaptors)
+        experts = (self.config.compat or "modality") if self.config.modal_ffn else ""
+        key = ("plan", self.source, self.config.use_self_attn_bias, experts, self.config.adaptors)
         plan = side.cache.get(key)
         if not isinstance(plan, SidePlan):
-            plan = plan_side(side, self.adaptors, causal=not self.source, relative=self.config.use_self_attn_bias)
+            relative = self.config.use_self_attn_bias
+            plan = plan_side(side, self.adaptors, causal=not self.source, relative=relative, experts=experts)
             side.cache[key] = plan
         return plan
 

@@ -21,6 +21,8 @@ SIZES = {
     "huge": (1280, 5120, 16, 24, 12, "resnet152"),
 }
 COMPAT = ("", "ofasys")
+# Modality numbers in batches are 1 .. MODALITIES; expert = number - 1.
+MODALITIES = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,10 @@ class OFAConfig:
         checkpoint_activations: recompute layers in the backward pass instead of keeping their activations.
         init_std: deviation of new matrices and embeddings; 0.02 suits dim 768, about dim^-0.5 lets narrow models attend
             from the start.
+        modal_ffn: every modality has feed-forward weights of its own (`MODALITIES` experts per layer).
         compat: "ofasys" reproduces quirks of the published implementation: without relative tables its encoder scales
-            scores by K^-0.5 and ignores the head weights.
+            scores by K^-0.5 and ignores the head weights; with `modal_ffn` it sends the tokens of a batch of more than
+            one sample to experts of other tokens' modalities.
 
     Raises OfakernValueError for widths, names and combinations that cannot be built.
     """
@@ -75,6 +79,7 @@ class OFAConfig:
     use_self_attn_bias: bool = True
     share_attn_bias: bool = False
     entangle_position_embedding: bool = False
+    modal_ffn: bool = False
     max_segments: int = 0
     target_slots: int = 0
     checkpoint_activations: bool = False
@@ -126,8 +131,9 @@ class OFAConfig:
 
     def layer(self, drop_path: float) -> LayerConfig:
         """The part that one layer needs."""
-        shared = {f.name: getattr(self, f.name) for f in fields(LayerConfig) if f.name != "drop_path"}
-        return LayerConfig(**shared, drop_path=drop_path)
+        own = {"drop_path", "experts"}
+        shared = {f.name: getattr(self, f.name) for f in fields(LayerConfig) if f.name not in own}
+        return LayerConfig(**shared, drop_path=drop_path, experts=MODALITIES if self.modal_ffn else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a config file; `from_dict` reads it back."""

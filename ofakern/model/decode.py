@@ -18,6 +18,7 @@ from ofakern.errors import OfakernValueError
 from ofakern.modality.text.adaptor import TextAdaptor
 from ofakern.model.stacks import Decoder, Memory
 from ofakern.nn.attention import Positions
+from ofakern.nn.experts import Routing
 from ofakern.ops.attention import AttentionLayout, RelativeTerm
 from ofakern.ops.attention.intervals import cross as cross_intervals
 
@@ -40,7 +41,13 @@ class DecodeState:
     """
 
     def __init__(
-        self, decoder: Decoder, memory: Memory, rows_per_sample: int | Sequence[int], max_length: int, target_slot: int
+        self,
+        decoder: Decoder,
+        memory: Memory,
+        rows_per_sample: int | Sequence[int],
+        max_length: int,
+        target_slot: int,
+        modality: int = 1,
     ) -> None:
         counts = [rows_per_sample] * memory.samples if isinstance(rows_per_sample, int) else list(rows_per_sample)
         if len(counts) != memory.samples or min(counts, default=0) < 0 or max_length < 1:
@@ -54,6 +61,7 @@ class DecodeState:
         self.max_length = max_length
         self.length = 0
         self.target_slot = target_slot
+        self.modality = modality
         self._decoder = decoder
         self._adaptor = adaptor
         self._source_lengths = memory.lengths
@@ -112,9 +120,12 @@ class DecodeState:
         q_pos, k_pos = decoder.adaptor.factored(positions)
         own = Positions(self._plan_self(), q_pos, self._remember_positions(k_pos), decoder.backend)
         cross = Positions(self._cross_layout, decoder.cross_queries(positions), self._source_k_pos, decoder.backend)
+        # Every row continues the same slot, so one expert takes them all.
+        routing = Routing(None, None, ((self.modality - 1, self.rows),)) if decoder.config.modal_ffn else None
         for number, layer in enumerate(decoder.decoder_layers()):
             k, v = layer.self_attn.keys_values(layer.self_input(x))
-            x = layer(x, own, cross, self._source[number], self._tables[number], self._remember(number, k, v))
+            own_keys = self._remember(number, k, v)
+            x = layer(x, own, cross, self._source[number], self._tables[number], own_keys, routing=routing)
         self.length += 1
         return decoder.finish(x)
 

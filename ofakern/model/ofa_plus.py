@@ -73,13 +73,19 @@ class OFAPlus(nn.Module):
 
     @torch.no_grad()
     def begin_decode(
-        self, memory: Memory, rows_per_sample: int | Sequence[int], max_length: int, target_slot: int = 0
+        self,
+        memory: Memory,
+        rows_per_sample: int | Sequence[int],
+        max_length: int,
+        target_slot: int = 0,
+        modality: int = 1,
     ) -> DecodeState:
         """Starts incremental decoding of one text segment: rows_per_sample hypotheses (beams) per sample.
 
         max_length: the most tokens that will be fed (begin token and prefix included). Rows of a sample stand together.
+        modality: of the segment, as in a batch's `modality_id` (models with `modal_ffn` choose their experts by it).
         """
-        return DecodeState(self.decoder, memory, rows_per_sample, max_length, target_slot)
+        return DecodeState(self.decoder, memory, rows_per_sample, max_length, target_slot, modality)
 
     @torch.no_grad()
     def decode_step(self, state: DecodeState, tokens: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ofakern.data.batch import AdaptorInput, PackedSide
 from ofakern.errors import OfakernValueError
 from ofakern.nn.adaptor import Adaptor
+from ofakern.nn.experts import Routing
 from ofakern.nn.relative import RelativeBlock
 from ofakern.ops.attention import AttentionLayout, RelativeTerm
 from ofakern.ops.attention.intervals import causal as causal_intervals
@@ -21,11 +22,13 @@ from ofakern.ops.attention.intervals import full as full_intervals
 @dataclass(frozen=True)
 class SidePlan:
     """layout: of self-attention. blocks: (adaptor's name, block) in table order. order: int64 `[N]`, the row of the
-    concatenated adaptor outputs that each packed token takes; None when that is the identity."""
+    concatenated adaptor outputs that each packed token takes; None when that is the identity. routing: of the tokens to
+    feed-forward experts, where the model has them."""
 
     layout: AttentionLayout
     blocks: tuple[tuple[str, RelativeBlock], ...]
     order: Tensor | None
+    routing: Routing | None = None
 
     def to(self, device: torch.device | str) -> SidePlan:
         return replace(
@@ -33,11 +36,17 @@ class SidePlan:
             layout=self.layout.to(device),
             blocks=tuple((name, block.to(device)) for name, block in self.blocks),
             order=None if self.order is None else self.order.to(device),
+            routing=None if self.routing is None else self.routing.to(device),
         )
 
 
-def plan_side(side: PackedSide, adaptors: Mapping[str, Adaptor], causal: bool, relative: bool) -> SidePlan:
-    """Builds a side's plan on the CPU and moves it to the side's device."""
+def plan_side(
+    side: PackedSide, adaptors: Mapping[str, Adaptor], causal: bool, relative: bool, experts: str = ""
+) -> SidePlan:
+    """Builds a side's plan on the CPU and moves it to the side's device.
+
+    experts: "": none; "modality": a token's expert is its modality; "ofasys": as that implementation routes.
+    """
     blocks: list[tuple[str, RelativeBlock]] = []
     q_coord = torch.zeros(side.tokens, dtype=torch.int32)
     k_coord = torch.zeros(side.tokens, dtype=torch.int32)
@@ -59,7 +68,32 @@ def plan_side(side: PackedSide, adaptors: Mapping[str, Adaptor], causal: bool, r
     lengths = side.lengths_cpu
     visible = causal_intervals(lengths) if causal else full_intervals(lengths)
     layout = AttentionLayout.build(visible, lengths, lengths, terms)
-    return SidePlan(layout, tuple(blocks), _packing_order(side)).to(side.device)
+    routing = None
+    if experts:
+        modality = side.modality_id.cpu() if experts == "modality" else _misplaced_modality(side)
+        routing = Routing.build(modality - 1)
+    return SidePlan(layout, tuple(blocks), _packing_order(side), routing).to(side.device)
+
+
+def _misplaced_modality(side: PackedSide) -> Tensor:
+    """The modality whose expert OFASys applies to each token.
+
+    It flattens the modalities of the padded batch as [B, T] and the tokens as [T, B], so token (b, t) meets the
+    modality of position (t * B + b) mod T. A segment is padded to the width of its longest sample.
+    """
+    sample, order = side.sample_id.cpu().long(), side.segment_order.cpu().long()
+    samples, segments = side.samples, int(order.max()) + 1 if order.numel() else 0
+    lengths = torch.zeros(samples * segments, dtype=torch.int64)
+    lengths.index_add_(0, sample * segments + order, torch.ones_like(sample))
+    lengths = lengths.view(samples, segments)
+    widths = lengths.amax(0)
+    modality = torch.zeros(segments, dtype=torch.int32).index_copy_(0, order, side.modality_id.cpu())
+    column = modality.repeat_interleave(widths)
+    padded = torch.arange(column.shape[0]) - (widths.cumsum(0) - widths).repeat_interleave(widths)
+    position = torch.arange(column.shape[0]).expand(samples, -1)
+    kept = padded < lengths.repeat_interleave(widths, dim=1)
+    t = position[kept]
+    return column[(t * samples + sample) % max(column.shape[0], 1)]
 
 
 def plan_cross(target: PackedSide, source_lengths: tuple[int, ...]) -> AttentionLayout:

@@ -16,6 +16,7 @@ from ofakern.model.adaptors import AdaptorGroup
 from ofakern.model.config import OFAConfig
 from ofakern.model.side import plan_cross
 from ofakern.nn.attention import Positions, split_heads
+from ofakern.nn.experts import Routing
 from ofakern.nn.layers import DecoderLayer, EncoderLayer, Samples
 from ofakern.ops.attention import AttentionLayout
 
@@ -60,7 +61,9 @@ class Encoder(nn.Module):
         shared = Positions(plan.layout, q_pos, k_pos, self.backend)
         samples = Samples(side.sample_id, side.samples)
         for layer, tables in zip(self.layers, self.adaptor.tables(plan.blocks), strict=True):
-            x = run_layer(self, partial(layer, positions=shared, samples=samples), x, tables=tables)
+            x = run_layer(
+                self, partial(layer, positions=shared, samples=samples, routing=plan.routing), x, tables=tables
+            )
         if self.layer_norm is not None:
             x = self.layer_norm(x)
         return Memory(x, positions, side.lengths_cpu)
@@ -114,7 +117,7 @@ class Decoder(nn.Module):
         )
         samples = Samples(side.sample_id, side.samples)
         for layer, tables in zip(self.decoder_layers(), self.adaptor.tables(plan.blocks), strict=True):
-            call = partial(_decoder_layer, layer, own, cross, memory.states, samples)
+            call = partial(_decoder_layer, layer, own, cross, memory.states, samples, plan.routing)
             x = run_layer(self, call, x, tables=tables)
         return self.finish(x)
 
@@ -141,10 +144,11 @@ def _decoder_layer(
     cross: Positions,
     source: Tensor,
     samples: Samples,
+    routing: Routing | None,
     x: Tensor,
     tables: tuple[Tensor, ...],
 ) -> Tensor:
-    y: Tensor = layer(x, own, cross, layer.encoder_attn.keys_values(source), tables, samples=samples)
+    y: Tensor = layer(x, own, cross, layer.encoder_attn.keys_values(source), tables, samples=samples, routing=routing)
     return y
 
 

@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ofakern.errors import OfakernValueError
 from ofakern.nn.attention import MultiheadAttention, Positions, gelu_or_relu
+from ofakern.nn.experts import Routing
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What one layer needs to know. Rates are probabilities; `drop_path` is this layer's own."""
+    """What one layer needs to know. Rates are probabilities; `drop_path` is this layer's own; `experts`: feed-forward
+    experts (0: none)."""
 
     dim: int
     ffn_dim: int
@@ -33,6 +36,7 @@ class LayerConfig:
     scale_fc: bool = True
     scale_heads: bool = True
     scale_resids: bool = False
+    experts: int = 0
 
     def attention(self) -> MultiheadAttention:
         return MultiheadAttention(
@@ -72,6 +76,9 @@ class _Layer(nn.Module):
         self.ffn_layernorm = config.norm(config.ffn_dim, config.scale_fc)
         self.final_layer_norm = nn.LayerNorm(config.dim)
         self.w_resid = nn.Parameter(torch.ones(config.dim)) if config.scale_resids else None
+        # With experts the published layers keep fc1 and fc2, unused; so do we, for their checkpoints.
+        self.experts_fc1 = _experts(config.experts, config.dim, config.ffn_dim)
+        self.experts_fc2 = _experts(config.experts, config.ffn_dim, config.dim)
 
     def branch(self, y: Tensor, extra_norm: nn.LayerNorm | None, samples: Samples | None) -> Tensor:
         """What a sub-layer's output goes through before it joins the residual."""
@@ -88,14 +95,26 @@ class _Layer(nn.Module):
     def after(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         return x if self.config.normalize_before else norm(x)
 
-    def feed_forward(self, x: Tensor, samples: Samples | None) -> Tensor:
-        y = gelu_or_relu(self.config.activation, self.fc1(self.before(x, self.final_layer_norm)))
-        y = F.dropout(y, self.config.activation_dropout, self.training)
-        if self.ffn_layernorm is not None:
-            y = self.ffn_layernorm(y)
-        y = self.branch(self.fc2(y), None, samples)
+    def feed_forward(self, x: Tensor, samples: Samples | None, routing: Routing | None) -> Tensor:
+        y = self.before(x, self.final_layer_norm)
+        if self.experts_fc1 is None or self.experts_fc2 is None:
+            y = self.fc2(self._hidden(self.fc1(y)))
+        elif routing is None:
+            raise OfakernValueError("feed_forward: routing must be given to a layer with experts, got None")
+        else:
+            y = self._hidden(routing.linear(routing.sort(y), self.experts_fc1))
+            y = routing.unsort(routing.linear(y, self.experts_fc2))
+        y = self.branch(y, None, samples)
         residual = x if self.w_resid is None else x * self.w_resid
         return self.after(residual + y, self.final_layer_norm)
+
+    def _hidden(self, y: Tensor) -> Tensor:
+        y = F.dropout(gelu_or_relu(self.config.activation, y), self.config.activation_dropout, self.training)
+        return y if self.ffn_layernorm is None else self.ffn_layernorm(y)
+
+
+def _experts(count: int, width: int, out: int) -> nn.ModuleList | None:
+    return nn.ModuleList(nn.Linear(width, out) for _ in range(count)) if count else None
 
 
 class EncoderLayer(_Layer):
@@ -108,11 +127,16 @@ class EncoderLayer(_Layer):
         self.self_attn_layer_norm = nn.LayerNorm(config.dim)
 
     def forward(
-        self, x: Tensor, positions: Positions, tables: Sequence[Tensor] = (), samples: Samples | None = None
+        self,
+        x: Tensor,
+        positions: Positions,
+        tables: Sequence[Tensor] = (),
+        samples: Samples | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         y = self.self_attn(self.before(x, self.self_attn_layer_norm), positions, tables)
         x = self.after(x + self.branch(y, self.attn_ln, samples), self.self_attn_layer_norm)
-        return self.feed_forward(x, samples)
+        return self.feed_forward(x, samples, routing)
 
 
 class DecoderLayer(_Layer):
@@ -140,10 +164,11 @@ class DecoderLayer(_Layer):
         tables: Sequence[Tensor] = (),
         self_keys_values: tuple[Tensor, Tensor] | None = None,
         samples: Samples | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """source_keys_values: `encoder_attn.keys_values` of the encoder; self_keys_values: of a cache (default: x)."""
         y = self.self_attn(self.self_input(x), positions, tables, self_keys_values)
         x = self.after(x + self.branch(y, self.self_attn_ln, samples), self.self_attn_layer_norm)
         y = self.encoder_attn(self.before(x, self.encoder_attn_layer_norm), cross, keys_values=source_keys_values)
         x = self.after(x + self.branch(y, self.cross_attn_ln, samples), self.encoder_attn_layer_norm)
-        return self.feed_forward(x, samples)
+        return self.feed_forward(x, samples, routing)

@@ -15,7 +15,7 @@ from ofakern.generate import ChoiceTokens, GenerationConfig, Hypothesis, compile
 from ofakern.model import OFAPlus
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden" / "ofasys" / "main"
-CASES = ("text2text", "text_b1", "caption", "closed_set", "prefix_decoder_prompt", "grounding_box_out")
+CASES = ("text2text", "text_b1", "caption", "closed_set", "prefix_decoder_prompt", "grounding_box_out", "asr")
 # "yes", "no", "maybe so" in the recorded vocabulary.
 ANSWERS = ((269, 110, 5), (269, 176, 170), (142, 110, 214, 238, 170))
 

@@ -33,6 +33,9 @@ CASES = [
     "prefix_decoder_prompt",
     "grounding_box_out",
     "region_caption_box_in",
+    "asr",
+    "struct_table",
+    "multi_image_interleaved",
 ]
 
 

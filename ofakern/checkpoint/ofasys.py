@@ -1,0 +1,146 @@
+"""OFASys's configuration and state-dict keys as ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofakern.checkpoint.ledger import Ledger
+from ofakern.errors import CheckpointError
+from ofakern.modality.audio.adaptor import AudioFbankConfig
+from ofakern.modality.image.adaptor import ImagePatchEmbedConfig, ImageResnetConfig, ImageVitConfig
+from ofakern.modality.text.adaptor import TextAdaptorConfig
+from ofakern.model import TIED_KEYS, OFAConfig, OFAPlus
+from ofakern.nn.adaptor import AdaptorConfig
+
+PAD = 1
+EMBEDDING = "encoder.adaptor.embed_tokens.weight"
+
+# Adaptor option names of OFASys -> ours, per adaptor.
+_OPTIONS: dict[str, tuple[type[AdaptorConfig], dict[str, str]]] = {
+    "text": (TextAdaptorConfig, {"max_position": "max_position", "token_bucket_size": "bucket_size"}),
+    "image_resnet": (
+        ImageResnetConfig,
+        {
+            "resnet_type": "resnet_type",
+            "image_bucket_size": "bucket_size",
+            "resnet_drop_path_rate": "drop_path",
+            "freeze_resnet": "freeze_batch_norm",
+        },
+    ),
+    "image_vit": (
+        ImageVitConfig,
+        {"vit_type": "vit_type", "image_bucket_size": "bucket_size", "vit_drop_path_rate": "drop_path"},
+    ),
+    "image_patch_embed": (
+        ImagePatchEmbedConfig,
+        {
+            "image_size_height": "image_height",
+            "image_size_width": "image_width",
+            "patch_size_height": "patch_height",
+            "patch_size_width": "patch_width",
+            "add_cls_token": "class_token",
+        },
+    ),
+    "audio_fbank": (AudioFbankConfig, {"max_position": "max_position"}),
+}
+_SAME_NAME = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "attn_scale_factor",
+    "scale_attn",
+    "scale_fc",
+    "scale_heads",
+    "scale_resids",
+    "use_self_attn_bias",
+    "share_attn_bias",
+    "entangle_position_embedding",
+    "modal_ffn",
+)
+_DERIVED = re.compile(r"(_rp_bucket|_position_idx|\.version)$")
+# The half of the audio adaptor that writes speech, and the embedding of masked spans in audio training.
+_AUDIO_TARGET = re.compile(
+    r"^((encoder|decoder)\.adaptor\.audio_fbank\.(prenet|postnet|feat_proj|eos_proj|mask_emb|pos_emb_alpha)|"
+    r"decoder\.adaptor\.audio_fbank\.)"
+)
+
+
+def config_from_ofasys(
+    model: Mapping[str, Any], vocab_size: int, compat: str = "ofasys"
+) -> tuple[OFAConfig, list[str]]:
+    """The configuration of an OFASys model dictionary, and the names of active adaptors that do not exist here.
+
+    Raises CheckpointError for what this model cannot express.
+    """
+    try:
+        encoder, decoder = model["encoder"], model["decoder"]
+        for name in ("embed_dim", "ffn_embed_dim", "attention_heads", "normalize_before"):
+            if encoder[name] != decoder[name]:
+                raise CheckpointError(f"OFASys config: {name} must agree, got {encoder[name]} and {decoder[name]}")
+        active = {n: o for n, o in model["adaptor"].items() if isinstance(o, dict) and o.get("is_active")}
+        config = OFAConfig(
+            vocab_size=vocab_size,
+            pad_id=PAD,
+            dim=encoder["embed_dim"],
+            ffn_dim=encoder["ffn_embed_dim"],
+            heads=encoder["attention_heads"],
+            encoder_layers=encoder["layers"],
+            decoder_layers=decoder["layers"],
+            activation=model["activation_fn"],
+            normalize_before=encoder["normalize_before"],
+            encoder_drop_path=model["encode_drop_path_rate"],
+            decoder_drop_path=model["decode_drop_path_rate"],
+            adaptors=tuple(_adaptor(name, options) for name, options in active.items() if name in _OPTIONS),
+            compat=compat,
+            **{name: model[name] for name in _SAME_NAME},
+        )
+    except KeyError as error:
+        raise CheckpointError(f"OFASys config: options must all be there, got none for {error}") from error
+    return config, sorted(set(active) - set(_OPTIONS))
+
+
+def load_ofasys_weights(model: OFAPlus, ledger: Ledger, missing_adaptors: list[str]) -> None:
+    """Loads the model from a state dict in OFASys's names; `ledger` then accounts for every key.
+
+    missing_adaptors: active ones of the configuration that do not exist here: their keys are named and skipped.
+    Raises CheckpointError for missing, unknown and misshapen keys.
+    """
+    skipped = tuple(f"{side}.adaptor.{name}." for side in ("encoder", "decoder") for name in missing_adaptors)
+    own = {k: v for k, v in model.state_dict().items() if k not in TIED_KEYS}
+    found: dict[str, Tensor] = {}
+    for key in own:
+        if key in ledger.stored:
+            found[key] = ledger.take(key)
+        elif key.endswith("num_batches_tracked"):  # a counter that nothing reads
+            found[key] = own[key]
+    for key in list(ledger.stored):
+        if key in found:
+            continue
+        if _DERIVED.search(key):
+            ledger.drop([key], "follows from the configuration")
+        elif key in TIED_KEYS or key == "decoder.output_projection.weight":
+            ledger.tied(key, EMBEDDING)
+        elif key.startswith(skipped):
+            ledger.drop([key], f"of an adaptor that does not exist here ({key.split('.')[2]})")
+        elif model.config.entangle_position_embedding and key.startswith("decoder.cross_pos_"):
+            ledger.drop([key], "built but never used with entangled positions")
+        elif _AUDIO_TARGET.match(key):
+            ledger.drop([key], "of writing speech, which does not exist here")
+    ledger.finish(own, found)
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(found[key])
+
+
+def _adaptor(name: str, options: Mapping[str, Any]) -> AdaptorConfig:
+    kind, renamed = _OPTIONS[name]
+    values = {ours: options[theirs] for theirs, ours in renamed.items()}
+    shared = {f.name for f in fields(AdaptorConfig)} - {"scale_embedding"}
+    values.update({field: options[field] for field in shared})
+    return kind(**values, scale_embedding=not options["no_scale_embedding"])
