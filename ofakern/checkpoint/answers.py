@@ -23,8 +23,10 @@ from ofakern.generate import (
     compile_target,
 )
 from ofakern.instruction import Modality
+from ofakern.modality.box.postprocess import decode_box
 from ofakern.modality.box.preprocess import BoxCoder
 from ofakern.modality.output import Output
+from ofakern.modality.text.postprocess import decode_text
 from ofakern.plan import Plan, PlanSlot
 from ofakern.text import ClosedSet, Tokenizer
 
@@ -120,18 +122,16 @@ class TargetReader:
             if value is not None:
                 output.boxes.append(value)
         else:
-            closed = self._closed_sets.get(slot.name)
-            value = (closed.answer(tokens) if closed else None) or self._tokenizer.decode(tokens)
+            value = decode_text(tokens, self._tokenizer, self._closed_sets.get(slot.name))
         if slot.group is None:
             output.values[slot.name] = value
         else:
             output.values.setdefault(slot.name, []).append(value)
 
     def _box(self, slot: PlanSlot, tokens: list[int], columns: Mapping[str, Any]) -> Any:
-        whole = len(tokens) == _BOX_TOKENS and all(token in self._bins for token in tokens)
-        if self._coder is None or not whole:
+        if self._coder is None:
             return None
-        return self._coder.decode([t - self._bins.start for t in tokens], columns[IMAGE_SIZES][slot.image])
+        return decode_box(tokens, self._tokenizer.vocabulary, self._coder, columns[IMAGE_SIZES][slot.image])
 
     def _finish(self, output: Output, columns: Mapping[str, Any]) -> None:
         output.box = output.boxes[0] if output.boxes else None
