@@ -1,9 +1,9 @@
 // Block matrix products on packed operands: C[M, N] (+)= A[M, K] B[K, N], accumulated in f32.
 //
 // `Elem` is what the operands are packed as: f32, or bf16 where the ISA multiplies it natively (VDPBF16PS, AMX).
-// A is row-major, K contiguous. B is cut into panels of kPanel columns; within a panel, `kPair<Elem>` consecutive k of one
-// column stand together (1 for f32, 2 for bf16), so a panel row is kPanel * kPair elements. Padding is the caller's: K is a
-// multiple of kDepth<Elem>, M of kRows<Elem>, N of kColumns<Elem>, and pads of A or B hold zeros.
+// A is row-major, K contiguous. B is cut into panels of kPanel columns; within a panel, `kPair<Elem>` consecutive k of
+// one column stand together (1 for f32, 2 for bf16), so a panel row is kPanel * kPair elements. Padding is the
+// caller's: K is a multiple of kDepth<Elem>, M of kRows<Elem>, N of kColumns<Elem>, and pads of A or B hold zeros.
 #pragma once
 
 #include "core/vec.h"
@@ -18,7 +18,8 @@
 namespace ofakern::OFAKERN_ISA {
 namespace {
 
-// Register blocking: kTileRows x kTileVecs accumulators, one vector row of B and one broadcast must fit the register file.
+// Register blocking: kTileRows x kTileVecs accumulators, one vector row of B and one broadcast must fit the register
+// file.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 6, kTileVecs = 4;
 #elif defined(__AVX2__)
@@ -72,7 +73,8 @@ OFAKERN_HOT Vec dot(Vec a, Vec b, Vec c, const bf16*) {
 
 // One register tile of ROWS x VECS vectors; the whole K runs through it.
 template <class Elem, int ROWS, int VECS>
-OFAKERN_LOCAL void gemm_tile(i64 groups, const Elem* a, i64 lda, const Elem* b, i64 b_row, float* c, i64 ldc, bool add) {
+OFAKERN_LOCAL void gemm_tile(i64 groups, const Elem* a, i64 lda, const Elem* b, i64 b_row, float* c, i64 ldc,
+                             bool add) {
   constexpr int kPair = Gemm<Elem>::kPair;
   Vec acc[ROWS][VECS];
 #pragma GCC unroll 8
@@ -97,27 +99,33 @@ OFAKERN_LOCAL void gemm_tile(i64 groups, const Elem* a, i64 lda, const Elem* b, 
 }
 
 template <class Elem, int ROWS>
-OFAKERN_LOCAL void gemm_tile_vecs(int vecs, i64 groups, const Elem* a, i64 lda, const Elem* b, i64 b_row, float* c, i64 ldc,
-                                  bool add) {
+OFAKERN_LOCAL void gemm_tile_vecs(int vecs, i64 groups, const Elem* a, i64 lda, const Elem* b, i64 b_row, float* c,
+                                  i64 ldc, bool add) {
   switch (vecs) {
-    case 1: return gemm_tile<Elem, ROWS, 1>(groups, a, lda, b, b_row, c, ldc, add);
-    case 2: return gemm_tile<Elem, ROWS, 2>(groups, a, lda, b, b_row, c, ldc, add);
+    case 1:
+      return gemm_tile<Elem, ROWS, 1>(groups, a, lda, b, b_row, c, ldc, add);
+    case 2:
+      return gemm_tile<Elem, ROWS, 2>(groups, a, lda, b, b_row, c, ldc, add);
 #if defined(__AVX512F__)
-    case 3: return gemm_tile<Elem, ROWS, 3>(groups, a, lda, b, b_row, c, ldc, add);
-    default: return gemm_tile<Elem, ROWS, 4>(groups, a, lda, b, b_row, c, ldc, add);
+    case 3:
+      return gemm_tile<Elem, ROWS, 3>(groups, a, lda, b, b_row, c, ldc, add);
+    default:
+      return gemm_tile<Elem, ROWS, 4>(groups, a, lda, b, b_row, c, ldc, add);
 #endif
   }
 }
 
 template <class Elem>
-OFAKERN_LOCAL void gemm_vector(i64 m, i64 n, i64 k, const Elem* a, i64 lda, Panels<Elem> b, float* c, i64 ldc, bool add) {
+OFAKERN_LOCAL void gemm_vector(i64 m, i64 n, i64 k, const Elem* a, i64 lda, Panels<Elem> b, float* c, i64 ldc,
+                               bool add) {
   const i64 groups = k / Gemm<Elem>::kPair;
   for (i64 n0 = 0; n0 < n; n0 += kPanel) {
     const int vecs = static_cast<int>(min_of<i64>(kPanel, n - n0) / kWidth);
     const Elem* panel = b.data + n0 / kPanel * b.panel_stride;
     i64 m0 = 0;
     for (; m0 + kTileRows <= m; m0 += kTileRows)
-      gemm_tile_vecs<Elem, kTileRows>(vecs, groups, a + m0 * lda, lda, panel, b.row_stride, c + m0 * ldc + n0, ldc, add);
+      gemm_tile_vecs<Elem, kTileRows>(vecs, groups, a + m0 * lda, lda, panel, b.row_stride, c + m0 * ldc + n0, ldc,
+                                      add);
     for (; m0 + 2 <= m; m0 += 2)
       gemm_tile_vecs<Elem, 2>(vecs, groups, a + m0 * lda, lda, panel, b.row_stride, c + m0 * ldc + n0, ldc, add);
     if (m0 < m)

@@ -1,7 +1,7 @@
 // Packing for gemm.h: from a tensor's rows to A operands and B panels, converting the storage type on the way.
 //
-// "Units" are 32 bits wide: one f32 or one pair of bf16. Two moves make every layout: interleaving pairs of rows into rows of
-// units, and transposing units.
+// "Units" are 32 bits wide: one f32 or one pair of bf16. Two moves make every layout: interleaving pairs of rows into
+// rows of units, and transposing units.
 #pragma once
 
 #include "core/gemm.h"

@@ -69,7 +69,9 @@ OFAKERN_HOT Vec vload_as(const bf16* p) {
   const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))};
 }
-OFAKERN_HOT Vec vload_as(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+OFAKERN_HOT Vec vload_as(const f16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 OFAKERN_HOT void vstore_as(float* p, Vec x) { vstore(p, x); }
 OFAKERN_HOT void vstore_as(bf16* p, Vec x) {
   const __m256i bits = _mm256_castps_si256(x.v);

@@ -42,7 +42,9 @@ OFAKERN_HOT Vec vselect(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(
 OFAKERN_HOT float hmax(Vec a) { return _mm512_reduce_max_ps(a.v); }
 OFAKERN_HOT float hsum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 
-OFAKERN_HOT Mask mask_first(int n) { return n >= kWidth ? Mask{0xffff} : n <= 0 ? Mask{0} : static_cast<Mask>((1u << n) - 1u); }
+OFAKERN_HOT Mask mask_first(int n) {
+  return n >= kWidth ? Mask{0xffff} : n <= 0 ? Mask{0} : static_cast<Mask>((1u << n) - 1u);
+}
 OFAKERN_HOT Mask mask_bits(std::uint32_t bits) { return static_cast<Mask>(bits); }
 OFAKERN_HOT Mask mask_range(int lo, int hi) { return static_cast<Mask>(mask_first(hi) & ~mask_first(lo)); }
 OFAKERN_HOT Mask mask_and(Mask a, Mask b) { return static_cast<Mask>(a & b); }
@@ -50,9 +52,7 @@ OFAKERN_HOT Mask mask_or(Mask a, Mask b) { return static_cast<Mask>(a | b); }
 OFAKERN_HOT Mask mask_andnot(Mask a, Mask b) { return static_cast<Mask>(a & ~b); }
 OFAKERN_HOT bool mask_none(Mask m) { return m == 0; }
 
-OFAKERN_HOT Vec widen_bf16(__m256i x) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
-}
+OFAKERN_HOT Vec widen_bf16(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
 OFAKERN_HOT __m256i narrow_bf16(Vec x) {
 #if defined(__AVX512BF16__)
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v));
@@ -68,16 +68,21 @@ OFAKERN_HOT __m256i narrow_bf16(Vec x) {
 
 OFAKERN_HOT Vec vload_as(const float* p) { return vload(p); }
 OFAKERN_HOT Vec vload_as(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-OFAKERN_HOT Vec vload_as(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+OFAKERN_HOT Vec vload_as(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 OFAKERN_HOT void vstore_as(float* p, Vec x) { vstore(p, x); }
 OFAKERN_HOT void vstore_as(bf16* p, Vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x)); }
 OFAKERN_HOT void vstore_as(f16* p, Vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 OFAKERN_HOT Vec vload_partial(const float* p, int n) { return vload_masked(p, mask_first(n)); }
 OFAKERN_HOT Vec vload_partial(const bf16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(mask_first(n), p)); }
-OFAKERN_HOT Vec vload_partial(const f16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask_first(n), p))}; }
+OFAKERN_HOT Vec vload_partial(const f16* p, int n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask_first(n), p))};
+}
 OFAKERN_HOT void vstore_partial(float* p, Vec x, int n) { vstore_masked(p, x, mask_first(n)); }
 OFAKERN_HOT void vstore_partial(bf16* p, Vec x, int n) { _mm256_mask_storeu_epi16(p, mask_first(n), narrow_bf16(x)); }
 OFAKERN_HOT void vstore_partial(f16* p, Vec x, int n) {

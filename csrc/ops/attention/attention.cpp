@@ -8,14 +8,14 @@
 
 namespace ofakern {
 
-OFAKERN_DECLARE_FOR_EACH_ISA(
-    std::int64_t attention_forward_workspace(const AttentionInputs& in, int threads);
-    std::int64_t attention_backward_workspace(const AttentionInputs& in, int threads);
-    void attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
-                           const TensorView& workspace, int threads);
-    void attention_backward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
-                            const TensorView& dout, const TensorView& dlse, const AttentionGradients& gradients,
-                            const TensorView& workspace, int threads);)
+OFAKERN_DECLARE_FOR_EACH_ISA(std::int64_t attention_forward_workspace(const AttentionInputs& in, int threads);
+                             std::int64_t attention_backward_workspace(const AttentionInputs& in, int threads);
+                             void attention_forward(const AttentionInputs& in, const TensorView& out,
+                                                    const TensorView& lse, const TensorView& workspace, int threads);
+                             void attention_backward(const AttentionInputs& in, const TensorView& out,
+                                                     const TensorView& lse, const TensorView& dout,
+                                                     const TensorView& dlse, const AttentionGradients& gradients,
+                                                     const TensorView& workspace, int threads);)
 
 namespace {
 
@@ -31,8 +31,8 @@ void check_width(const char* argument, std::int64_t width) {
                  "have a width that is a multiple of 8, at most 256", std::to_string(width));
 }
 
-void check_operand(const char* argument, const TensorView& x, const char* letters, std::int64_t tokens, std::int64_t heads,
-                   const TensorView& like) {
+void check_operand(const char* argument, const TensorView& x, const char* letters, std::int64_t tokens,
+                   std::int64_t heads, const TensorView& like) {
   const Checker& check = checker();
   check.shape(argument, x, letters, {tokens, heads, -1});
   check.same_dtype(argument, x, "q", like);
@@ -41,8 +41,8 @@ void check_operand(const char* argument, const TensorView& x, const char* letter
   check_width(argument, x.shape[2]);
 }
 
-void check_plain(const char* argument, const TensorView& x, const char* letters, std::initializer_list<std::int64_t> sizes,
-                 DType dtype) {
+void check_plain(const char* argument, const TensorView& x, const char* letters,
+                 std::initializer_list<std::int64_t> sizes, DType dtype) {
   const Checker& check = checker();
   check.given(argument, x);
   check.dtype(argument, x, {dtype});
@@ -88,8 +88,8 @@ void check_inputs(const AttentionInputs& in) {
   check.given("k", in.k);
   check.ndim("k", in.k, 3, "[Nk, Hk, K]");
   const std::int64_t queries = in.q.shape[0], heads = in.q.shape[1], keys = in.k.shape[0], key_heads = in.k.shape[1];
-  check.that(key_heads > 0 && heads % key_heads == 0, "H", "be a multiple of k's heads (" + std::to_string(key_heads) + ")",
-             std::to_string(heads));
+  check.that(key_heads > 0 && heads % key_heads == 0, "H",
+             "be a multiple of k's heads (" + std::to_string(key_heads) + ")", std::to_string(heads));
   check_operand("q", in.q, "[Nq, H, K]", queries, heads, in.q);
   check_operand("k", in.k, "[Nk, Hk, K]", keys, key_heads, in.q);
   check.shape("k", in.k, "[Nk, Hk, K]", {keys, key_heads, in.q.shape[2]});

@@ -3,8 +3,8 @@
 //   score[h,i,j] = scale * (q[i,h].k[j,g] + q_pos[i,h].k_pos[j,g]) + sum_t table_t[h, q_coord_t[i] - k_coord_t[j]]
 //   out[i,h]     = head_scale[h] * sum_j dropout(softmax_j(score))[j] * v[j,g]           g = h / (H / Hk)
 //
-// A key j takes part when visible[i].lo <= j < visible[i].hi; term t is added when also same_t[i].lo <= j < same_t[i].hi.
-// A row that sees no key gives out = 0, lse = -inf and zero gradients. Keys no query sees are never read.
+// A key j takes part when visible[i].lo <= j < visible[i].hi; term t is added when also same_t[i].lo <= j <
+// same_t[i].hi. A row that sees no key gives out = 0, lse = -inf and zero gradients. Keys no query sees are never read.
 //
 // Shapes: N packed tokens, H heads, Hk key heads (divides H), K/P/V widths (multiples of 8, at most 256), R table rows,
 // B samples. All statistics and accumulations are f32; outputs have the inputs' dtype; tables, head_scale and their
@@ -35,11 +35,11 @@ struct AttentionLayoutView {
 };
 
 struct AttentionInputs {
-  TensorView q;       // [Nq, H, K]   last dimension contiguous, as for all of the next five
-  TensorView k;       // [Nk, Hk, K]
-  TensorView v;       // [Nk, Hk, V]
-  TensorView q_pos;   // [Nq, H, P] or undefined
-  TensorView k_pos;   // [Nk, Hk, P] or undefined
+  TensorView q;      // [Nq, H, K]   last dimension contiguous, as for all of the next five
+  TensorView k;      // [Nk, Hk, K]
+  TensorView v;      // [Nk, Hk, V]
+  TensorView q_pos;  // [Nq, H, P] or undefined
+  TensorView k_pos;  // [Nk, Hk, P] or undefined
   RelativeTermView terms[2];
   TensorView head_scale;    // f32 [H] or undefined
   TensorView dropout_seed;  // i64 [2]: seed, offset; undefined when dropout_p == 0
@@ -49,10 +49,10 @@ struct AttentionInputs {
 };
 
 struct AttentionGradients {
-  TensorView dq, dk, dv;        // like q, k, v; contiguous
-  TensorView dq_pos, dk_pos;    // like q_pos, k_pos; contiguous; undefined when absent
-  TensorView dtables[2];        // f32 [H, R]; undefined when absent
-  TensorView dhead_scale;       // f32 [H]; undefined when absent
+  TensorView dq, dk, dv;      // like q, k, v; contiguous
+  TensorView dq_pos, dk_pos;  // like q_pos, k_pos; contiguous; undefined when absent
+  TensorView dtables[2];      // f32 [H, R]; undefined when absent
+  TensorView dhead_scale;     // f32 [H]; undefined when absent
 };
 
 // Bytes of scratch that a call needs. The caller allocates; kernels never do.

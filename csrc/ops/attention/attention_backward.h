@@ -4,8 +4,8 @@
 //   dP = dO V^T     P = exp(S - lse)     dS = P * (c * M * dP - D + dlse),  D = rowsum(dO * O)
 //   dV^T += dO^T (c M P)     dK^T += Q^T dS     dQ += dS K     dtable[., q - k] += dS
 //
-// with c the head scale, M the dropout factors. Gradients of keys are kept transposed so that P and dS are the B operand
-// of their product, which is the order in which a row's softmax writes them.
+// with c the head scale, M the dropout factors. Gradients of keys are kept transposed so that P and dS are the B
+// operand of their product, which is the order in which a row's softmax writes them.
 #pragma once
 
 #include "ops/attention/attention_tiles.h"
@@ -26,19 +26,19 @@ struct BackwardScratch {
   static constexpr int kPair = Gemm<Elem>::kPair;
 
   KeySide<T> keys;
-  float* dk;  // per tile [depth, kKeys]
-  float* dv;  // per tile [columns, kKeys]
-  Elem *queries, *queries_t;    // [kQueries, depth], [depth, kQueries]
-  Elem *outputs, *outputs_t;    // dO: [kQueries, columns], [columns, kQueries]
-  std::uint32_t* units;         // interleaved rows on their way to being transposed
-  float *scores, *dscores;      // [kQueries, kKeys]: S then c M P;  dP then dS
-  Elem *p_pairs, *ds_pairs;     // [kQueries / kPair, kKeys] pairs; for f32 scores and dscores themselves
-  Elem* ds_rows;                // [kQueries, kKeys]; likewise
-  float* dq;                    // [kQueries, depth]
-  float *lse2, *delta;          // [kQueries]
-  float* dropout;               // [kKeys]
-  float* dtables[2];            // this sample's and head's reversed table gradients (borrowed)
-  float* dhead_scale;           // this sample's and head's (borrowed)
+  float* dk;                  // per tile [depth, kKeys]
+  float* dv;                  // per tile [columns, kKeys]
+  Elem *queries, *queries_t;  // [kQueries, depth], [depth, kQueries]
+  Elem *outputs, *outputs_t;  // dO: [kQueries, columns], [columns, kQueries]
+  std::uint32_t* units;       // interleaved rows on their way to being transposed
+  float *scores, *dscores;    // [kQueries, kKeys]: S then c M P;  dP then dS
+  Elem *p_pairs, *ds_pairs;   // [kQueries / kPair, kKeys] pairs; for f32 scores and dscores themselves
+  Elem* ds_rows;              // [kQueries, kKeys]; likewise
+  float* dq;                  // [kQueries, depth]
+  float *lse2, *delta;        // [kQueries]
+  float* dropout;             // [kKeys]
+  float* dtables[2];          // this sample's and head's reversed table gradients (borrowed)
+  float* dhead_scale;         // this sample's and head's (borrowed)
 
   static BackwardScratch take(const Problem<T>& p, i64 span, Arena& arena) {
     constexpr bool kSame = sizeof(Elem) == sizeof(float);
@@ -78,8 +78,8 @@ struct BackwardTensors {
   const float* dlse;  // or null
   T *dq, *dk, *dv, *dq_pos, *dk_pos;
   float *dtables[2], *dhead_scale;
-  float* partial_tables[2];    // [samples, heads, rows], reversed
-  float* partial_head_scale;   // [samples, heads]
+  float* partial_tables[2];   // [samples, heads, rows], reversed
+  float* partial_head_scale;  // [samples, heads]
 };
 
 // Adds dS of vector v to the term's (reversed) gradient table, wherever the row's term applies.
@@ -101,9 +101,9 @@ OFAKERN_HOT void scatter_lanes(const Entries& entries, float* table, Vec ds, int
 
 // One row of S and dP becomes c M P and dS, in place; everything outside the row's keys becomes 0.
 template <int TERMS, class T>
-OFAKERN_LOCAL void backward_row(const Problem<T>& p, const TilePlan<T>& plan, const RowTables& row, const RowTables& gradient,
-                                BackwardScratch<T>& s, i64 r, int padded, float head_scale, const float* dropout,
-                                Vec& head_scale_sum) {
+OFAKERN_LOCAL void backward_row(const Problem<T>& p, const TilePlan<T>& plan, const RowTables& row,
+                                const RowTables& gradient, BackwardScratch<T>& s, i64 r, int padded, float head_scale,
+                                const float* dropout, Vec& head_scale_sum) {
   float* scores = s.scores + r * s.kKeys;
   float* dscores = s.dscores + r * s.kKeys;
   if (plan.empty()) {
@@ -173,8 +173,8 @@ OFAKERN_LOCAL void transpose_rows(BackwardScratch<T>& s, const Packed<T>* src, i
 
 // Packs queries and dO of rows [first, first + rows), and what of a row does not change from tile to tile.
 template <class T>
-OFAKERN_LOCAL void open_rows(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 head, i64 first,
-                             i64 rows) {
+OFAKERN_LOCAL void open_rows(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 head,
+                             i64 first, i64 rows) {
   pack_queries(p, head, first, rows, s.queries);
   transpose_rows(s, s.queries, p.depth, s.queries_t);
   for (i64 r = 0; r < s.kQueries; ++r) {
@@ -207,8 +207,8 @@ OFAKERN_HOT void store_scaled(const float* src, i64 count, float factor, T* dst)
 
 // S, dP and from them c M P and dS of query rows [q, q + rows) of the block, for one tile of keys.
 template <int TERMS, class T>
-OFAKERN_LOCAL void backward_step(const Problem<T>& p, BackwardScratch<T>& s, TilePlan<T>& plan, i64 tile, i64 sample, i64 head,
-                                 i64 first, i64 q, i64 rows, Vec& head_scale_sum) {
+OFAKERN_LOCAL void backward_step(const Problem<T>& p, BackwardScratch<T>& s, TilePlan<T>& plan, i64 tile, i64 sample,
+                                 i64 head, i64 first, i64 q, i64 rows, Vec& head_scale_sum) {
   using Elem = Packed<T>;
   constexpr i64 kKeys = BackwardScratch<T>::kKeys;
   const i64 keys = s.keys.tile_keys(tile), columns = round_up(keys, Gemm<Elem>::kColumns);
@@ -229,8 +229,8 @@ OFAKERN_LOCAL void backward_step(const Problem<T>& p, BackwardScratch<T>& s, Til
     }
     RowTables gradient = {};
     for (int t = 0; t < TERMS; ++t) gradient.table[t] = s.dtables[t] + (p.terms[t].rows - 1 - p.terms[t].q_coord[i]);
-    backward_row<TERMS>(p, plan, row_tables(p, head, i), gradient, s, r, static_cast<int>(padded_keys / kWidth), head_scale,
-                        dropout, head_scale_sum);
+    backward_row<TERMS>(p, plan, row_tables(p, head, i), gradient, s, r, static_cast<int>(padded_keys / kWidth),
+                        head_scale, dropout, head_scale_sum);
   }
   zero_row(s.scores + (q + rows) * kKeys, (depth_rows - rows) * kKeys);
   zero_row(s.dscores + (q + rows) * kKeys, (depth_rows - rows) * kKeys);
@@ -242,7 +242,8 @@ template <int TERMS, class T>
 OFAKERN_LOCAL void backward_rows(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 sample,
                                  i64 head, i64 first, i64 rows) {
   using Elem = Packed<T>;
-  constexpr i64 kQueries = BackwardScratch<T>::kQueries, kStep = BackwardScratch<T>::kStep, kKeys = BackwardScratch<T>::kKeys;
+  constexpr i64 kQueries = BackwardScratch<T>::kQueries, kStep = BackwardScratch<T>::kStep,
+                kKeys = BackwardScratch<T>::kKeys;
   const Interval hull = hull_of(p, first, rows);
   open_rows(p, g, s, head, first, rows);
   const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows), depth_rows = round_up(rows, Gemm<Elem>::kDepth);
@@ -258,8 +259,8 @@ OFAKERN_LOCAL void backward_rows(const Problem<T>& p, const BackwardTensors<T>& 
          s.dv + tile * kKeys * p.columns, kKeys, true);
     gemm(round_up(p.width + p.pos_width, Gemm<Elem>::kRows), columns, depth_rows, s.queries_t, kQueries,
          s.pairs(s.ds_pairs), s.dk + tile * kKeys * p.depth, kKeys, true);
-    gemm(gemm_rows, p.depth, padded_keys, s.ds_rows, kKeys, KeySide<T>::rows(s.keys.k_rows, tile, p.depth), s.dq, p.depth,
-         true);
+    gemm(gemm_rows, p.depth, padded_keys, s.ds_rows, kKeys, KeySide<T>::rows(s.keys.k_rows, tile, p.depth), s.dq,
+         p.depth, true);
   }
   *s.dhead_scale += hsum(head_scale_sum);
   for (i64 r = 0; r < rows; ++r) {
@@ -285,7 +286,8 @@ OFAKERN_LOCAL void close_keys(const Problem<T>& p, const BackwardTensors<T>& g, 
       for (i64 j = 0; j < keys; ++j) {
         store_scaled(rows + j * width, p.width, p.scale, g.dk + (token + j * p.key_heads) * p.width);
         if (g.dk_pos != nullptr)
-          store_scaled(rows + j * width + p.width, p.pos_width, p.scale, g.dk_pos + (token + j * p.key_heads) * p.pos_width);
+          store_scaled(rows + j * width + p.width, p.pos_width, p.scale,
+                       g.dk_pos + (token + j * p.key_heads) * p.pos_width);
       }
       transpose_units(as_units(s.dv + tile * kKeys * p.columns + j0), kKeys, p.columns, kStep, as_units(rows), width);
       for (i64 j = 0; j < keys; ++j)
@@ -382,7 +384,9 @@ template <class T>
 OFAKERN_LOCAL void backward_sample(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 sample,
                                    i64 key_head) {
   const i64 begin = p.q_offsets[sample], end = p.q_offsets[sample + 1];
-  const auto run = p.term_count == 0 ? backward_rows<0, T> : p.term_count == 1 ? backward_rows<1, T> : backward_rows<2, T>;
+  const auto run = p.term_count == 0   ? backward_rows<0, T>
+                   : p.term_count == 1 ? backward_rows<1, T>
+                                       : backward_rows<2, T>;
   for (i64 head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head) {
     const i64 slot = sample * p.heads + head;
     for (int t = 0; t < p.term_count; ++t) {
@@ -417,8 +421,9 @@ OFAKERN_LOCAL void reduce_partials(const Problem<T>& p, const BackwardTensors<T>
 }
 
 template <class T>
-OFAKERN_LOCAL void backward(const AttentionInputs& in, const TensorView& out, const TensorView& lse, const TensorView& dout,
-                            const TensorView& dlse, const AttentionGradients& gradients, void* workspace, int threads) {
+OFAKERN_LOCAL void backward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
+                            const TensorView& dout, const TensorView& dlse, const AttentionGradients& gradients,
+                            void* workspace, int threads) {
   Problem<T> p = make_problem<T>(in);
   Arena arena(workspace);
   const BackwardMemory<T> memory = BackwardMemory<T>::take(p, threads, arena);

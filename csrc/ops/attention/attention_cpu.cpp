@@ -9,9 +9,12 @@ namespace {
 template <class Body>
 OFAKERN_LOCAL auto with_type(DType dtype, const Body& body) {
   switch (dtype) {
-    case DType::bf16: return body(bf16{});
-    case DType::f16: return body(f16{});
-    default: return body(float{});
+    case DType::bf16:
+      return body(bf16{});
+    case DType::f16:
+      return body(f16{});
+    default:
+      return body(float{});
   }
 }
 
@@ -41,15 +44,16 @@ i64 attention_backward_workspace(const AttentionInputs& in, int threads) {
   return with_type(in.q.dtype, [&](auto type) { return measure_backward<decltype(type)>(in, threads); });
 }
 
-void attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse, const TensorView& workspace,
-                       int threads) {
+void attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
+                       const TensorView& workspace, int threads) {
   with_type(in.q.dtype, [&](auto type) { forward<decltype(type)>(in, out, lse, workspace.data, threads); });
 }
 
 void attention_backward(const AttentionInputs& in, const TensorView& out, const TensorView& lse, const TensorView& dout,
                         const TensorView& dlse, const AttentionGradients& gradients, const TensorView& workspace,
                         int threads) {
-  with_type(in.q.dtype, [&](auto type) { backward<decltype(type)>(in, out, lse, dout, dlse, gradients, workspace.data, threads); });
+  with_type(in.q.dtype,
+            [&](auto type) { backward<decltype(type)>(in, out, lse, dout, dlse, gradients, workspace.data, threads); });
 }
 
 }  // namespace ofakern::OFAKERN_ISA

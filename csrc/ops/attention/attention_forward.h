@@ -1,4 +1,5 @@
-// Forward pass: for a run of queries of one head, keys go by tile by tile with a running maximum and sum (online softmax).
+// Forward pass: for a run of queries of one head, keys go by tile by tile with a running maximum and sum (online
+// softmax).
 #pragma once
 
 #include "ops/attention/attention_tiles.h"
@@ -15,20 +16,21 @@ struct ForwardScratch {
   static constexpr i64 kQueries = Tile<Elem>::kQueries, kStep = Tile<Elem>::kStep, kKeys = Tile<Elem>::kKeys;
 
   KeySide<T> keys;
-  Elem* queries;         // [kQueries, depth]
-  float* scores;         // [kStep, kKeys]
-  Elem* probabilities;   // [kStep, kKeys]; for f32 the same memory as scores
-  float* output;         // [kQueries, columns]
-  float *maximum, *sum;  // [kQueries], maximum in units of log2(e)
+  Elem* queries;             // [kQueries, depth]
+  float* scores;             // [kStep, kKeys]
+  Elem* probabilities;       // [kStep, kKeys]; for f32 the same memory as scores
+  float* output;             // [kQueries, columns]
+  float *maximum, *sum;      // [kQueries], maximum in units of log2(e)
   float *growth, *tile_sum;  // of this tile: old maximum minus new, sum of probabilities
-  float* dropout;  // [kKeys]
+  float* dropout;            // [kKeys]
 
   static ForwardScratch take(const Problem<T>& p, i64 span, Arena& arena) {
     ForwardScratch s = {};
     s.keys = KeySide<T>::take(p, span, false, arena);
     s.queries = arena.take<Elem>(kQueries * p.depth);
     s.scores = arena.take<float>(kStep * kKeys);
-    s.probabilities = sizeof(Elem) == sizeof(float) ? reinterpret_cast<Elem*>(s.scores) : arena.take<Elem>(kStep * kKeys);
+    s.probabilities =
+        sizeof(Elem) == sizeof(float) ? reinterpret_cast<Elem*>(s.scores) : arena.take<Elem>(kStep * kKeys);
     s.output = arena.take<float>(kQueries * p.columns);
     s.maximum = arena.take<float>(kQueries);
     s.sum = arena.take<float>(kQueries);
@@ -39,11 +41,11 @@ struct ForwardScratch {
   }
 };
 
-// Turns row r of the step's dot products into unnormalised probabilities (Elem, zero where masked), and moves the maximum of
-// query row q. `padded` vectors are written.
+// Turns row r of the step's dot products into unnormalised probabilities (Elem, zero where masked), and moves the
+// maximum of query row q. `padded` vectors are written.
 template <int TERMS, class T>
-OFAKERN_LOCAL void softmax_row(const Problem<T>& p, const TilePlan<T>& plan, const RowTables& row, ForwardScratch<T>& s, i64 r,
-                               i64 q, int padded, const float* dropout) {
+OFAKERN_LOCAL void softmax_row(const Problem<T>& p, const TilePlan<T>& plan, const RowTables& row, ForwardScratch<T>& s,
+                               i64 r, i64 q, int padded, const float* dropout) {
   using Elem = Packed<T>;
   float* scores = s.scores + r * s.kKeys;
   Elem* probabilities = s.probabilities + r * s.kKeys;
@@ -100,7 +102,8 @@ OFAKERN_LOCAL void rescale_rows(const Problem<T>& p, ForwardScratch<T>& s, i64 f
 
 // Writes out = head_scale * output / sum and lse for one row.
 template <class T>
-OFAKERN_LOCAL void finish_row(const Problem<T>& p, const ForwardScratch<T>& s, i64 head, i64 i, i64 r, T* out, float* lse) {
+OFAKERN_LOCAL void finish_row(const Problem<T>& p, const ForwardScratch<T>& s, i64 head, i64 i, i64 r, T* out,
+                              float* lse) {
   const bool empty = p.visible[i].empty();
   const float head_scale = p.head_scale == nullptr ? 1.0f : p.head_scale[head];
   const Vec factor = vset(empty ? 0.0f : head_scale / s.sum[r]);
@@ -113,8 +116,8 @@ OFAKERN_LOCAL void finish_row(const Problem<T>& p, const ForwardScratch<T>& s, i
 
 // Query rows [q, q + rows) of the block against one tile of keys.
 template <int TERMS, class T>
-OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, TilePlan<T>& plan, i64 tile, i64 sample, i64 head,
-                                i64 first, i64 q, i64 rows) {
+OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, TilePlan<T>& plan, i64 tile, i64 sample,
+                                i64 head, i64 first, i64 q, i64 rows) {
   using Elem = Packed<T>;
   constexpr i64 kKeys = ForwardScratch<T>::kKeys;
   const i64 keys = s.keys.tile_keys(tile), gemm_rows = round_up(rows, Gemm<Elem>::kRows);
@@ -139,8 +142,8 @@ OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, TileP
 
 // A block of at most kQueries rows of one head against all keys they see.
 template <int TERMS, class T>
-OFAKERN_LOCAL void forward_rows(const Problem<T>& p, ForwardScratch<T>& s, i64 sample, i64 head, i64 first, i64 rows, T* out,
-                                float* lse) {
+OFAKERN_LOCAL void forward_rows(const Problem<T>& p, ForwardScratch<T>& s, i64 sample, i64 head, i64 first, i64 rows,
+                                T* out, float* lse) {
   constexpr i64 kKeys = ForwardScratch<T>::kKeys, kStep = ForwardScratch<T>::kStep;
   static_assert(kStep % kWidth == 0, "the rows' state is updated by whole vectors");
   const i64 padded_rows = round_up(rows, kStep);
@@ -209,7 +212,8 @@ struct ForwardMemory {
 };
 
 template <int TERMS, class T>
-OFAKERN_LOCAL void forward_task(const Problem<T>& p, ForwardScratch<T>& s, ForwardTask task, i64 key_head, T* out, float* lse) {
+OFAKERN_LOCAL void forward_task(const Problem<T>& p, ForwardScratch<T>& s, ForwardTask task, i64 key_head, T* out,
+                                float* lse) {
   constexpr i64 kQueries = ForwardScratch<T>::kQueries;
   s.keys.pack(p, key_head, hull_of(p, task.first, task.count), false);
   for (i64 head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head)
@@ -232,7 +236,9 @@ OFAKERN_LOCAL void forward(const AttentionInputs& in, const TensorView& out, con
     Arena own(memory.threads + memory.bytes_per_thread * thread);
     ForwardScratch<T> scratch = ForwardScratch<T>::take(p, span, own);
     const AmxTiles tiles;
-    const auto run = p.term_count == 0 ? forward_task<0, T> : p.term_count == 1 ? forward_task<1, T> : forward_task<2, T>;
+    const auto run = p.term_count == 0   ? forward_task<0, T>
+                     : p.term_count == 1 ? forward_task<1, T>
+                                         : forward_task<2, T>;
     run(p, scratch, task, key_head, out.as<T>(), lse.as<float>());
   });
 }

@@ -26,8 +26,8 @@ struct PackedAs<bf16> {
 template <class T>
 using Packed = typename PackedAs<T>::type;
 
-// kQueries rows keep their running state while tiles of kKeys keys go by; kStep rows at a time have their scores computed and
-// used, so that a tile's packed keys and the step's scores meet in the first-level cache.
+// kQueries rows keep their running state while tiles of kKeys keys go by; kStep rows at a time have their scores
+// computed and used, so that a tile's packed keys and the step's scores meet in the first-level cache.
 template <class Elem>
 struct Tile {
   static constexpr i64 kQueries = 192, kStep = 48, kKeys = 128;
@@ -46,8 +46,8 @@ struct Interval {
 
 OFAKERN_HOT Interval intersect(Interval a, Interval b) { return {max_of(a.lo, b.lo), min_of(a.hi, b.hi)}; }
 
-// A relative term: `reversed[h * rows + rows - 1 - r]` is table[h, r] * log2(e). Reversed, keys whose coordinates ascend by
-// one read ascending addresses.
+// A relative term: `reversed[h * rows + rows - 1 - r]` is table[h, r] * log2(e). Reversed, keys whose coordinates
+// ascend by one read ascending addresses.
 struct Term {
   const float* table = nullptr;
   const float* reversed = nullptr;
@@ -271,7 +271,8 @@ struct KeySide {
         continue;
       }
       copy_row(a + j * a_stride[0] + key_head * a_stride[1], a_width, row, b_width == 0 ? padded : a_width);
-      if (b_width != 0) copy_row(b + j * b_stride[0] + key_head * b_stride[1], b_width, row + a_width, padded - a_width);
+      if (b_width != 0)
+        copy_row(b + j * b_stride[0] + key_head * b_stride[1], b_width, row + a_width, padded - a_width);
     }
   }
   void pack_transposed(Elem* data, i64 tile, i64 width) {
@@ -299,7 +300,8 @@ OFAKERN_LOCAL void pack_queries(const Problem<T>& p, i64 head, i64 first, i64 co
     }
     copy_row(p.q + i * p.q_stride[0] + head * p.q_stride[1], p.width, row, p.pos_width == 0 ? p.depth : p.width);
     if (p.pos_width != 0)
-      copy_row(p.q_pos + i * p.q_pos_stride[0] + head * p.q_pos_stride[1], p.pos_width, row + p.width, p.depth - p.width);
+      copy_row(p.q_pos + i * p.q_pos_stride[0] + head * p.q_pos_stride[1], p.pos_width, row + p.width,
+               p.depth - p.width);
   }
 }
 
@@ -332,7 +334,7 @@ struct TilePlan {
 
   Interval visible = {-1, -1};  // as the layout has it
   i64 tile = -1;
-  int lo = 0, hi = 0;  // keys seen, counted from the tile's first
+  int lo = 0, hi = 0;      // keys seen, counted from the tile's first
   int begin = 0, end = 0;  // vectors that hold them
   bool whole = false;      // those vectors hold nothing else
   Entries terms[2];
@@ -403,7 +405,8 @@ OFAKERN_HOT RowTables row_tables(const Problem<T>& p, i64 head, i64 i) {
 // The entries of one term for vector v of a row.
 template <class Entries>
 OFAKERN_HOT Vec table_lanes(const Entries& entries, const float* table, int v) {
-  if (entries.scattered) return vgather(table, entries.coords + v * kWidth, mask_or(entries.first[v], entries.second[v]));
+  if (entries.scattered)
+    return vgather(table, entries.coords + v * kWidth, mask_or(entries.first[v], entries.second[v]));
   return vload_merge(vload_masked(table + entries.base[v], entries.first[v]), table + entries.base_second[v],
                      entries.second[v]);
 }
@@ -413,7 +416,8 @@ template <int TERMS, class T>
 OFAKERN_HOT Vec score_lanes(const TilePlan<T>& plan, const RowTables& row, const float* products, Vec scale, int v) {
   Vec score = vmul(vload(products + v * kWidth), scale);
   for (int t = 0; t < TERMS; ++t)
-    if (v >= plan.terms[t].begin && v < plan.terms[t].end) score = vadd(score, table_lanes(plan.terms[t], row.table[t], v));
+    if (v >= plan.terms[t].begin && v < plan.terms[t].end)
+      score = vadd(score, table_lanes(plan.terms[t], row.table[t], v));
   return score;
 }
 
@@ -431,10 +435,11 @@ OFAKERN_HOT void philox(std::uint32_t c[4], std::uint64_t seed) {
   }
 }
 
-// Dropout factors (0 or 1 / (1 - p)) of keys [first_key, first_key + count) for query i; README.md in ofakern/ops/attention
-// says which bits these are.
+// Dropout factors (0 or 1 / (1 - p)) of keys [first_key, first_key + count) for query i; README.md in
+// ofakern/ops/attention says which bits these are.
 template <class T>
-OFAKERN_LOCAL void dropout_factors(const Problem<T>& p, i64 sample, i64 head, i64 i, i64 first_key, i64 count, float* out) {
+OFAKERN_LOCAL void dropout_factors(const Problem<T>& p, i64 sample, i64 head, i64 i, i64 first_key, i64 count,
+                                   float* out) {
   const std::uint32_t row = static_cast<std::uint32_t>(i - p.q_offsets[sample]);
   const std::uint32_t start = static_cast<std::uint32_t>(first_key - p.k_offsets[sample]);
   std::uint32_t words[4];
