@@ -3,7 +3,8 @@
 A helper process imports torch and the benchmark once, never opens a parallel region (a fork after one can hang), and
 forks a child per measurement. The child makes the inputs, runs the contender on the reduced case so that code and
 thread stacks are resident, gives freed heap back, resets the high-water mark of its resident set, and makes the call:
-the mark minus what was resident before is the extra memory, outputs and gradients included.
+the mark minus what was resident before, less the output and the gradients that every contender must return, is the extra
+memory.
 
 The helper is `python -m benchmarks.memory`: one JSON request per line of stdin, one JSON answer per line of stdout.
 """
@@ -54,7 +55,7 @@ class MemoryMeter:
         self._process.wait()
 
     def peak_mib(self, case: str, dtype: str, contender: str, phase: str, threads: int) -> float | None:
-        """MiB above the inputs, or None when the call did not survive (out of memory)."""
+        """MiB beyond inputs, output and gradients, or None when the call did not survive (out of memory)."""
         request = {"case": case, "dtype": dtype, "contender": contender, "phase": phase, "threads": threads}
         if self._process.stdin is None or self._process.stdout is None:
             raise OfakernRuntimeError("bench: the memory helper must have its pipes open, got none")
@@ -77,7 +78,7 @@ def _status(field: str) -> int:
 
 
 def extra_memory(op: OpBench, case: str, dtype: str, contender: str, phase: Any) -> float:
-    """MiB above what is resident before the call; for a process that does nothing else."""
+    """MiB beyond inputs, output and gradients; for a process that does nothing else."""
     spec = op.CASES[case]
     problem = op.make(spec, dtype)
     entry = op.CONTENDERS[contender](problem)
@@ -90,8 +91,9 @@ def extra_memory(op: OpBench, case: str, dtype: str, contender: str, phase: Any)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _status("VmRSS")
-    call()
-    return (_status("VmHWM") - before) / 1024
+    results = [call(), *(entry.leaves if phase != "fwd" else ())]  # a gradient is as large as its leaf
+    returned = sum(x.numel() * x.element_size() for x in results)
+    return max(0.0, (_status("VmHWM") - before) / 1024 - returned / 2**20)
 
 
 def _answer(op: OpBench, request: dict[str, Any]) -> dict[str, Any]:

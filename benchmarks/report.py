@@ -30,7 +30,8 @@ in turn in one process on the same random inputs. Shares are of p50 times.
   and read, over arrays of the case's size) allow on this machine, over our time. Both are measured in the same run.
 - *of GEMM without AMX*: our rate over torch's GEMM held to AVX512_BF16 (`ONEDNN_MAX_CPU_ISA`), where the CPU has AMX.
 - *against a peer*: its time over ours, above 1 we are faster. `-`: it did not run, the reason is below the table.
-- *extra memory*: growth of the resident set during the call, in a process of its own, outputs and gradients included.
+- *extra memory*: growth of the resident set during the call, in a process of its own, beyond inputs, output and
+  gradients (which every way to compute it needs).
 - Flops are the case's own (`benchmarks/ops/bench_attention.py`, `work`), the same for every contender.
 
 Peers of attention: `sdpa_plain` SDPA on q, k, v alone (no bias: not the same function); `sdpa_mask` SDPA with the dense
