@@ -3,8 +3,8 @@
 A helper process imports torch and the benchmark once, never opens a parallel region (a fork after one can hang), and
 forks a child per measurement. The child makes the inputs, runs the contender on the reduced case so that code and
 thread stacks are resident, gives freed heap back, resets the high-water mark of its resident set, and makes the call:
-the mark minus what was resident before, less the output and the gradients that every contender must return, is the extra
-memory.
+the mark minus what was resident before, less the output and the gradients that every contender must return, is the
+extra memory.
 
 The helper is `python -m benchmarks.memory`: one JSON request per line of stdin, one JSON answer per line of stdout.
 """

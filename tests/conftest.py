@@ -1,4 +1,4 @@
-"""What every test shares: two threads, as on the smallest machine the suite is meant for; what runs only when asked."""
+"""What every test shares: the threads it may use, and what runs only when asked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 # Markers (pyproject.toml) whose tests take minutes: `pytest -m slow`, `make sanitize`.
 ON_REQUEST = ("slow", "sanitize")
 
-torch.set_num_threads(2)
+# Workers of a parallel run have a core each: more threads than cores would wait for one another.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def _replace_cpu_module(path: str) -> None:
