@@ -63,7 +63,7 @@ class PlanSlot:
 
     def __str__(self) -> str:
         if self.plain:
-            return f'"{self.text}"'
+            return f'"{self.text}"' if '"' not in self.text else repr(self.text)
         written = [Attribute(key, None if value is True else _written(value)) for key, value in self.attributes]
         return f"[{self.modality.name}:{self.name}{''.join(f',{attribute}' for attribute in written)}]"
 
