@@ -12,11 +12,19 @@ from torch import Tensor
 
 from ofakern.checkpoint.answers import TargetReader
 from ofakern.checkpoint.files import load_module, read_json, save_module, write_folder, write_json
+from ofakern.checkpoint.foreign import Account, read_foreign
 from ofakern.checkpoint.known_task import KnownTask, TaskLike
 from ofakern.data.batch import Example, PackedBatch
 from ofakern.data.example import Encoder, PreprocessConfig, Split
 from ofakern.data.readers import open_files
-from ofakern.errors import CheckpointError, DataError, OfakernRuntimeError, OfakernTypeError, OfakernValueError
+from ofakern.errors import (
+    CheckpointError,
+    DataError,
+    OfakernError,
+    OfakernRuntimeError,
+    OfakernTypeError,
+    OfakernValueError,
+)
 from ofakern.generate import GenerationConfig, SpecialTokens, generate
 from ofakern.modality.image.adaptor import ImagePatchEmbedAdaptor, ImageResnetAdaptor, ImageVitAdaptor
 from ofakern.modality.output import Output
@@ -347,13 +355,26 @@ class GeneralistModel:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, device: torch.device | str | None = None, backend: str = "auto"
+        cls,
+        directory: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+        bpe: str | Path | None = None,
+        tokenizer: Tokenizer | None = None,
+        compat: str = "",
     ) -> GeneralistModel:
-        """The model that `save_pretrained` wrote, with the same outputs. CheckpointError says what is damaged.
+        """The model that `save_pretrained` or another system wrote, with the same outputs.
 
-        directory: a saved model, a checkpoint of a training run, or the run's output_dir (its newest checkpoint).
+        directory: a saved model, a checkpoint of a training run, or the run's output_dir (its newest checkpoint); or a
+            checkpoint file of OFASys's trainer. `bpe`, `tokenizer`, `compat`: see `read_foreign`; for those only.
+        Raises CheckpointError, which says what is damaged or does not fit.
         """
         folder = _newest(Path(directory))
+        if folder.is_file():
+            return cls.from_foreign(
+                folder, device=device, backend=backend, bpe=bpe, tokenizer=tokenizer, compat=compat
+            )[0]
         if not folder.is_dir():
             raise CheckpointError(f"from_pretrained: directory must be a saved model, got {str(folder)!r}")
         data = read_json(folder / "config.json")
@@ -383,6 +404,31 @@ class GeneralistModel:
         model.tasks = {name: KnownTask.from_dict(task) for name, task in plans.items()}
         model.load_weights(folder)
         return model if device is None else model.to(device)
+
+    @classmethod
+    def from_foreign(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+        bpe: str | Path | None = None,
+        tokenizer: Tokenizer | None = None,
+        compat: str = "",
+    ) -> tuple[GeneralistModel, Account]:
+        """A model from another system's checkpoint, and the account of its keys (`read_foreign` has the arguments)."""
+        foreign = read_foreign(Path(path), bpe=bpe, tokenizer=tokenizer, compat=compat)
+        model = cls(foreign.config, backend=backend)
+        model.preprocess = dataclasses.replace(model.preprocess, **foreign.preprocess)
+        model._build(foreign.tokenizer)  # with the preprocessing known: it counts an image's tokens
+        ledger = foreign.load(model.network)
+        for name, template in foreign.tasks.items():
+            try:
+                model.tasks[name] = model._known(template)
+            except OfakernError as error:
+                foreign.notes.append(f"task {name} is left out: {str(error).splitlines()[0]}")
+        account = Account(ledger, tuple(foreign.notes))
+        return (model if device is None else model.to(device)), account
 
 
 def _newest(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +16,7 @@ from ofakern.modality.audio.adaptor import AudioFbankConfig
 from ofakern.modality.image.adaptor import ImagePatchEmbedConfig, ImageResnetConfig, ImageVitConfig
 from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import TIED_KEYS, OFAConfig, OFAPlus
+from ofakern.model.config import SIZES
 from ofakern.nn.adaptor import AdaptorConfig
 
 PAD = 1
@@ -72,18 +73,22 @@ _AUDIO_TARGET = re.compile(
 
 
 def config_from_ofasys(
-    model: Mapping[str, Any], vocab_size: int, compat: str = "ofasys"
+    model: Mapping[str, Any], vocab_size: int, compat: str = "ofasys", keys: Iterable[str] = ()
 ) -> tuple[OFAConfig, list[str]]:
     """The configuration of an OFASys model dictionary, and the names of active adaptors that do not exist here.
 
+    keys: of its state dict; an adaptor that has weights there is active, as that implementation has it.
     Raises CheckpointError for what this model cannot express.
     """
     try:
+        model = _with_arch(model)
         encoder, decoder = model["encoder"], model["decoder"]
         for name in ("embed_dim", "ffn_embed_dim", "attention_heads", "normalize_before"):
             if encoder[name] != decoder[name]:
                 raise CheckpointError(f"OFASys config: {name} must agree, got {encoder[name]} and {decoder[name]}")
-        active = {n: o for n, o in model["adaptor"].items() if isinstance(o, dict) and o.get("is_active")}
+        stored = {key.split(".")[2] for key in keys if ".adaptor." in key}
+        adaptors = {n: o for n, o in model["adaptor"].items() if isinstance(o, dict)}
+        active = {n: o for n, o in adaptors.items() if o.get("is_active") or n in stored}
         config = OFAConfig(
             vocab_size=vocab_size,
             pad_id=PAD,
@@ -105,10 +110,33 @@ def config_from_ofasys(
     return config, sorted(set(active) - set(_OPTIONS))
 
 
-def load_ofasys_weights(model: OFAPlus, ledger: Ledger, missing_adaptors: list[str]) -> None:
+def _with_arch(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where `arch` names a published size, it overrules the widths and depths beside it."""
+    arch = model.get("arch") or ""
+    if not arch:
+        return model
+    if arch not in SIZES:
+        raise CheckpointError(f"OFASys config: arch must be one of {sorted(SIZES)}, got {arch!r}")
+    dim, ffn_dim, heads, encoder_layers, decoder_layers, backbone = SIZES[arch]
+    size = {"embed_dim": dim, "ffn_embed_dim": ffn_dim, "attention_heads": heads}
+    adaptors = dict(model["adaptor"])
+    if "image_resnet" in adaptors:
+        adaptors["image_resnet"] = {**adaptors["image_resnet"], "resnet_type": backbone}
+    return {
+        **model,
+        "encoder": {**model["encoder"], **size, "layers": encoder_layers},
+        "decoder": {**model["decoder"], **size, "layers": decoder_layers},
+        "adaptor": adaptors,
+    }
+
+
+def load_ofasys_weights(
+    model: OFAPlus, ledger: Ledger, missing_adaptors: list[str], replaced: Mapping[str, Tensor] | None = None
+) -> None:
     """Loads the model from a state dict in OFASys's names; `ledger` then accounts for every key.
 
     missing_adaptors: active ones of the configuration that do not exist here: their keys are named and skipped.
+    replaced: tensors to load in place of the stored ones (vocabulary rows in another order).
     Raises CheckpointError for missing, unknown and misshapen keys.
     """
     skipped = tuple(f"{side}.adaptor.{name}." for side in ("encoder", "decoder") for name in missing_adaptors)
@@ -117,6 +145,8 @@ def load_ofasys_weights(model: OFAPlus, ledger: Ledger, missing_adaptors: list[s
     for key in own:
         if key in ledger.stored:
             found[key] = ledger.take(key)
+            if replaced is not None and key in replaced:
+                found[key] = replaced[key]
         elif key.endswith("num_batches_tracked"):  # a counter that nothing reads
             found[key] = own[key]
     for key in list(ledger.stored):

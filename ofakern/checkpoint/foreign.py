@@ -1,0 +1,152 @@
+"""Checkpoints of other systems as a configuration, a tokenizer and weights of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ofakern.checkpoint.ledger import Ledger
+from ofakern.checkpoint.ofasys import EMBEDDING, config_from_ofasys, load_ofasys_weights
+from ofakern.checkpoint.pickles import read_pickle
+from ofakern.errors import CheckpointError, OfakernValueError
+from ofakern.model import OFAConfig, OFAPlus
+from ofakern.text import Tokenizer, Vocabulary
+
+__all__ = ["Account", "Foreign", "match_rows", "read_foreign"]
+
+_BPE_FILES = ("encoder.json", "vocab.bpe")
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of a checkpoint: its keys (`fates`), and what else is worth saying. `str` of it is for people."""
+
+    ledger: Ledger
+    notes: tuple[str, ...]
+
+    @property
+    def fates(self) -> Mapping[str, str]:
+        return self.ledger.fates
+
+    def __str__(self) -> str:
+        return "\n".join([self.ledger.summary(), *(f"  {note}" for note in self.notes)])
+
+
+@dataclass
+class Foreign:
+    """What a checkpoint holds. load: puts its weights into a network of `config` and accounts for every key.
+
+    tasks: instruction by name. preprocess: fields of `PreprocessConfig`. notes: what was matched or left behind.
+    """
+
+    config: OFAConfig
+    tokenizer: Tokenizer
+    load: Callable[[OFAPlus], Ledger]
+    tasks: dict[str, str] = field(default_factory=dict)
+    preprocess: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_foreign(
+    path: Path, *, bpe: str | Path | None = None, tokenizer: Tokenizer | None = None, compat: str = ""
+) -> Foreign:
+    """Reads an OFASys trainer checkpoint.
+
+    bpe: folder with GPT-2's `encoder.json` and `vocab.bpe`, which the file itself does not hold; default: its own
+    folder. tokenizer: instead; the vocabulary's rows are then matched by symbol. compat: "ofasys" for its quirks.
+    Raises CheckpointError for a damaged or foreign file, or one that this model cannot hold.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"from_pretrained: {path} must be a saved model or a checkpoint file, got neither")
+    data = read_pickle(path)
+    missing = {"model", "configstore", "global_dict_indices"} - set(data)
+    if missing:
+        raise CheckpointError(
+            f"from_pretrained: {path} must be a checkpoint of OFASys's trainer, got no {', '.join(sorted(missing))}"
+        )
+    return _ofasys(path, data, bpe, tokenizer, compat)
+
+
+def _ofasys(
+    path: Path, data: Mapping[str, Any], bpe: str | Path | None, tokenizer: Tokenizer | None, compat: str
+) -> Foreign:
+    weights: Mapping[str, Tensor] = data["model"]
+    symbols = _symbols(path, data["global_dict_indices"])
+    models = data["configstore"].get("model") or {}
+    if len(models) != 1:
+        raise CheckpointError(
+            f"from_pretrained: {path} must configure one model in its config store, got {sorted(models)}"
+            "\nTry: a checkpoint of a run started from OFASys's command line; as a library it stores no configuration"
+        )
+    if EMBEDDING not in weights or weights[EMBEDDING].shape[0] != len(symbols):
+        rows = list(weights[EMBEDDING].shape) if EMBEDDING in weights else "none"
+        raise CheckpointError(f"from_pretrained: {EMBEDDING} must have {len(symbols)} rows (the symbols), got {rows}")
+    vocabulary = Vocabulary(symbols) if tokenizer is None else tokenizer.vocabulary
+    if tokenizer is None:
+        tokenizer = _tokenizer(path.parent if bpe is None else Path(bpe), vocabulary)
+    config, absent = config_from_ofasys(next(iter(models.values())), len(vocabulary), compat, keys=weights)
+    notes = [f"adaptors that do not exist here: {', '.join(absent)}"] if absent else []
+
+    def load(network: OFAPlus) -> Ledger:
+        ledger = Ledger(weights, str(path))
+        fresh = network.state_dict()[EMBEDDING]
+        rows = match_rows(weights[EMBEDDING], symbols, fresh, vocabulary.symbols, notes)
+        load_ofasys_weights(network, ledger, absent, {EMBEDDING: rows})
+        return ledger
+
+    tasks = {}
+    preprocess: dict[str, Any] = {}
+    for name, task in (data["configstore"].get("task") or {}).items():
+        template = (task.get("instruction") or {}).get("template")
+        if template:
+            tasks[name] = template
+        image = (task.get("preprocess") or {}).get("image") or {}
+        if image.get("is_active"):
+            preprocess["image_size"] = int(image["patch_image_size"])
+        box = (task.get("preprocess") or {}).get("box") or {}
+        if box.get("is_active"):
+            preprocess["box_image_size"] = int(box["max_image_size"])
+    return Foreign(config, tokenizer, load, tasks, preprocess, notes)
+
+
+def match_rows(
+    stored: Tensor, symbols: Sequence[str], fresh: Tensor, wanted: Sequence[str], notes: list[str]
+) -> Tensor:
+    """Rows `[V', D]` of the wanted symbols: the stored ones, or for symbols the checkpoint lacks the fresh ones."""
+    if list(symbols) == list(wanted):
+        return stored
+    place = {symbol: row for row, symbol in enumerate(symbols)}
+    rows = fresh.detach().clone().to(stored.dtype)
+    known = [(at, place[symbol]) for at, symbol in enumerate(wanted) if symbol in place]
+    rows[[at for at, _ in known]] = stored[[row for _, row in known]]
+    notes.append(
+        f"vocabulary: {len(known)} rows matched by symbol, {len(wanted) - len(known)} new symbols keep their "
+        f"initial rows, {len(symbols) - len(known)} symbols of the checkpoint are not in the vocabulary"
+    )
+    return rows
+
+
+def _symbols(path: Path, indices: Mapping[str, int]) -> list[str]:
+    ordered = sorted(indices, key=lambda symbol: indices[symbol])
+    if [indices[symbol] for symbol in ordered] != list(range(len(ordered))):
+        raise CheckpointError(
+            f"from_pretrained: the dictionary of {path} must number its symbols 0, 1, 2, ..., got gaps"
+        )
+    return ordered
+
+
+def _tokenizer(folder: Path, vocabulary: Vocabulary) -> Tokenizer:
+    files = [folder / name for name in _BPE_FILES]
+    if not all(file.is_file() for file in files):
+        raise CheckpointError(
+            f"from_pretrained: {folder} must hold {' and '.join(_BPE_FILES)} (GPT-2's files), got none"
+            "\nTry: bpe=FOLDER, or --bpe FOLDER"
+        )
+    try:
+        return Tokenizer.from_files(*files, vocabulary=vocabulary)
+    except OfakernValueError as error:
+        raise CheckpointError(f"from_pretrained: the BPE in {folder} must be the checkpoint's, got: {error}") from error

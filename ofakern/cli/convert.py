@@ -1,0 +1,46 @@
+"""`ofakern convert SRC DST`: a checkpoint of another system becomes a saved model, every key accounted for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ofakern.checkpoint import GeneralistModel
+from ofakern.errors import OfakernValueError
+
+_EPILOG = """examples:
+  ofakern convert checkpoint_last.pt my-model --bpe gpt2-files
+  ofakern convert checkpoint_last.pt my-model --bpe gpt2-files --compat ofasys --keys
+
+gpt2-files holds GPT-2's encoder.json and vocab.bpe; the vocabulary itself comes from the checkpoint. A file is read as
+data only: one that names a class or function outside a short list is refused, and they are named.
+exit code 0: written, no key left over; 2: a file that cannot be read, or that does not fit."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "convert",
+        help="turn a checkpoint of OFASys into a saved model",
+        description="Read another system's checkpoint, print what became of every key, and write a saved model.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint file of OFASys's trainer (.pt)")
+    parser.add_argument("destination", type=Path, metavar="DST", help="folder to write; it must not be there yet")
+    parser.add_argument("--bpe", type=Path, metavar="DIR", help="folder with encoder.json, vocab.bpe (default: SRC's)")
+    parser.add_argument(
+        "--compat", choices=["ofasys"], default="", help="keep that implementation's quirks (default: do what is right)"
+    )
+    parser.add_argument("--keys", action="store_true", help="print every key with what became of it")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.destination.exists():
+        raise OfakernValueError(f"convert: DST must not be there yet, got {args.destination}")
+    model, account = GeneralistModel.from_foreign(args.source, bpe=args.bpe, compat=args.compat)
+    if args.keys:
+        print("\n".join(f"{key}: {fate}" for key, fate in sorted(account.fates.items())))
+    print(account)
+    model.save_pretrained(args.destination)
+    print(f"{model} written to {args.destination}")
+    return 0

@@ -1,0 +1,145 @@
+"""An OFASys trainer checkpoint: every key accounted for, the recorded answer, symbols matched, bad files refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ofakern.checkpoint import GeneralistModel
+from ofakern.checkpoint.ofasys import EMBEDDING
+from ofakern.checkpoint.pickles import read_pickle
+from ofakern.cli.main import main
+from ofakern.errors import CheckpointError
+from ofakern.text import Tokenizer, Vocabulary
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "ofasys"
+CHECKPOINT = GOLDEN / "checkpoint.pt"
+EXPECTED = json.loads((GOLDEN / "checkpoint_expected.json").read_text())["inference"]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bpe")
+    resources = GOLDEN / "main" / "resources"
+    shutil.copy(resources / "bpe_encoder.json", folder / "encoder.json")
+    shutil.copy(resources / "bpe_vocab.bpe", folder / "vocab.bpe")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, Any]:
+    return read_pickle(CHECKPOINT)
+
+
+def check_answer(model: GeneralistModel) -> None:
+    for instruction in (EXPECTED["instruction"], "gigaword"):
+        answer = model.inference(
+            instruction, EXPECTED["data"], beam_size=EXPECTED["beam_size"], max_len=EXPECTED["max_len"], lenpen=0.0
+        )
+        assert answer.tokens == EXPECTED["tokens"] and answer.text == EXPECTED["text"]
+        assert answer.score == pytest.approx(EXPECTED["score"], abs=1e-4)
+
+
+def test_the_recorded_answer_and_every_key(bpe: Path) -> None:
+    model, account = GeneralistModel.from_foreign(CHECKPOINT, bpe=bpe)
+    check_answer(model)
+    check_answer(GeneralistModel.from_pretrained(CHECKPOINT, bpe=bpe))
+    assert len(account.fates) == 170 and account.ledger.left() == []
+    derived = {key for key, fate in account.fates.items() if fate == "follows from the configuration"}
+    sides = ("encoder", "decoder")
+    assert derived == {f"{s}.{k}" for s in sides for k in ("version", "adaptor.text.token_rp_bucket")}
+    assert account.fates["decoder.adaptor.embed_tokens.weight"] == f"tied to {EMBEDDING}"
+    loaded = {key for key, fate in account.fates.items() if fate == "loaded"}
+    assert loaded == set(model.network.state_dict()) - {"decoder.adaptor.embed_tokens.weight"}
+    assert sorted(model.tasks) == ["gigaword", "text_infilling"]
+
+
+def test_the_command_prints_the_account_and_writes_a_model(
+    bpe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(CHECKPOINT), str(tmp_path / "model"), "--bpe", str(bpe), "--keys"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "170 keys, 0 left over" in out and f"{EMBEDDING}: loaded" in out
+    check_answer(GeneralistModel.from_pretrained(tmp_path / "model"))
+    assert main(command) == 2 and "must not be there yet" in capsys.readouterr().err
+
+
+def test_rows_are_matched_by_symbol(bpe: Path, data: dict[str, Any]) -> None:
+    symbols = sorted(data["global_dict_indices"], key=lambda s: data["global_dict_indices"][s])
+    text = [s for s in symbols if s.startswith("<text>")]
+    other = Vocabulary([*symbols[:4], *reversed(text), "<mask>", "<bin>_0", "<bin>_1"])
+    tokenizer = Tokenizer.from_files(bpe / "encoder.json", bpe / "vocab.bpe", vocabulary=other)
+    model, account = GeneralistModel.from_foreign(CHECKPOINT, tokenizer=tokenizer)
+    rows, stored = model.network.output_weight, data["model"][EMBEDDING]
+    for symbol in ("<s>", "<mask>", text[0], text[-1]):
+        assert torch.equal(rows[other.index(symbol)], stored[data["global_dict_indices"][symbol]])
+    assert "322 rows matched by symbol, 2 new" in str(account)
+    answer = model.inference(EXPECTED["instruction"], EXPECTED["data"], num_beams=5, max_len=10, lenpen=0.0)
+    assert answer.text == EXPECTED["text"]
+
+
+def written(data: dict[str, Any], folder: Path, **changes: Any) -> Path:
+    path = folder / "changed.pt"
+    torch.save({**data, **changes}, path)
+    return path
+
+
+def test_foreign_and_misshapen_files_are_named(bpe: Path, data: dict[str, Any], tmp_path: Path) -> None:
+    weights: OrderedDict[str, torch.Tensor] = data["model"]
+    key = "encoder.layers.0.fc1.weight"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"model": {k: v for k, v in weights.items() if k != key}}, f"1 missing: {key}"),
+        ({"model": {**weights, "encoder.surprise": torch.zeros(2)}}, "1 unknown: encoder.surprise"),
+        ({"model": {**weights, key: torch.zeros(3, 4)}}, r"1 of another shape: .*\[3, 4\] instead of \[256, 64\]"),
+        ({"model": {**weights, "decoder.adaptor.embed_tokens.weight": torch.zeros(322, 64)}}, "they are tied"),
+        ({"model": {**weights, EMBEDDING: torch.zeros(300, 64)}}, "must have 322 rows"),
+        ({"configstore": {"model": {}, "task": {}}}, "must configure one model"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(CheckpointError, match=message):
+            GeneralistModel.from_pretrained(written(data, tmp_path, **changes), bpe=bpe)
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "foreign.pt")
+    with pytest.raises(CheckpointError, match="got no configstore, global_dict_indices, model"):
+        GeneralistModel.from_pretrained(tmp_path / "foreign.pt", bpe=bpe)
+    with pytest.raises(CheckpointError, match="encoder.json and vocab.bpe"):
+        GeneralistModel.from_pretrained(written(data, tmp_path))
+
+
+class Payload:
+    """Stands for a class that a checkpoint must not bring along."""
+
+    def __init__(self) -> None:
+        self.value = 1
+
+
+def test_a_pickle_with_code_is_refused_and_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "code.pt"
+    torch.save({"model": {}, "payload": Payload(), "path": Path("x")}, path)
+    with pytest.raises(CheckpointError) as caught:
+        GeneralistModel.from_pretrained(path)
+    assert f"{Payload.__module__}.Payload" in str(caught.value) and "pathlib" in str(caught.value)
+    torch.save({"model": {}, "payload": Payload()}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="Payload"):
+        GeneralistModel.from_pretrained(path)
+    torch.save({"args": argparse.Namespace(arch="x")}, path)
+    assert read_pickle(path)["args"].arch == "x"
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    whole = CHECKPOINT.read_bytes()
+    path = tmp_path / "cut.pt"
+    for content in (whole[: len(whole) // 2], whole[:40], b"", b"no checkpoint at all"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=str(path)):
+            GeneralistModel.from_pretrained(path)
+    with pytest.raises(CheckpointError, match="dictionary"):
+        torch.save([1, 2], path)
+        GeneralistModel.from_pretrained(path)
