@@ -135,10 +135,10 @@ def test_quantiles() -> None:
 
 @pytest.mark.skipif(not memory.MemoryMeter.available, reason="needs /proc/self/clear_refs")
 def test_memory_of_a_dense_peer_is_its_matrices() -> None:
-    """OFASys' formula on ragged holds [8,12,1024,1024] float32 scores, 384 MiB; ours its output and little more."""
+    """OFASys' formula on ragged holds [8,12,1024,1024] float32 scores, 384 MiB; ours little beyond its output."""
     with memory.MemoryMeter("attention") as meter:
         dense = meter.peak_mib("ragged", "f32", "ofasys", "fwd", 1)
         ours = meter.peak_mib("ragged", "f32", "cpu", "fwd", 1)
     assert dense is not None and ours is not None
     assert 384 <= dense <= 1600
-    assert 8 <= ours <= 40
+    assert 0 <= ours < dense / 10
