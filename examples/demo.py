@@ -4,7 +4,7 @@ Three instructions of one line each, three small data sets that lie beside this 
 origins and licences), two CPU cores, a few minutes:
 
     python examples/demo.py
-    python examples/demo.py --updates 20 --minutes 1 --output /tmp/quick
+    python examples/demo.py --updates 20 --minutes 1 --output quick-look
 
 Writes results.json, sheet.png (held-out samples with the model's answers), loss.png and the trained model to --output.
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -147,11 +147,19 @@ class BrokenTally:
                 self.broken[sample.index] = sample.reason
                 _log.warning("%s: sample %d skipped: %s", self.name, sample.index, sample.reason)
         if self.count >= self.min_count and self.count > self.max_share * self.seen:
-            raise DataError(
-                f"{self.name}: broken samples must be at most {self.max_share:.2%} of those seen, "
-                f"got {self.count} of {self.seen}; the last: sample {next(reversed(self.broken))}: "
-                f"{self.broken[next(reversed(self.broken))]}\nTry: repair the data, or allow a larger share."
-            )
+            self._fail(f"be at most {self.max_share:.2%} of those seen")
+
+    def require_usable(self) -> None:
+        """Raises DataError when samples were seen and every one was broken: nothing was learnt from them."""
+        if self.seen and self.count == self.seen:
+            self._fail("leave some sample to learn from")
+
+    def _fail(self, rule: str) -> NoReturn:
+        last = next(reversed(self.broken))
+        raise DataError(
+            f"{self.name}: broken samples must {rule}, got {self.count} of {self.seen}; the last: sample {last}: "
+            f"{self.broken[last]}\nTry: repair the data, or allow a larger share."
+        )
 
     def summary(self) -> str:
         """One line: how many of the samples seen were broken, and which rows."""

@@ -138,6 +138,8 @@ class Run:
                 self._report(log, record)
                 self._at_intervals(log)
             if not self.result.interrupted:
+                for feed in self.feeds:
+                    feed.tally.require_usable()
                 self._evaluate(log)
             self._save()
             if self.average is not None:

@@ -150,6 +150,13 @@ def test_signal_saves_and_ends(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_run_without_one_usable_sample_is_no_success() -> None:
+    broken = Task("t", "[TEXT:x] -> [TEXT:y]", micro_batch_size=4)
+    broken.add_dataset([{"x": None, "y": 0}] * 4, "train")
+    with pytest.raises(DataError, match="t: broken samples must leave some sample to learn from, got 8 of 8"):
+        Trainer(**QUIET, max_updates=2).fit(model=ToyModel(), tasks=broken)
+
+
 def test_broken_samples_are_skipped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     broken = Task("t", "[TEXT:x] -> [TEXT:y]", micro_batch_size=20)
     broken.add_dataset([{"x": None, "y": 0} if i == 7 else r for i, r in enumerate(rows(1, 20))], "train")
