@@ -28,6 +28,7 @@ struct BackwardScratch {
   KeySide<T> keys;
   float* dk;                  // per tile [depth, kKeys]
   float* dv;                  // per tile [columns, kKeys]
+  bool* touched;              // per tile: dk and dv hold sums
   Elem *queries, *queries_t;  // [kQueries, depth], [depth, kQueries]
   Elem *outputs, *outputs_t;  // dO: [kQueries, columns], [columns, kQueries]
   std::uint32_t* units;       // interleaved rows on their way to being transposed
@@ -47,6 +48,7 @@ struct BackwardScratch {
     s.keys = KeySide<T>::take(p, span, true, arena);
     s.dk = arena.take<float>(keys * p.depth);
     s.dv = arena.take<float>(keys * p.columns);
+    s.touched = arena.take<bool>(KeySide<T>::tiles(span));
     s.queries = arena.take<Elem>(kQueries * p.depth);
     s.queries_t = arena.take<Elem>(kQueries * p.depth);
     s.outputs = arena.take<Elem>(kQueries * p.columns);
@@ -163,12 +165,11 @@ OFAKERN_LOCAL void round_rows(BackwardScratch<bf16>& s, i64 first, i64 rows, i64
 OFAKERN_HOT void round_rows(BackwardScratch<bf16>&, i64, i64, i64) {}
 #endif
 
-// dst [width, kQueries] = the transpose of src [kQueries, width], by way of `units`.
+// dst [width, kQueries] = the transpose of the first `rows` rows of src [kQueries, width], by way of `units`.
 template <class T>
-OFAKERN_LOCAL void transpose_rows(BackwardScratch<T>& s, const Packed<T>* src, i64 width, Packed<T>* dst) {
-  constexpr i64 kUnits = s.kQueries / s.kPair;
-  interleave(src, width, s.kQueries, width, s.units, width);
-  transpose_units(s.units, width, kUnits, width, as_units(dst), kUnits);
+OFAKERN_LOCAL void transpose_rows(BackwardScratch<T>& s, const Packed<T>* src, i64 rows, i64 width, Packed<T>* dst) {
+  interleave(src, width, rows, width, s.units, width);
+  transpose_units(s.units, width, rows / s.kPair, width, as_units(dst), s.kQueries / s.kPair);
 }
 
 // Packs queries and dO of rows [first, first + rows), and what of a row does not change from tile to tile.
@@ -176,8 +177,9 @@ template <class T>
 OFAKERN_LOCAL void open_rows(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 head,
                              i64 first, i64 rows) {
   pack_queries(p, head, first, rows, s.queries);
-  transpose_rows(s, s.queries, p.depth, s.queries_t);
-  for (i64 r = 0; r < s.kQueries; ++r) {
+  const i64 padded = round_up(rows, kRowMultiple);
+  transpose_rows(s, s.queries, padded, p.depth, s.queries_t);
+  for (i64 r = 0; r < padded; ++r) {
     const i64 i = first + r;
     Packed<T>* packed = s.outputs + r * p.columns;
     if (r >= rows || p.visible[i].empty()) {
@@ -194,7 +196,7 @@ OFAKERN_LOCAL void open_rows(const Problem<T>& p, const BackwardTensors<T>& g, B
     s.delta[r] = hsum(delta) - dlse;
     s.lse2[r] = g.lse[i * p.heads + head] * kLog2e;
   }
-  transpose_rows(s, s.outputs, p.columns, s.outputs_t);
+  transpose_rows(s, s.outputs, padded, p.columns, s.outputs_t);
   zero_row(s.dq, round_up(rows, Gemm<Packed<T>>::kRows) * p.depth);
 }
 
@@ -256,9 +258,10 @@ OFAKERN_LOCAL void backward_rows(const Problem<T>& p, const BackwardTensors<T>& 
     for (i64 q = 0; q < rows; q += kStep)
       backward_step<TERMS>(p, s, plan, tile, sample, head, first, q, min_of(kStep, rows - q), head_scale_sum);
     gemm(round_up(p.value_width, Gemm<Elem>::kRows), columns, depth_rows, s.outputs_t, kQueries, s.pairs(s.p_pairs),
-         s.dv + tile * kKeys * p.columns, kKeys, true);
+         s.dv + tile * kKeys * p.columns, kKeys, s.touched[tile]);
     gemm(round_up(p.width + p.pos_width, Gemm<Elem>::kRows), columns, depth_rows, s.queries_t, kQueries,
-         s.pairs(s.ds_pairs), s.dk + tile * kKeys * p.depth, kKeys, true);
+         s.pairs(s.ds_pairs), s.dk + tile * kKeys * p.depth, kKeys, s.touched[tile]);
+    s.touched[tile] = true;
     gemm(gemm_rows, p.depth, padded_keys, s.ds_rows, kKeys, KeySide<T>::rows(s.keys.k_rows, tile, p.depth), s.dq,
          p.depth, true);
   }
@@ -271,6 +274,17 @@ OFAKERN_LOCAL void backward_rows(const Problem<T>& p, const BackwardTensors<T>& 
   }
 }
 
+// Gradients of keys [begin, end), which no query sees.
+template <class T>
+OFAKERN_LOCAL void zero_keys(const Problem<T>& p, const BackwardTensors<T>& g, i64 key_head, i64 begin, i64 end) {
+  for (i64 j = begin; j < end; ++j) {
+    const i64 token = j * p.key_heads + key_head;
+    zero_row(g.dk + token * p.width, p.width);
+    zero_row(g.dv + token * p.value_width, p.value_width);
+    if (g.dk_pos != nullptr) zero_row(g.dk_pos + token * p.pos_width, p.pos_width);
+  }
+}
+
 // Writes dk, dv, dk_pos of the task's keys from their transposed sums.
 template <class T>
 OFAKERN_LOCAL void close_keys(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 key_head) {
@@ -278,7 +292,12 @@ OFAKERN_LOCAL void close_keys(const Problem<T>& p, const BackwardTensors<T>& g, 
   const i64 width = max_of(p.depth, p.columns);
   float* rows = reinterpret_cast<float*>(s.units);  // kKeys x width floats do not fit: go by 16 keys
   constexpr i64 kStep = 16;
-  for (i64 tile = 0; tile < s.keys.tile_count(); ++tile)
+  for (i64 tile = 0; tile < s.keys.tile_count(); ++tile) {
+    if (!s.touched[tile]) {
+      const i64 begin = s.keys.first + tile * kKeys;
+      zero_keys(p, g, key_head, begin, begin + s.keys.tile_keys(tile));
+      continue;
+    }
     for (i64 j0 = 0; j0 < s.keys.tile_keys(tile); j0 += kStep) {
       const i64 keys = min_of(kStep, s.keys.tile_keys(tile) - j0);
       const i64 token = (s.keys.first + tile * kKeys + j0) * p.key_heads + key_head;
@@ -293,16 +312,6 @@ OFAKERN_LOCAL void close_keys(const Problem<T>& p, const BackwardTensors<T>& g, 
       for (i64 j = 0; j < keys; ++j)
         store_scaled(rows + j * width, p.value_width, 1.0f, g.dv + (token + j * p.key_heads) * p.value_width);
     }
-}
-
-// Gradients of keys [begin, end), which no query sees.
-template <class T>
-OFAKERN_LOCAL void zero_keys(const Problem<T>& p, const BackwardTensors<T>& g, i64 key_head, i64 begin, i64 end) {
-  for (i64 j = begin; j < end; ++j) {
-    const i64 token = j * p.key_heads + key_head;
-    zero_row(g.dk + token * p.width, p.width);
-    zero_row(g.dv + token * p.value_width, p.value_width);
-    if (g.dk_pos != nullptr) zero_row(g.dk_pos + token * p.pos_width, p.pos_width);
   }
 }
 
@@ -455,8 +464,7 @@ OFAKERN_LOCAL void backward(const AttentionInputs& in, const TensorView& out, co
     BackwardScratch<T> scratch = BackwardScratch<T>::take(p, memory.span, own);
     const AmxTiles tiles;
     scratch.keys.pack(p, key_head, cluster.keys, true);
-    zero_row(scratch.dk, scratch.keys.tile_count() * scratch.kKeys * p.depth);
-    zero_row(scratch.dv, scratch.keys.tile_count() * scratch.kKeys * p.columns);
+    for (i64 tile = 0; tile < scratch.keys.tile_count(); ++tile) scratch.touched[tile] = false;
     for (i64 at = cluster.begin; at < cluster.end; ++at) backward_sample(p, g, scratch, memory.order[at], key_head);
     close_keys(p, g, scratch, key_head);
     zero_keys(p, g, key_head, c == 0 ? 0 : memory.clusters[c - 1].keys.hi, cluster.keys.lo);

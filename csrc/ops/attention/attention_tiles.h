@@ -39,6 +39,9 @@ struct Tile<bf16> {
 };
 #endif
 
+// Packed rows come in multiples of this, of which every product's own multiple is a divisor.
+constexpr i64 kRowMultiple = 32;
+
 struct Interval {
   std::int32_t lo, hi;
   bool empty() const { return lo >= hi; }
@@ -230,6 +233,7 @@ struct KeySide {
 
   i64 tile_count() const { return tiles(count); }
   i64 tile_keys(i64 tile) const { return min_of(kKeys, count - tile * kKeys); }
+  i64 padded_tile_keys(i64 tile) const { return round_up(tile_keys(tile), kPanel); }
   const KeyGroup* tile_groups(int term, i64 tile) const { return groups[term] + tile * (kKeys / kWidth); }
 
   // B operands of one tile.
@@ -263,7 +267,7 @@ struct KeySide {
   void stage(const Problem<T>& p, i64 key_head, i64 tile, const T* a, const i64* a_stride, i64 a_width, const T* b,
              const i64* b_stride, i64 b_width, i64 padded) {
     const i64 keys = tile_keys(tile);
-    for (i64 r = 0; r < kKeys; ++r) {
+    for (i64 r = 0; r < padded_tile_keys(tile); ++r) {
       Elem* row = staging + r * padded;
       const i64 j = first + tile * kKeys + r;
       if (r >= keys || p.key_seen[j] == 0) {
@@ -276,13 +280,13 @@ struct KeySide {
     }
   }
   void pack_transposed(Elem* data, i64 tile, i64 width) {
-    for (i64 panel = 0; panel < kKeys / kPanel; ++panel)
+    for (i64 panel = 0; panel < padded_tile_keys(tile) / kPanel; ++panel)
       transpose_units(as_units(staging + panel * kPanel * width), width / kPair, kPanel, width / kPair,
                       as_units(data + (tile * kKeys + panel * kPanel) * width), kPanel);
   }
   void pack_rows(Elem* data, i64 tile, i64 width) {
     for (i64 c = 0; c < width; c += kPanel)
-      interleave(staging + c, width, kKeys, min_of<i64>(kPanel, width - c),
+      interleave(staging + c, width, padded_tile_keys(tile), min_of<i64>(kPanel, width - c),
                  as_units(data + tile * kKeys * panel_columns(width) + c * kKeys), kPanel);
   }
 };
@@ -291,7 +295,7 @@ struct KeySide {
 // Rows without keys, and pads, are zero: their scores are never used, but 0 * NaN must not reach a gradient.
 template <class T>
 OFAKERN_LOCAL void pack_queries(const Problem<T>& p, i64 head, i64 first, i64 count, Packed<T>* rows) {
-  for (i64 r = 0; r < Tile<Packed<T>>::kQueries; ++r) {
+  for (i64 r = 0; r < round_up(count, kRowMultiple); ++r) {
     Packed<T>* row = rows + r * p.depth;
     const i64 i = first + r;
     if (r >= count || p.visible[i].empty()) {
