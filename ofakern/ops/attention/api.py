@@ -113,7 +113,7 @@ def attention(
     chosen = backends.select(backend, call.q, call.v, call.q_pos)
     if log.ENABLED and not torch.compiler.is_compiling():
         log.once(_logger, _describe(call, chosen))
-    out, lse = _run_reference(call) if chosen == "reference" else _run_op(call)
+    out, lse = _run_reference(call) if chosen == "reference" else _run_op(chosen, call)
     return (out, lse) if return_lse else out
 
 
@@ -286,13 +286,14 @@ def _run_reference(call: _Call) -> tuple[Tensor, Tensor]:
     )
 
 
-def _run_op(call: _Call) -> tuple[Tensor, Tensor]:
+def _run_op(backend: str, call: _Call) -> tuple[Tensor, Tensor]:
     layout = call.layout
     terms: list[Tensor | None] = []
     for table, term in zip(call.tables, layout.terms, strict=True):
         terms += [table, term.q_coord, term.k_coord, term.same]
     terms += [None] * (8 - len(terms))
     return op.run(
+        backend,
         call.q,
         call.k,
         call.v,

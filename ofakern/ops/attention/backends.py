@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -20,11 +23,22 @@ def _cpu_unavailable() -> str | None:
     return None
 
 
+def _triton_unavailable() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed (it arrives with CUDA torch)"
+    if not TRITON_INTERPRETED and not torch.cuda.is_available():
+        return "not yet run on a GPU, and torch sees none here (TRITON_INTERPRET=1 interprets it on CPU tensors)"
+    return None
+
+
+# Read once, as triton itself reads it when the kernels are imported.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 # None: the backend can be used. Fixed at import, so that choosing costs nothing and traces under torch.compile.
 UNAVAILABLE: dict[str, str | None] = {
     "cpu": _cpu_unavailable(),
     "cuda": "not available yet: this version has no CUDA kernel for attention",
-    "triton": "not available yet: this version has no Triton kernel for attention",
+    "triton": _triton_unavailable(),
     "reference": None,
 }
 
@@ -34,10 +48,16 @@ def refusal(backend: str, q: Tensor, v: Tensor, q_pos: Tensor | None) -> str | N
     reason = UNAVAILABLE[backend]
     if reason is not None or backend == "reference":
         return reason
-    if q.device.type != "cpu":
-        return f"takes CPU tensors, got {q.device}"
+    device = "CPU" if backend == "cpu" or TRITON_INTERPRETED else "CUDA"
+    if q.device.type != device.lower():
+        return f"takes {device} tensors, got {q.device}"
     if q.dtype not in _KERNEL_DTYPES:
         return f"takes float32, bfloat16 and float16, got {q.dtype}"
+    if backend == "triton":
+        if TRITON_INTERPRETED and q.dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly"
+        if not TRITON_INTERPRETED and torch.cuda.get_device_capability(q.device) < (8, 0):
+            return f"takes GPUs of compute capability 8.0 and newer, got {torch.cuda.get_device_name(q.device)}"
     widths = {"K": q.shape[2], "V": v.shape[2]} | ({} if q_pos is None else {"P": q_pos.shape[2]})
     for letter, width in widths.items():
         if width % 8 or not 8 <= width <= 256:

@@ -29,22 +29,35 @@ _DIFFERENTIABLE = (_Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE)
 _TENSORS = 20  # how many of the inputs are tensors; scale and dropout_p follow
 
 _library: Any = torch.library.Library("ofakern", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(f"attention_fwd({_INPUTS}) -> (Tensor out, Tensor lse)")
-# An absent input's gradient is a tensor without elements: a schema cannot return `Tensor?`.
-_library.define(
-    f"attention_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}) -> (Tensor dq, Tensor dk, Tensor dv, "
-    "Tensor dq_pos, Tensor dk_pos, Tensor dtable0, Tensor dtable1, Tensor dhead_scale)"
-)
+# The dispatcher picks by device; Triton is a second kernel for a device's tensors, so it has ops of its own.
+for _suffix in ("", "_triton"):
+    _library.define(f"attention_fwd{_suffix}({_INPUTS}) -> (Tensor out, Tensor lse)")
+    # An absent input's gradient is a tensor without elements: a schema cannot return `Tensor?`.
+    _library.define(
+        f"attention_bwd{_suffix}(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}) -> "
+        "(Tensor dq, Tensor dk, Tensor dv, Tensor dq_pos, Tensor dk_pos, "
+        "Tensor dtable0, Tensor dtable1, Tensor dhead_scale)"
+    )
 
 
-def run(*inputs: Any) -> tuple[Tensor, Tensor]:
+def run(backend: str, *inputs: Any) -> tuple[Tensor, Tensor]:
     """out and lse of `_INPUTS` in that order; differentiable in q, k, v, q_pos, k_pos, the tables and head_scale."""
     result: tuple[Tensor, Tensor]
     if torch.is_grad_enabled() and any(_requires_grad(inputs[n]) for n in _DIFFERENTIABLE):
-        result = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
+        result = _Attention.apply(backend, *inputs)  # type: ignore[no-untyped-call]
     else:
-        result = torch.ops.ofakern.attention_fwd(*inputs)
+        result = _forward_op(backend)(*inputs)
     return result
+
+
+def _forward_op(backend: str) -> Any:
+    ops = torch.ops.ofakern
+    return ops.attention_fwd_triton if backend == "triton" else ops.attention_fwd
+
+
+def _backward_op(backend: str) -> Any:
+    ops = torch.ops.ofakern
+    return ops.attention_bwd_triton if backend == "triton" else ops.attention_bwd
 
 
 def _requires_grad(tensor: Tensor | None) -> bool:
@@ -53,34 +66,35 @@ def _requires_grad(tensor: Tensor | None) -> bool:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = torch.ops.ofakern.attention_fwd(*inputs)
+    def forward(backend: str, *inputs: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = _forward_op(backend)(*inputs)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, *inputs[:_TENSORS])
-        ctx.numbers = inputs[_TENSORS:]
+        ctx.backend, *arguments = inputs
+        ctx.save_for_backward(*output, *arguments[:_TENSORS])
+        ctx.numbers = arguments[_TENSORS:]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = [None] * (_TENSORS + len(ctx.numbers))
         if dout is None and dlse is None:
-            return tuple(grads)
+            return None, *grads
         out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
         arguments = (dout, dlse, out, lse, *tensors, *ctx.numbers)
         # Gradients are enabled here only under create_graph=True: then the result must refuse a second derivative.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            results = _AttentionBackward.apply(*arguments)  # type: ignore[no-untyped-call]
+            results = _AttentionBackward.apply(ctx.backend, *arguments)  # type: ignore[no-untyped-call]
         else:
-            results = torch.ops.ofakern.attention_bwd(*arguments)
+            results = _backward_op(ctx.backend)(*arguments)
         for n, result in zip(_DIFFERENTIABLE, results, strict=True):
             if tensors[n] is not None:
                 grads[n] = result
-        return tuple(grads)
+        return None, *grads
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> NoReturn:
@@ -89,8 +103,8 @@ class _Attention(torch.autograd.Function):
 
 class _AttentionBackward(torch.autograd.Function):
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = torch.ops.ofakern.attention_bwd(*arguments)
+    def forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = _backward_op(backend)(*arguments)
         return result
 
     @staticmethod
@@ -116,10 +130,8 @@ def _refuse_vmap(info: Any, in_dims: Any, *inputs: Any) -> NoReturn:
     )
 
 
-def _kernel_ready(tensor: Tensor | None) -> Tensor | None:
+def _kernel_ready(tensor: Tensor) -> Tensor:
     """Kernels take any strides but the last one, and DLPack would hand over a negative view's bits silently wrong."""
-    if tensor is None:
-        return None
     tensor = tensor.resolve_neg()
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -127,7 +139,8 @@ def _kernel_ready(tensor: Tensor | None) -> Tensor | None:
 def _prepare(inputs: tuple[Any, ...]) -> list[Any]:
     ready = list(inputs)
     for n in (_Q, _K, _V, _Q_POS, _K_POS):
-        ready[n] = _kernel_ready(ready[n])
+        if ready[n] is not None:
+            ready[n] = _kernel_ready(ready[n])
     for n in (*range(_TABLE0, _TENSORS),):
         if ready[n] is not None:
             ready[n] = ready[n].resolve_neg().contiguous()
@@ -170,6 +183,27 @@ def _backward_cpu(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *
     return tuple(torch.empty(0) if grad is None else grad for grad in grads)
 
 
+def _forward_triton(*inputs: Any) -> tuple[Tensor, Tensor]:
+    # Imported by the first call: it takes a second, and CPU users may not have triton.
+    from ofakern.ops.attention import kernel_triton
+
+    return kernel_triton.attention_forward_triton(*_prepare(inputs))
+
+
+def _backward_triton(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    from ofakern.ops.attention import kernel_triton
+
+    ready = _prepare(inputs)
+    grads = kernel_triton.attention_backward_triton(
+        _kernel_ready(dout),
+        None if dlse is None else dlse.resolve_neg().contiguous(),
+        out.contiguous(),
+        lse.contiguous(),
+        *ready,
+    )
+    return tuple(torch.empty(0, device=out.device) if grad is None else grad for grad in grads)
+
+
 def _empty_gradient(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype)
 
@@ -189,7 +223,11 @@ def _backward_fake(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
 
 _library.impl("attention_fwd", _forward_cpu, "CPU")
 _library.impl("attention_bwd", _backward_cpu, "CPU")
-torch.library.register_fake("ofakern::attention_fwd", _forward_fake, lib=_library)
-torch.library.register_fake("ofakern::attention_bwd", _backward_fake, lib=_library)
-torch.library.register_vmap("ofakern::attention_fwd", _refuse_vmap, lib=_library)
-torch.library.register_vmap("ofakern::attention_bwd", _refuse_vmap, lib=_library)
+for _device in ("CUDA", "CPU"):  # CPU: Triton's interpreter
+    _library.impl("attention_fwd_triton", _forward_triton, _device)
+    _library.impl("attention_bwd_triton", _backward_triton, _device)
+for _suffix in ("", "_triton"):
+    torch.library.register_fake(f"ofakern::attention_fwd{_suffix}", _forward_fake, lib=_library)
+    torch.library.register_fake(f"ofakern::attention_bwd{_suffix}", _backward_fake, lib=_library)
+    torch.library.register_vmap(f"ofakern::attention_fwd{_suffix}", _refuse_vmap, lib=_library)
+    torch.library.register_vmap(f"ofakern::attention_bwd{_suffix}", _refuse_vmap, lib=_library)

@@ -1,0 +1,98 @@
+"""What the kernels share: rows of packed tensors, one tile of relative bias, dropout's bits."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_rows(base, row, stride, there, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[rows, BLOCK] of one head of a packed [N, H, WIDTH] tensor; 0 where not `there` and beyond WIDTH."""
+    column = tl.arange(0, BLOCK)
+    pointer = base + row.to(tl.int64)[:, None] * stride + column[None, :]
+    if BLOCK == WIDTH:
+        tile = tl.load(pointer, mask=there[:, None], other=0.0)
+    else:
+        tile = tl.load(pointer, mask=there[:, None] & (column < WIDTH)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(base, row, stride, there, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    pointer = base + row.to(tl.int64)[:, None] * stride + column[None, :]
+    if BLOCK == WIDTH:
+        tl.store(pointer, tile.to(base.dtype.element_ty), mask=there[:, None])
+    else:
+        tl.store(pointer, tile.to(base.dtype.element_ty), mask=there[:, None] & (column < WIDTH)[None, :])
+
+
+@triton.jit
+def add_term(score, table, q_coord, k_coord, same_lo, same_hi, key, visible, meets):
+    """Adds table[q_coord - k_coord] (base 2) where the term is active; shapes broadcast to the tile's.
+
+    Coordinates of inactive pairs may be any integers: their difference may wrap and is not read.
+    """
+    if meets:
+        active = visible & (key >= same_lo) & (key < same_hi)
+        row = tl.sub(q_coord, k_coord, sanitize_overflow=False)
+        score += tl.load(table + row, mask=active, other=0.0) * LOG2E
+    return score
+
+
+@triton.jit
+def dropout_key(seed):
+    """The two 32-bit halves of seed + offset * 0x9E3779B97F4A7C15, modulo 2^64."""
+    offset = tl.load(seed + 1).to(tl.uint64, bitcast=True)
+    product = tl.mul(offset, 0x9E3779B97F4A7C15, sanitize_overflow=False)
+    key = tl.add(tl.load(seed).to(tl.uint64, bitcast=True), product, sanitize_overflow=False)
+    return key.to(tl.uint32), (key >> 32).to(tl.uint32)
+
+
+@triton.jit
+def _philox(c0, c1, c2, c3, key0, key1):
+    """Philox4x32-10 as README.md specifies it; one 64-bit product gives both halves."""
+    for _ in tl.static_range(10):
+        a = tl.mul(c0.to(tl.uint64), 0xD2511F53, sanitize_overflow=False)
+        b = tl.mul(c2.to(tl.uint64), 0xCD9E8D57, sanitize_overflow=False)
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ key0
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ key1
+        c1 = b.to(tl.uint32)
+        c3 = a.to(tl.uint32)
+        key0 = tl.add(key0, 0x9E3779B9, sanitize_overflow=False)
+        key1 = tl.add(key1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def keep_mask(
+    key0, key1, row, head, sample, first, threshold, ROWS: tl.constexpr, KEYS: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """bool [ROWS, KEYS]: which probabilities survive. row: positions inside the sample, first: that of the first key.
+
+    ALIGNED: first is a multiple of four, so that one Philox call serves four neighbouring keys.
+    """
+    PER_CALL: tl.constexpr = 4 if ALIGNED else 1
+    local = tl.add(first, tl.arange(0, KEYS // PER_CALL) * PER_CALL, sanitize_overflow=False).to(tl.uint32)
+    zero = tl.zeros([ROWS, KEYS // PER_CALL], tl.uint32)
+    w0, w1, w2, w3 = _philox(
+        zero + (local >> 2)[None, :],
+        zero + row.to(tl.uint32)[:, None],
+        zero + head.to(tl.uint32),
+        zero + sample.to(tl.uint32),
+        key0,
+        key1,
+    )
+    limit = threshold.to(tl.uint32)
+    if ALIGNED:
+        even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
+        odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
+        keep = tl.reshape(tl.join(even, odd), [ROWS, KEYS]) != 0
+    else:
+        lane = (local & 3)[None, :]
+        low = tl.where(lane == 0, w0, w1)
+        high = tl.where(lane == 2, w2, w3)
+        keep = tl.where(lane < 2, low, high) >= limit
+    return keep

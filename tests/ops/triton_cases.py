@@ -1,0 +1,173 @@
+"""The Triton kernels against the float64 oracle: on a GPU, or interpreted (TRITON_INTERPRET=1) in float32 and float16.
+
+test_attention_triton.py runs this file in a process of its own: triton reads TRITON_INTERPRET on import of the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from harness import Case, assert_same_bits, check, make_case, run_backend
+from torch import Tensor
+
+from ofakern.ops.attention import attention, kernel_triton
+from ofakern.ops.attention.backends import TRITON_INTERPRETED
+from ofakern.ops.attention.triton_kernels import backward, tables
+
+DTYPES = (torch.float32, torch.float16) if TRITON_INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+
+if TRITON_INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _patch_with_item(tensor: Any, scope: Any) -> None:
+        # The interpreter of triton 3.6 calls int() on arrays of one element, which numpy 2.4 no longer converts.
+        _patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_with_item
+
+
+def _to(value: Any, device: str) -> Any:
+    return value.to(device) if hasattr(value, "to") else value
+
+
+def run(case: Case) -> dict[str, Tensor]:
+    """The case through backend="triton", on the GPU when not interpreted; results on the CPU."""
+    device = "cpu" if TRITON_INTERPRETED else "cuda"
+    leaves = {name: tensor.to(device) for name, tensor in case.leaves().items()}
+    moved = case.with_leaves(
+        leaves,
+        layout=case.layout.to(device),
+        dout=case.dout.to(device),
+        dlse=_to(case.dlse, device),
+        options={name: _to(value, device) for name, value in case.options.items()},
+    )
+    return {name: result.cpu() for name, result in run_backend("triton")(moved).items()}
+
+
+EVERYTHING: dict[str, Any] = {
+    "q_lengths": (19, 0, 70),
+    "heads": 2,
+    "key_heads": 1,
+    "width": 16,
+    "value_width": 24,
+    "pos_width": 8,
+    "terms": 2,
+    "mask": "causal",
+    "dropout_p": 0.3,
+    "empty_rows": True,
+    "strides": "fused",
+}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"q_lengths": (17, 0, 34), "terms": 0, "head_scale": False, "lse_gradient": False},
+    "everything": EVERYTHING,
+    "one term, window": {"q_lengths": (40, 1, 21), "heads": 1, "mask": "window", "strides": "transposed"},
+    "prefix": {"q_lengths": (33,), "terms": 1, "mask": "prefix", "pos_width": 16, "heads": 1},
+    "cross": {"q_lengths": (5, 37), "k_lengths": (41, 3), "heads": 2, "key_heads": 2, "terms": 1},
+    "any interval, dropout": {"q_lengths": (20, 17), "heads": 1, "mask": "random", "dropout_p": 0.5, "terms": 1},
+    "wide": {"q_lengths": (18,), "heads": 1, "width": 8, "value_width": 256, "pos_width": 72},
+    "no tokens": {"q_lengths": ()},
+    "no keys": {"q_lengths": (3,), "k_lengths": (0,), "terms": 1},
+    "no queries": {"q_lengths": (0,), "k_lengths": (5,), "terms": 1},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_keep_the_rule(name: str, dtype: torch.dtype) -> None:
+    check(make_case(len(name), **CASES[name], dtype=dtype), run)
+
+
+@pytest.mark.skipif(TRITON_INTERPRETED, reason="minutes when interpreted")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize("mask", ["full", "causal", "random"])
+def test_many_blocks(mask: str, width: int, dtype: torch.dtype) -> None:
+    pos_width = width if width <= 64 else None
+    check(make_case(1, (300, 63, 129), mask=mask, width=width, pos_width=pos_width, terms=2, dtype=dtype), run)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    """Scores near +-1e4 (the softmax is a hard maximum), and table entries of -1e30 as a user's own mask."""
+    case = make_case(11, (35, 20), heads=1, width=32, mask="causal")
+    table = case.tables[0].clone()
+    table[:, ::3] = -1e30
+    check(replace(case, q=case.q * 300, k=case.k * 10, tables=(table,)), run)
+
+
+def test_head_scale_of_zero_has_its_gradient() -> None:
+    check(replace(make_case(16, (20,), heads=2), head_scale=torch.tensor([0.0, 1.5])), run)
+
+
+def test_coordinates_may_be_far_apart() -> None:
+    """Sampled patches in any order: a tile's rows span more than one step of the table kernel."""
+    case = make_case(17, (40,), heads=1, terms=1)
+    term = case.layout.terms[0]
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).int() * 11
+    whole = torch.tensor([[0, 40]] * 40, dtype=torch.int32)
+    term = replace(term, q_coord=order + 429, k_coord=order, same=whole, rows=859)
+    table = torch.randn(1, 859, generator=torch.Generator().manual_seed(1))
+    check(replace(case, layout=replace(case.layout, terms=(term,)), tables=(table,)), run)
+
+
+def test_same_bits_every_time() -> None:
+    case = make_case(18, **EVERYTHING)
+    assert_same_bits(run(case), run(case))
+
+
+@pytest.mark.skipif(not TRITON_INTERPRETED, reason="the interpreter refuses bfloat16")
+def test_the_interpreter_refuses_bfloat16() -> None:
+    case = make_case(19, (3,), terms=0, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="interpreter computes bfloat16 wrongly"):
+        attention(case.q, case.k, case.v, case.layout, backend="triton")
+
+
+def test_the_registered_op() -> None:
+    case = make_case(20, (5,), heads=1, terms=0, head_scale=False)
+    device = "cpu" if TRITON_INTERPRETED else "cuda"
+    layout = case.layout.to(device)
+    leaves = [tensor.to(device).requires_grad_() for tensor in (case.q, case.k, case.v)]
+    offsets = (layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range)
+    inputs = (*leaves, *[None] * 12, *offsets, 0.25, 0.0)
+    torch.library.opcheck(torch.ops.ofakern.attention_fwd_triton.default, inputs)
+
+
+@triton.jit
+def _no_term(score, table, q_coord, k_coord, same_lo, same_hi, key, visible, meets):  # type: ignore[no-untyped-def]
+    return score
+
+
+@triton.jit
+def _rows_off_by_one(parts, dscore, active, q_coord, k_coord, rows, SPAN: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
+    _add_tile(parts, dscore, active, q_coord + 1, k_coord, rows, SPAN, RUN)
+
+
+_add_tile = tables._add_tile
+WRONG: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "scale": lambda patch: patch.setattr(kernel_triton, "_LOG2E", 1.5),
+    "no table in backward": lambda patch: patch.setattr(backward, "add_term", _no_term),
+    "table gradient one row off": lambda patch: patch.setattr(tables, "_add_tile", _rows_off_by_one),
+    "blocks of another size": lambda patch: patch.setattr(kernel_triton, "_plan_queries", _half_blocks),
+}
+_plan_queries = kernel_triton._plan_queries
+
+
+def _half_blocks(given: Any, size: int) -> Any:
+    return _plan_queries(given, 2 * size)
+
+
+@pytest.mark.skipif(not TRITON_INTERPRETED, reason="compiled kernels keep what they were compiled from")
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_kernels_break_the_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(21, (40,), heads=1, mask="causal")
+    WRONG[name](monkeypatch)
+    with pytest.raises(AssertionError, match="error .* above"):
+        check(case, run)
