@@ -14,6 +14,7 @@ from ofakern.checkpoint.ledger import Ledger
 from ofakern.errors import CheckpointError
 from ofakern.modality.audio.adaptor import AudioFbankConfig
 from ofakern.modality.image.adaptor import ImagePatchEmbedConfig, ImageResnetConfig, ImageVitConfig
+from ofakern.modality.image.codes import ImageCodesConfig
 from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import TIED_KEYS, OFAConfig, OFAPlus
 from ofakern.model.config import SIZES
@@ -48,6 +49,7 @@ _OPTIONS: dict[str, tuple[type[AdaptorConfig], dict[str, str]]] = {
             "add_cls_token": "class_token",
         },
     ),
+    "image_vqgan": (ImageCodesConfig, {"code_bucket_size": "bucket_size"}),
     "audio_fbank": (AudioFbankConfig, {"max_position": "max_position"}),
 }
 _SAME_NAME = (
@@ -173,4 +175,6 @@ def _adaptor(name: str, options: Mapping[str, Any]) -> AdaptorConfig:
     values = {ours: options[theirs] for theirs, ours in renamed.items()}
     shared = {f.name for f in fields(AdaptorConfig)} - {"scale_embedding"}
     values.update({field: options[field] for field in shared})
+    if kind is ImageCodesConfig:
+        values["window"] = options["code_image_size"] // options["vqgan_factor"]
     return kind(**values, scale_embedding=not options["no_scale_embedding"])

@@ -193,7 +193,7 @@ def _bias_checks(
     prefix = "encoder" if source else "decoder"
     owner, position = case.rows(range(case.samples), source)
     for layer, layer_tables in enumerate(tables):
-        relative = _RelativeBias(plan.layout, layer_tables)
+        relative = RelativeBias(plan.layout, layer_tables)
         for key, slot in case.calls(source):
             name = f"{key}.self_attn_bias.{layer}"
             if name in case.arrays:
@@ -214,7 +214,7 @@ def _bias_checks(
         yield compare("adaptors", name, torch.cat(ours), np.concatenate(recorded))
 
 
-class _RelativeBias:
+class RelativeBias:
     """The relative term of a layer as a dense matrix, for comparison only."""
 
     def __init__(self, layout: Any, tables: tuple[Tensor, ...]) -> None:
@@ -234,7 +234,7 @@ class _RelativeBias:
         return total if total.dim() else torch.zeros(1, count, count)
 
 
-def _slot_bias_check(case: Case, name: str, slot: Slot, source: bool, relative: _RelativeBias) -> Check:
+def _slot_bias_check(case: Case, name: str, slot: Slot, source: bool, relative: RelativeBias) -> Check:
     ours, recorded = [], []
     for b in range(case.samples):
         array = case.arrays[name]
@@ -289,13 +289,13 @@ def _loss_and_gradient_checks(model: OFAPlus, case: Case, batch: PackedBatch, hi
     for name, key in recorded.items():
         ours = gradients.get(name)
         value = np.zeros_like(case.arrays[key]) if ours is None else ours
-        checks.append(_gradient_check("gradients", name, value, case.arrays[key], noise))
+        checks.append(gradient_check("gradients", name, value, case.arrays[key], noise))
     checks += _norm_checks(norms, gradients, noise)
     model.zero_grad(set_to_none=True)
     return checks
 
 
-def _gradient_check(group: str, name: str, ours: Tensor | np.ndarray, recorded: np.ndarray, noise: float) -> Check:
+def gradient_check(group: str, name: str, ours: Tensor | np.ndarray, recorded: np.ndarray, noise: float) -> Check:
     backbone = ".embed_images." in name
     floor = noise if name.endswith(ZERO_GRADIENTS) else 0.0
     tolerance = BACKBONE_TOLERANCE if backbone else TOLERANCE
@@ -314,7 +314,7 @@ def _norm_checks(norms: dict[str, float], gradients: dict[str, Tensor], noise: f
     checks = []
     for name in sorted(set(norms) | set(gradients)):
         ours = gradients[name].double().norm() if name in gradients else torch.zeros(())
-        checks.append(_gradient_check("gradient norms", name, ours, np.array(norms.get(name, 0.0)), noise))
+        checks.append(gradient_check("gradient norms", name, ours, np.array(norms.get(name, 0.0)), noise))
     return checks
 
 
@@ -332,7 +332,7 @@ def _order_checks(model: OFAPlus, case: Case) -> list[Check]:
         group = "any order"
         checks += _packed_check(case, group, "encoder.out", memory.states, samples, True, f"encoder.out, {label}")
         checks += _packed_check(case, group, "decoder.output", logits, samples, False, f"logits, {label}")
-    if case.target.adaptor == "text" and "decoder.output" in case.arrays:
+    if case.target.values.ndim == 2 and "decoder.output" in case.arrays:
         checks.append(_incremental_check(model, case))
     return checks
 
@@ -342,7 +342,7 @@ def _incremental_check(model: OFAPlus, case: Case) -> Check:
     memory = model.encode(case.batch(samples).source)
     tokens = torch.from_numpy(case.target.values)
     longest = max(case.target.kept(b) for b in samples)
-    state = model.begin_decode(memory, 1, longest)
+    state = model.begin_decode(memory, 1, longest, modality=int(case.target.modality), adaptor=case.target.adaptor)
     steps = torch.stack([model.decode_step(state, tokens[:, t]) for t in range(longest)], dim=1)
     owner, position = case.rows(samples, source=False)
     return compare("incremental", "logits", steps[owner, position], case.arrays["decoder.output"][owner, position])

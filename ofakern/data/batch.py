@@ -25,7 +25,9 @@ class Segment:
 
     plan_segment: index of the plan's segment; adaptor: the adaptor's name (`text`, `image_resnet`, ...);
     modality: `int(Modality)`; value: int64 `[n]` token ids for text, float32 `[3, S, S]` for an image;
-    length: packed tokens the value takes. None: `n` for text, ceil(S/16)^2 for `image_resnet`; other adaptors need it.
+    positions: int64 `[length]`, for an image of which only some patches are taken: their places in the grid, in the
+    order of the tokens. length: packed tokens the value takes. None: `n` for text, ceil(S/16)^2 for `image_resnet`;
+    other adaptors need it.
     """
 
     plan_segment: int
@@ -33,11 +35,14 @@ class Segment:
     modality: int
     value: Tensor
     length: int | None = None
+    positions: Tensor | None = None
 
     def tokens(self) -> int:
         """The number of packed tokens. Raises DataError when it cannot be known."""
         if self.length is not None:
             return self.length
+        if self.positions is not None:
+            return self.positions.shape[0]
         if self.value.dim() == 1:
             return self.value.shape[0]
         if self.adaptor == "image_resnet" and self.value.dim() == 3:
@@ -88,6 +93,7 @@ class AdaptorInput:
     value: text int64 `[n_tokens]`; images float32 `[n, 3, S, S]`. lengths: int32 `[n]` tokens per segment.
     plan_segment, sample: int32 `[n]`. rows: int64 `[n_tokens]` packed rows, contiguous and increasing inside a segment;
     positions: int64 `[n_tokens]`, counted from 0 inside the segment. starts: int32 `[n]`, a segment's first row.
+    partial: the positions are places in each image's grid, of which only these patches are taken.
     """
 
     adaptor: str
@@ -98,6 +104,7 @@ class AdaptorInput:
     positions: Tensor
     sample: Tensor
     starts: Tensor
+    partial: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AdaptorInput:
         return _moved(self, _mover(device, non_blocking))
@@ -162,7 +169,8 @@ class PackedSide:
                 count = segment.tokens()
                 _check_segment(segment, sample, count)
                 shape = () if segment.value.dim() == 1 else tuple(segment.value.shape)
-                groups.setdefault((segment.adaptor, shape), []).append((segment, sample, row, count))
+                key = (segment.adaptor, shape, segment.positions is not None)
+                groups.setdefault(key, []).append((segment, sample, row, count))
                 for name, value in zip(
                     _TOKEN_COLUMNS, (sample, segment.plan_segment, order, segment.modality), strict=True
                 ):
@@ -173,7 +181,7 @@ class PackedSide:
             name: torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32) for name, parts in columns.items()
         }
         return cls(
-            segments=[_adaptor_input(adaptor, entries) for (adaptor, _), entries in groups.items()],
+            segments=[_adaptor_input(adaptor, entries) for (adaptor, *_), entries in groups.items()],
             offsets=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
             target_slot_id=_target_slots(lengths, target_slots),
             lengths_cpu=tuple(lengths),
@@ -237,9 +245,10 @@ def _adaptor_input(adaptor: str, entries: list[tuple[Segment, int, int, int]]) -
         value=torch.cat(values) if values[0].dim() == 1 else torch.stack(values),
         lengths=torch.tensor([count for _, _, _, count in entries], dtype=torch.int32),
         rows=torch.cat(rows),
-        positions=torch.cat([torch.arange(count) for _, _, _, count in entries]),
+        positions=torch.cat([torch.arange(n) if s.positions is None else s.positions for s, _, _, n in entries]),
         sample=torch.tensor([sample for _, sample, _, _ in entries], dtype=torch.int32),
         starts=torch.tensor([row for _, _, row, _ in entries], dtype=torch.int32),
+        partial=entries[0][0].positions is not None,
     )
 
 
@@ -270,6 +279,9 @@ def _check_segment(segment: Segment, sample: int, count: int) -> None:
         raise DataError(f"{where}: value must be int64 for token ids, got {segment.value.dtype}")
     if segment.value.dim() == 1 and segment.value.shape[0] != count:
         raise DataError(f"{where}: length must equal the number of token ids ({segment.value.shape[0]}), got {count}")
+    chosen = segment.positions
+    if chosen is not None and (chosen.dtype != torch.int64 or tuple(chosen.shape) != (count,)):
+        raise DataError(f"{where}: positions must be int64 [{count}], got {chosen.dtype} {list(chosen.shape)}")
     if segment.value.device.type != "cpu":
         raise DataError(f"{where}: value must be on the CPU, got {segment.value.device}")
 

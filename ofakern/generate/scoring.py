@@ -105,7 +105,9 @@ class StepScorer:
             scores = self._force_prefix(scores, forced, step)
         size = self._config.no_repeat_ngram_size
         if size:
-            ban_repeated_ngrams(scores, history, self._prefix_lengths, free & ~in_prefix & ~at_end, size)
+            # fairseq, and so OFASys, count the start token among the n-grams: it matters where `<s>` is generated.
+            skip = self._prefix_lengths if self._config.compat is None else torch.full_like(self._prefix_lengths, -1)
+            ban_repeated_ngrams(scores, history, skip, free & ~in_prefix & ~at_end, size)
         return scores
 
     def _constrained(self, automaton: TokenAutomaton, logits: Tensor, states: Tensor, step: int) -> Tensor:
@@ -153,7 +155,8 @@ def ban_repeated_ngrams(scores: Tensor, history: Tensor, skip: Tensor, rows: Ten
     Args:
         scores: [rows, V].
         history: int64 [rows, t], beginning with the start token.
-        skip: int64 [rows], tokens after the start token that do not count (the forced prefix).
+        skip: int64 [rows], tokens after the start token that do not count (the forced prefix); -1: even the start
+            token counts.
         rows: bool [rows], where to look at all.
     """
     length = history.shape[1]

@@ -15,6 +15,7 @@ from ofakern.modality.image.adaptor import (
     ImageVitAdaptor,
     ImageVitConfig,
 )
+from ofakern.modality.image.codes import ImageCodesAdaptor, ImageCodesConfig
 from ofakern.modality.text.adaptor import TextAdaptor, TextAdaptorConfig
 from ofakern.nn.adaptor import Adaptor, AdaptorConfig, SideShape
 
@@ -23,14 +24,16 @@ _CONFIGS: dict[str, type[AdaptorConfig]] = {
     "image_resnet": ImageResnetConfig,
     "image_vit": ImageVitConfig,
     "image_patch_embed": ImagePatchEmbedConfig,
+    "image_vqgan": ImageCodesConfig,
     "audio_fbank": AudioFbankConfig,
 }
 _SOURCE_ONLY = {"image_resnet", "image_vit", "audio_fbank"}
+_TARGET_ONLY = {"image_vqgan"}
 
 
 def build_adaptor(config: AdaptorConfig, side: SideShape) -> Adaptor | None:
     """The adaptor of a config for one side; None where it does not exist on that side."""
-    if not side.source and config.name in _SOURCE_ONLY:
+    if config.name in (_TARGET_ONLY if side.source else _SOURCE_ONLY):
         return None
     if isinstance(config, TextAdaptorConfig):
         return TextAdaptor(config, side)
@@ -42,6 +45,8 @@ def build_adaptor(config: AdaptorConfig, side: SideShape) -> Adaptor | None:
         return ImagePatchEmbedAdaptor(config, side)
     if isinstance(config, AudioFbankConfig):
         return AudioFbankAdaptor(config, side)
+    if isinstance(config, ImageCodesConfig):
+        return ImageCodesAdaptor(config, side)
     raise OfakernValueError(f"build_adaptor: config must be of a known adaptor, got {type(config).__name__}")
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ofakern.errors import OfakernValueError
-from ofakern.modality.text.adaptor import TextAdaptor
 from ofakern.model.stacks import Decoder, Memory
+from ofakern.nn.adaptor import TokenAdaptor
 from ofakern.nn.attention import Positions
 from ofakern.nn.experts import Routing
 from ofakern.ops.attention import AttentionLayout, RelativeTerm
@@ -32,6 +32,7 @@ class _Step:
     value: Tensor
     lengths: Tensor
     positions: Tensor
+    partial: bool = False
 
 
 class DecodeState:
@@ -48,6 +49,7 @@ class DecodeState:
         max_length: int,
         target_slot: int,
         modality: int = 1,
+        adaptor_name: str = "text",
     ) -> None:
         counts = [rows_per_sample] * memory.samples if isinstance(rows_per_sample, int) else list(rows_per_sample)
         if len(counts) != memory.samples or min(counts, default=0) < 0 or max_length < 1:
@@ -55,9 +57,10 @@ class DecodeState:
                 f"OFAPlus.begin_decode: rows_per_sample must be a count or {memory.samples} counts and max_length at "
                 f"least 1, got {rows_per_sample} and {max_length}"
             )
-        adaptor = decoder.adaptor.adaptors.get("text")
-        if not isinstance(adaptor, TextAdaptor):
-            raise OfakernValueError("OFAPlus.begin_decode: adaptors must contain 'text', got none")
+        adaptor = decoder.adaptor.adaptors.get(adaptor_name)
+        if not isinstance(adaptor, TokenAdaptor):
+            known = sorted(n for n, a in decoder.adaptor.adaptors.items() if isinstance(a, TokenAdaptor))
+            raise OfakernValueError(f"OFAPlus.begin_decode: adaptor must be one of {known}, got {adaptor_name!r}")
         self.max_length = max_length
         self.length = 0
         self.target_slot = target_slot
@@ -69,8 +72,9 @@ class DecodeState:
         self._device = memory.states.device
         relative = decoder.config.use_self_attn_bias
         block = adaptor.block_of_length(max_length, causal=True).to(self._device) if relative else None
-        self._tables = decoder.adaptor.tables([("text", block)] if block is not None else [])
+        self._tables = decoder.adaptor.tables([(adaptor_name, block)] if block is not None else [])
         self._rows = block.rows if block is not None else 0
+        self._q_coord, self._k_coord = (c.to(torch.int32) for c in adaptor.step_coordinates(max_length))
         self._source = [layer.encoder_attn.keys_values(memory.states) for layer in decoder.decoder_layers()]
         self._source_k_pos = decoder.cross_keys(memory)
         self._keys: list[Tensor] = []
@@ -145,8 +149,8 @@ class DecodeState:
         visible = torch.stack([lo, lo + t + 1], dim=1)
         terms = []
         if self._rows:
-            k_coord = torch.arange(slots, dtype=torch.int32).repeat(rows)
-            terms = [RelativeTerm(torch.full((rows,), t, dtype=torch.int32), k_coord, visible, self._rows)]
+            q_coord, k_coord = self._q_coord[t].repeat(rows), self._k_coord[:slots].repeat(rows)
+            terms = [RelativeTerm(q_coord, k_coord, visible, self._rows)]
         return AttentionLayout.build(visible, [1] * rows, [slots] * rows, terms).to(self._device)
 
     def _plan_cross(self) -> AttentionLayout:

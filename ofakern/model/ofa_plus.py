@@ -79,13 +79,15 @@ class OFAPlus(nn.Module):
         max_length: int,
         target_slot: int = 0,
         modality: int = 1,
+        adaptor: str = "text",
     ) -> DecodeState:
-        """Starts incremental decoding of one text segment: rows_per_sample hypotheses (beams) per sample.
+        """Starts incremental decoding of one segment of tokens: rows_per_sample hypotheses (beams) per sample.
 
         max_length: the most tokens that will be fed (begin token and prefix included). Rows of a sample stand together.
         modality: of the segment, as in a batch's `modality_id` (models with `modal_ffn` choose their experts by it).
+        adaptor: of the segment, "text" or "image_vqgan".
         """
-        return DecodeState(self.decoder, memory, rows_per_sample, max_length, target_slot, modality)
+        return DecodeState(self.decoder, memory, rows_per_sample, max_length, target_slot, modality, adaptor)
 
     @torch.no_grad()
     def decode_step(self, state: DecodeState, tokens: Tensor) -> Tensor:

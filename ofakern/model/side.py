@@ -60,7 +60,7 @@ def plan_side(
         rows = values.rows.cpu()
         coordinates = adaptor.coordinates(values).to(torch.int32)
         q_coord[rows] = coordinates + block.origin(base)
-        k_coord[rows] = coordinates
+        k_coord[rows] = adaptor.key_coordinates(values).to(torch.int32)
         same[rows] = _own_segments(values)
         blocks.append((values.adaptor, block))
         base += block.rows

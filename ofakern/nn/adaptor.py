@@ -23,6 +23,8 @@ class SegmentValues(Protocol):
     def lengths(self) -> Tensor: ...
     @property
     def positions(self) -> Tensor: ...
+    @property
+    def partial(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,10 @@ class Adaptor(nn.Module, ABC):
     def coordinates(self, values: SegmentValues) -> Tensor:
         """Integer coordinates `[n_tokens]` on the CPU, before the block's origin."""
 
+    def key_coordinates(self, values: SegmentValues) -> Tensor:
+        """The same for the tokens as keys; only special tokens differ from `coordinates`."""
+        return self.coordinates(values)
+
     @abstractmethod
     def tables(self) -> Sequence[Tensor]:
         """The relative parameters `[P, H]`, one per layer (one in all when shared)."""
@@ -104,6 +110,18 @@ class Adaptor(nn.Module, ABC):
         if self.layernorm_position is not None:
             position = self.layernorm_position(position)
         return F.dropout(embed, self.dropout, self.training), position
+
+
+class TokenAdaptor(Adaptor):
+    """An adaptor of tokens that the decoder can write one by one."""
+
+    @abstractmethod
+    def block_of_length(self, length: int, causal: bool) -> RelativeBlock:
+        """The block of one segment of `length` tokens."""
+
+    @abstractmethod
+    def step_coordinates(self, length: int) -> tuple[Tensor, Tensor]:
+        """Coordinates of the tokens 0 .. length-1 of such a segment, as queries and as keys, `[length]` each."""
 
 
 def relative_tables(count: int, rows: int, heads: int) -> nn.ModuleList:

@@ -40,6 +40,7 @@ def label_smoothed_cross_entropy(
     epsilon: float = 0.0,
     allowed: AllowedIds | None = None,
     chunk: int = 1024,
+    drop_worst: float = 0.0,
 ) -> LossSums:
     """The loss of `hidden @ weight^T`, summed over the tokens with a label.
 
@@ -48,8 +49,9 @@ def label_smoothed_cross_entropy(
 
         loss = (1 - epsilon - e) * nll + e * sum over allowed ids of -log p
 
-    Computed in float32, `chunk` tokens at a time. With more than one chunk each one's logits are recomputed in the
-    backward pass, so at most `chunk * V` of them exist. Raises OfakernValueError for shapes that do not agree.
+    drop_worst: this part of the tokens, those of the largest loss, is left out of all sums (int(n * (1 - drop_worst))
+    are kept). Computed in float32, `chunk` tokens at a time. With more than one chunk each one's logits are recomputed
+    in the backward pass, so at most `chunk * V` of them exist. Raises OfakernValueError for shapes that do not agree.
     """
     where = "label_smoothed_cross_entropy"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -62,7 +64,9 @@ def label_smoothed_cross_entropy(
         raise OfakernValueError(
             f"{where}: allowed must have {hidden.shape[0] + 1} offsets, got {allowed.offsets.shape[0]}"
         )
-    losses, nlls = [hidden.new_zeros((), dtype=torch.float32)], [hidden.new_zeros((), dtype=torch.float32)]
+    if not 0.0 <= drop_worst < 1.0:
+        raise OfakernValueError(f"{where}: drop_worst must be in [0, 1), got {drop_worst}")
+    losses, nlls = [hidden.new_zeros(0, dtype=torch.float32)], [hidden.new_zeros(0, dtype=torch.float32)]
     recompute = hidden.shape[0] > chunk and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     for begin in range(0, hidden.shape[0], chunk):
         rows = slice(begin, min(begin + chunk, hidden.shape[0]))
@@ -73,12 +77,18 @@ def label_smoothed_cross_entropy(
             loss, nll = _chunk(hidden[rows], weight, labels[rows], epsilon, mask)
         losses.append(loss)
         nlls.append(nll)
-    return LossSums(torch.stack(losses).sum(), torch.stack(nlls).sum().detach(), (labels != IGNORE_LABEL).sum())
+    loss, nll, labelled = torch.cat(losses), torch.cat(nlls).detach(), labels != IGNORE_LABEL
+    if drop_worst:
+        kept = int(int(labelled.sum()) * (1.0 - drop_worst))
+        chosen = loss.detach().masked_fill(~labelled, torch.inf).topk(kept, largest=False).indices
+        return LossSums(loss[chosen].sum(), nll[chosen].sum(), torch.tensor(kept, device=labels.device))
+    return LossSums(loss.sum(), nll.sum(), labelled.sum())
 
 
 def _chunk(
     hidden: Tensor, weight: Tensor, labels: Tensor, epsilon: float, disallowed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Loss and negative log-likelihood of each token."""
     logits = F.linear(hidden, weight).float()
     count = torch.full_like(labels, weight.shape[0])
     if disallowed is not None:
@@ -89,12 +99,12 @@ def _chunk(
     picked = logits.gather(1, labels.where(labelled, 0)[:, None])[:, 0]
     nll = torch.where(labelled, total - picked, 0.0)
     if epsilon == 0.0:
-        return nll.sum(), nll.sum()
+        return nll, nll
     if disallowed is not None:
         logits = logits.masked_fill(disallowed, 0.0)
     smooth = torch.where(labelled, total * count - logits.sum(1), 0.0)
     each = torch.where(count > 1, epsilon / (count - 1).clamp(min=1), 0.0)
-    return ((1.0 - epsilon - each) * nll + each * smooth).sum(), nll.sum()
+    return (1.0 - epsilon - each) * nll + each * smooth, nll
 
 
 def _disallowed(allowed: AllowedIds, rows: slice, vocabulary: int) -> Tensor:

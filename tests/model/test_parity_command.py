@@ -33,6 +33,7 @@ CASES = [
     "prefix_decoder_prompt",
     "grounding_box_out",
     "region_caption_box_in",
+    "image_gen",
     "asr",
     "struct_table",
     "multi_image_interleaved",

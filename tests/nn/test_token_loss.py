@@ -59,3 +59,17 @@ def test_no_token_and_wrong_shapes() -> None:
         label_smoothed_cross_entropy(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(OfakernValueError, match="hidden and weight"):
         label_smoothed_cross_entropy(torch.zeros(3, 4), torch.zeros(5, 3), torch.zeros(3, dtype=torch.int64))
+
+
+def test_the_worst_tokens_can_be_left_out() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4)
+    labels = torch.tensor([1, 2, -100, 3, 4, 5, 6, 0, 1])
+    each = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none", ignore_index=-100)
+    best = torch.cat([each[:2], each[3:]]).sort().values[:6]  # int(8 * 0.8)
+    sums = label_smoothed_cross_entropy(hidden, weight, labels, drop_worst=0.2, chunk=4)
+    assert int(sums.tokens) == 6
+    torch.testing.assert_close(sums.loss, best.sum())
+    torch.testing.assert_close(sums.nll, best.sum().detach())
+    with pytest.raises(OfakernValueError, match="drop_worst"):
+        label_smoothed_cross_entropy(hidden, weight, labels, drop_worst=1.0)

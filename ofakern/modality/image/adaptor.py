@@ -21,7 +21,9 @@ from ofakern.nn.relative import RelativeBlock, grid_block, grid_coordinates
 class ImageResnetConfig(AdaptorConfig):
     """bucket_size: the largest grid side; drop_path: of the backbone's blocks.
 
-    resnet_blocks, resnet_width: blocks per stage and channels of the stem, for backbones smaller than `resnet_type`.
+    position_grid: side of the grid that the positions were trained on; a larger grid interpolates its positions (not
+    its relative bias). resnet_blocks, resnet_width: blocks per stage and channels of the stem, for backbones smaller
+    than `resnet_type`.
     """
 
     name: ClassVar[str] = "image_resnet"
@@ -31,6 +33,7 @@ class ImageResnetConfig(AdaptorConfig):
     bucket_size: int = 42
     drop_path: float = 0.0
     freeze_batch_norm: bool = False
+    position_grid: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.resnet_blocks, list):  # as JSON gives it
@@ -65,6 +68,7 @@ class _GridAdaptor(Adaptor):
     def __init__(self, config: ImageResnetConfig | ImageVitConfig, side: SideShape, features: int) -> None:
         super().__init__(config, side)
         self.bucket_size = config.bucket_size
+        self.position_grid = config.position_grid if isinstance(config, ImageResnetConfig) else None
         self.embed_image_positions = nn.Embedding(config.bucket_size**2 + 1, side.dim)
         self.image_proj = nn.Linear(features, side.dim)
         rows = (2 * config.bucket_size - 1) ** 2 + 3
@@ -76,24 +80,61 @@ class _GridAdaptor(Adaptor):
 
     def position(self, values: SegmentValues) -> Tensor:
         height, width = self._grid_of(values)
-        device = values.value.device
-        # Row 0 of the table is the begin token of image codes; a row of patches always spans bucket_size entries.
+        if self.position_grid is not None and height * width > self.position_grid**2:
+            positions = self._interpolated(self.position_grid, height, width)
+        else:
+            positions = self._positions(height, width)
+        if values.partial:
+            return positions.index_select(0, values.positions)
+        return positions.repeat(values.value.shape[0], 1)
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        """`[height * width, D]`. Row 0 of the table is the begin token of image codes; a row of patches always spans
+        bucket_size entries."""
+        device = self.embed_image_positions.weight.device
         rows = torch.arange(height, device=device)[:, None] * self.bucket_size + torch.arange(width, device=device) + 1
         positions: Tensor = self.embed_image_positions(rows.flatten())
-        return positions.repeat(values.value.shape[0], 1)
+        return positions
+
+    def _interpolated(self, side: int, height: int, width: int) -> Tensor:
+        trained = self._positions(side, side).view(1, side, side, -1).permute(0, 3, 1, 2)
+        resized = nn.functional.interpolate(trained, size=(height, width), mode="bilinear", align_corners=False)
+        return resized[0].flatten(1).t()
+
+    def taken(self, features: Tensor, values: SegmentValues) -> Tensor:
+        """The patches `[n_tokens, C]` that the segments take of `[n, height * width, C]`."""
+        flat = features.flatten(0, 1)
+        if not values.partial:
+            return flat
+        device, per_image = features.device, features.shape[1]
+        image = torch.arange(features.shape[0], device=device).repeat_interleave(
+            values.lengths.to(device, torch.int64), output_size=values.positions.shape[0]
+        )
+        return flat.index_select(0, image * per_image + values.positions)
 
     def block(self, values: SegmentValues, causal: bool) -> RelativeBlock:
         return grid_block(*self._grid_of(values), self.bucket_size)
 
     def coordinates(self, values: SegmentValues) -> Tensor:
-        return grid_coordinates(*self._grid_of(values)).repeat(values.value.shape[0])
+        height, width = self._grid_of(values)
+        grid = grid_coordinates(height, width)
+        if not values.partial:
+            return grid.repeat(values.value.shape[0])
+        places = values.positions.cpu()
+        if places.numel() and not (0 <= int(places.min()) and int(places.max()) < height * width):
+            raise OfakernValueError(
+                f"{type(self).__name__}: positions must be in [0, {height * width}), "
+                f"got {int(places.min())} .. {int(places.max())}"
+            )
+        return grid[places]
 
     def tables(self) -> Sequence[Tensor]:
         return table_weights(self.image_rel_pos_table_list)
 
     def _grid_of(self, values: SegmentValues) -> tuple[int, int]:
         height, width = self.grid(values.value.shape[2], values.value.shape[3])
-        _check_tokens(type(self).__name__, values, height * width)
+        if not values.partial:
+            _check_tokens(type(self).__name__, values, height * width)
         return height, width
 
 
@@ -111,8 +152,8 @@ class ImageResnetAdaptor(_GridAdaptor):
         return -(-height // STRIDE), -(-width // STRIDE)
 
     def embed(self, values: SegmentValues, embed_tokens: nn.Embedding) -> Tensor:
-        features = self.embed_images(values.value).permute(0, 2, 3, 1).flatten(0, 2)
-        projected: Tensor = self.image_proj(features)
+        features = self.embed_images(values.value).permute(0, 2, 3, 1).flatten(1, 2)
+        projected: Tensor = self.image_proj(self.taken(features, values))
         return projected
 
 
@@ -128,7 +169,9 @@ class ImageVitAdaptor(_GridAdaptor):
         return self.embed_images.grid(height, width)
 
     def embed(self, values: SegmentValues, embed_tokens: nn.Embedding) -> Tensor:
-        projected: Tensor = self.image_proj(self.embed_images(values.value))
+        features = self.embed_images(values.value)
+        features = features.view(values.value.shape[0], -1, features.shape[-1])
+        projected: Tensor = self.image_proj(self.taken(features, values))
         return projected
 
 

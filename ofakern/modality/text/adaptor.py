@@ -9,20 +9,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ofakern.nn.adaptor import Adaptor, AdaptorConfig, SegmentValues, SideShape, relative_tables, table_weights
+from ofakern.errors import OfakernValueError
+from ofakern.nn.adaptor import AdaptorConfig, SegmentValues, SideShape, TokenAdaptor, relative_tables, table_weights
 from ofakern.nn.relative import RelativeBlock, text_block
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextAdaptorConfig(AdaptorConfig):
-    """max_position: longest segment; bucket_size: B of the `2B - 1` relative rows."""
+    """max_position: longest segment; bucket_size: B of the `2B - 1` relative rows; bucket_range: positions that the log
+    buckets span (None: max_position; OFA's code has 1024 whatever the table's size)."""
 
     name: ClassVar[str] = "text"
     max_position: int = 1024
     bucket_size: int = 256
+    bucket_range: int | None = None
 
 
-class TextAdaptor(Adaptor):
+class TextAdaptor(TokenAdaptor):
     """value: int64 `[n_tokens]`. Positions count from 0 in every segment."""
 
     def __init__(self, config: TextAdaptorConfig, side: SideShape) -> None:
@@ -43,7 +46,15 @@ class TextAdaptor(Adaptor):
 
     def block_of_length(self, length: int, causal: bool) -> RelativeBlock:
         """The block of positions 0 .. length-1. Raises OfakernValueError beyond max_position."""
-        return text_block(length, self.config.bucket_size, self.config.max_position, causal)
+        if length > self.config.max_position:
+            raise OfakernValueError(
+                f"text: length must be at most max_position ({self.config.max_position}), got {length}"
+            )
+        return text_block(length, self.config.bucket_size, self.config.bucket_range or self.config.max_position, causal)
+
+    def step_coordinates(self, length: int) -> tuple[Tensor, Tensor]:
+        places = torch.arange(length)
+        return places, places
 
     def coordinates(self, values: SegmentValues) -> Tensor:
         return values.positions.cpu()
