@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from harness import Case, assert_same_bits, check, make_case, run_backend
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from ofakern.errors import BackendError
 from ofakern.ops.attention import attention, kernel_triton
 from ofakern.ops.attention.backends import TRITON_INTERPRETED
 from ofakern.ops.attention.triton_kernels import backward, tables
@@ -118,9 +120,60 @@ def test_coordinates_may_be_far_apart() -> None:
     check(replace(case, layout=replace(case.layout, terms=(term,)), tables=(table,)), run)
 
 
+@pytest.mark.parametrize("mask", ["causal", "random"])
+def test_plans_hold_every_token_and_hull(mask: str) -> None:
+    """Blocks of one sample each, hulls of what their rows see, and for keys the run of blocks that see them."""
+    case = make_case(22, (19, 0, 40), terms=2, mask=mask, empty_rows=True)
+    layout, device = case.layout, "cpu" if TRITON_INTERPRETED else "cuda"
+    moved = layout.to(device)
+    given = {"q": case.q.to(device), "k": case.k.to(device), "table0": 1, "table1": 1, **vars(moved)}
+    given |= {f"same{t}": moved.terms[t].same for t in range(2)}
+    queries, planned = kernel_triton._plan_queries(given, 16)
+    keys, keys_planned = kernel_triton._plan_keys(given, queries, 32)
+    planned.run()
+    keys_planned.run()
+
+    tokens = []
+    for sample, begin, end, *hulls in queries.tolist():
+        tokens += range(begin, end)
+        if begin < end:
+            assert layout.q_offsets[sample] <= begin and end <= layout.q_offsets[sample + 1]
+        seen = layout.visible[begin:end]
+        for n, same in enumerate([None, layout.terms[0].same, layout.terms[1].same]):
+            lo, hi = seen.unbind(1)
+            if same is not None:
+                lo, hi = lo.maximum(same[begin:end, 0]), hi.minimum(same[begin:end, 1])
+            busy = hi > lo
+            hull = [int(lo[busy].min()), int(hi[busy].max())] if busy.any() else [0, 0]
+            assert hulls[2 * n : 2 * n + 2] == hull
+    assert tokens == list(range(layout.queries))
+
+    tokens = []
+    for sample, begin, end, first, last in keys.tolist():
+        tokens += range(begin, end)
+        if begin < end:
+            assert layout.k_offsets[sample] <= begin and end <= layout.k_offsets[sample + 1]
+        meets = [b for b, (_, _, _, lo, hi, *_) in enumerate(queries.tolist()) if lo < end and hi > begin and lo < hi]
+        assert not meets or begin == end or (first, last) == (meets[0], meets[-1] + 1)
+        assert meets or first >= last
+    assert tokens == list(range(layout.keys))
+
+
 def test_same_bits_every_time() -> None:
     case = make_case(18, **EVERYTHING)
     assert_same_bits(run(case), run(case))
+
+
+def test_a_launch_that_does_not_fit_names_itself() -> None:
+    class Full:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(**arguments: Any) -> None:
+                raise OutOfResources(300_000, 232_448, "shared memory")
+
+            return launch
+
+    with pytest.raises(BackendError, match="attention: backend 'triton' cannot run this call: .*shared memory"):
+        kernel_triton._run(torch.empty(0), [kernel_triton.Launch(Full(), (1,), {}, {}, {})])
 
 
 @pytest.mark.skipif(not TRITON_INTERPRETED, reason="the interpreter refuses bfloat16")

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from ofakern.errors import BackendError
 from ofakern.ops.attention.triton_kernels import backward, forward, plan, tables
 
 _Named = Mapping[str, Any]
@@ -72,7 +74,7 @@ _BLOCKS: dict[str, dict[int, tuple[tuple[int, Blocks], ...]]] = {
         2: ((256, Blocks(32, 128, 8, 2)), (768, Blocks(32, 64, 8, 1))),
         4: ((192, Blocks(16, 32, 8, 1)), (768, Blocks(16, 16, 4, 1))),
     },
-    "tables": {
+    "tables": {  # one stage: loads of the sums must not run ahead of the stores
         2: ((256, Blocks(64, 64, 8, 1)), (768, Blocks(32, 32, 4, 1))),
         4: ((192, Blocks(32, 32, 8, 1)), (768, Blocks(16, 16, 4, 1))),
     },
@@ -178,7 +180,10 @@ def attention_backward_triton(
 def _run(q: Tensor, launches: list[Launch]) -> None:
     with torch.cuda.device(q.get_device()):  # -1, no device, when interpreted
         for launch in launches:
-            launch.run()
+            try:
+                launch.run()
+            except OutOfResources as error:
+                raise BackendError(f"attention: backend 'triton' cannot run this call: {error}") from error
 
 
 def _worth(launches: list[Launch]) -> list[Launch]:
