@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ofakern.checkpoint.golden import read_json
 from ofakern.checkpoint.ledger import Ledger
-from ofakern.checkpoint.ofa_hf import config_from_hf, hf_key, load_hf_weights
+from ofakern.checkpoint.ofa_hf import config_from_hf, fairseq_changes, hf_key, load_hf_weights
 from ofakern.checkpoint.ofasys import PAD
 from ofakern.checkpoint.parity import CaseResult, Check, RelativeBias, compare, gradient_check, traced
 from ofakern.data.batch import IGNORE_LABEL, Allowed, Example, PackedBatch, Segment
@@ -39,6 +39,8 @@ from ofakern.nn.loss import LossSums, label_smoothed_cross_entropy
 
 WEIGHTS = "model.fp16.safetensors"
 TRAINED = "trainmode_"
+VARIANTS = "fairseq_variants"
+VARIANT_INPUTS = "imgtext_b2_mask01.canonical"
 SPECIALS = 4
 EOS = 2
 _CANONICAL = ".canonical"
@@ -53,14 +55,18 @@ def case_names(directory: Path) -> list[str]:
     """The cases, and the recorded searches as `generate:<name>`."""
     cases = sorted(p.stem.removeprefix("case_") for p in directory.glob("case_*.safetensors"))
     searches = read_json(directory / "generate.json") if (directory / "generate.json").is_file() else {}
-    return [n for n in cases if n != "fairseq_variants"] + [f"generate:{n}" for n in searches]
+    variants = read_json(directory / f"{VARIANTS}.json") if (directory / f"{VARIANTS}.json").is_file() else {}
+    names = [n for n in cases if n != VARIANTS]
+    return names + [f"fairseq:{n}" for n in variants] + [f"generate:{n}" for n in searches]
 
 
-def load_hf_model(directory: Path, backend: str = "auto", **changes: Any) -> OFAPlus:
-    """The recorded model in eval mode; changes: fields of its configuration."""
+def load_hf_model(
+    directory: Path, backend: str = "auto", extra: Mapping[str, Tensor] | None = None, **changes: Any
+) -> OFAPlus:
+    """The recorded model in eval mode. extra: tensors beside the stored ones; changes: fields of its configuration."""
     config = replace(config_from_hf(read_json(directory / "config.json")), **changes)
     model = OFAPlus(config, backend=backend).eval()
-    load_hf_weights(model, Ledger(load_file(directory / WEIGHTS), str(directory)))
+    load_hf_weights(model, Ledger({**load_file(directory / WEIGHTS), **(extra or {})}, str(directory)))
     return model
 
 
@@ -139,6 +145,8 @@ def run_hf_case(directory: Path, name: str, model: OFAPlus) -> CaseResult:
     """All checks of a case, or of a recorded search (`generate:<name>`)."""
     if name.startswith("generate:"):
         return run_search(directory, name, model)
+    if name.startswith("fairseq:"):
+        return run_fairseq_variant(directory, name, model.encoder.backend)
     case = HfCase.read(directory, name)
     result = CaseResult(name)
     summary = read_json(directory / "summary.json")
@@ -314,6 +322,21 @@ def _order_checks(model: OFAPlus, case: HfCase) -> list[Check]:
             steps = torch.cat([model.decode_step(state, segment.value[t : t + 1]) for t in range(length)])
             checks.append(_rows_check(case, "incremental", "logits", steps, False, samples))
     return checks
+
+
+def run_fairseq_variant(directory: Path, name: str, backend: str = "auto") -> CaseResult:
+    """What only OFA's fairseq version has: outputs, each sample alone and one token at a time."""
+    variant = name.removeprefix("fairseq:")
+    arguments = read_json(directory / f"{VARIANTS}.json")[variant]["args"]
+    arrays = load_file(directory / f"case_{VARIANTS}.safetensors")
+    start = f"{variant}.param."
+    extra = {key.removeprefix(start): value for key, value in arrays.items() if key.startswith(start)}
+    config = config_from_hf(read_json(directory / "config.json"))
+    model = load_hf_model(directory, backend, extra, **fairseq_changes(arguments, config))
+    inputs = HfCase.read(directory, VARIANT_INPUTS)
+    recorded = {k: v for k, v in inputs.arrays.items() if k.startswith("in.")}
+    recorded |= {"encoder_last_hidden_state": arrays[f"{variant}.encoder_out"], "logits": arrays[f"{variant}.logits"]}
+    return CaseResult(name, _order_checks(model, replace(inputs, name=name, arrays=recorded)))
 
 
 class _Constrained:

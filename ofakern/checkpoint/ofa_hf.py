@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,15 @@ from ofakern.modality.image.codes import ImageCodesConfig
 from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import TIED_KEYS, OFAConfig, OFAPlus
 
-__all__ = ["config_from_hf", "config_to_hf", "fairseq_to_hf", "hf_key", "load_hf_weights", "to_hf_weights"]
+__all__ = [
+    "config_from_hf",
+    "config_to_hf",
+    "fairseq_changes",
+    "fairseq_to_hf",
+    "hf_key",
+    "load_hf_weights",
+    "to_hf_weights",
+]
 
 # OFA's token buckets always span this many positions.
 BUCKET_RANGE = 1024
@@ -148,7 +157,14 @@ def config_to_hf(config: OFAConfig) -> dict[str, Any]:
         "relative bias must be per layer": config.share_attn_bias or not config.use_self_attn_bias,
         "positions must not be entangled": config.entangle_position_embedding,
         "options beyond OFA must be off": bool(
-            config.modal_ffn or config.max_segments or config.target_slots or config.scale_resids
+            config.modal_ffn
+            or config.max_segments
+            or config.target_slots
+            or config.scale_resids
+            or config.adapter_dim
+            or config.encoder_prefix
+            or config.decoder_prefix
+            or config.entangle_decoder
         ),
         "the backbone must be a published one": image.resnet_width != 64
         or (image.resnet_blocks is not None and image.resnet_blocks not in blocks),
@@ -214,6 +230,37 @@ def _part(config: OFAConfig, kind: type) -> object:
         names = [adaptor.name for adaptor in config.adaptors]
         raise CheckpointError(f"OFA format: adaptors must be text, image_resnet and image_vqgan, got {names}")
     return found
+
+
+def fairseq_changes(arguments: Mapping[str, Any], config: OFAConfig) -> dict[str, Any]:
+    """Fields of OFAConfig that fairseq's arguments ask for beyond the port's configuration."""
+    changes: dict[str, Any] = {}
+    if arguments.get("scale_resids"):
+        changes["scale_resids"] = True
+    if arguments.get("adapter"):
+        changes["adapter_dim"] = arguments["adapter_dim"]
+    if arguments.get("disable_entangle") is False:
+        changes["entangle_decoder"] = True
+    widths = set()
+    for side in ("encoder", "decoder"):
+        if not arguments.get(f"{side}_prompt"):
+            continue
+        if arguments.get(f"{side}_prompt_type") != "prefix":
+            kind = arguments.get(f"{side}_prompt_type")
+            raise CheckpointError(f"OFA arguments: {side}_prompt_type must be 'prefix', got {kind!r}")
+        changes[f"{side}_prefix"] = arguments[f"{side}_prompt_length"]
+        projected = arguments.get(f"{side}_prompt_projection")
+        widths.add((arguments.get(f"{side}_prompt_dim") or 2 * config.dim) if projected else 0)
+    if len(widths) > 1:
+        raise CheckpointError(f"OFA arguments: prompt projections of both sides must agree, got {sorted(widths)}")
+    if widths:
+        changes["prefix_dim"] = widths.pop()
+    if arguments.get("interpolate_position"):
+        side_length = arguments["orig_patch_image_size"] // 16
+        changes["adaptors"] = tuple(
+            replace(a, position_grid=side_length) if isinstance(a, ImageResnetConfig) else a for a in config.adaptors
+        )
+    return changes
 
 
 def fairseq_to_hf(key: str) -> str:

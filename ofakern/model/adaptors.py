@@ -32,7 +32,7 @@ class AdaptorGroup(nn.Module):
             tables=1 if config.share_attn_bias else layers,
             source=source,
             dropout=config.dropout,
-            entangle_position_embedding=config.entangle_position_embedding,
+            entangle_position_embedding=config.entangle_position_embedding or (config.entangle_decoder and not source),
         )
         self.names: list[str] = []
         for options in config.adaptors:

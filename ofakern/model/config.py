@@ -48,6 +48,11 @@ class OFAConfig:
         checkpoint_activations: recompute layers in the backward pass instead of keeping their activations.
         init_std: deviation of new matrices and embeddings; 0.02 suits dim 768, about dim^-0.5 lets narrow models attend
             from the start.
+        entangle_decoder: positions are added to the decoder's embeddings while the factored term stays (OFA's fairseq
+            code without `--disable-entangle`).
+        adapter_dim: width of bottleneck adapters after every feed-forward part. encoder_prefix, decoder_prefix: learned
+            keys that all tokens of a stack see in self-attention; prefix_dim: width of the network that makes them
+            (0: they are parameters themselves).
         modal_ffn: every modality has feed-forward weights of its own (`MODALITIES` experts per layer).
         compat: "ofasys" reproduces quirks of the published implementation: without relative tables its encoder scales
             scores by K^-0.5 and ignores the head weights; with `modal_ffn` it sends the tokens of a batch of more than
@@ -79,6 +84,11 @@ class OFAConfig:
     use_self_attn_bias: bool = True
     share_attn_bias: bool = False
     entangle_position_embedding: bool = False
+    entangle_decoder: bool = False
+    adapter_dim: int = 0
+    encoder_prefix: int = 0
+    decoder_prefix: int = 0
+    prefix_dim: int = 0
     modal_ffn: bool = False
     max_segments: int = 0
     target_slots: int = 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ofakern.errors import OfakernValueError
-from ofakern.model.stacks import Decoder, Memory
+from ofakern.model.stacks import Decoder, Memory, prefixes_of
 from ofakern.nn.adaptor import TokenAdaptor
 from ofakern.nn.attention import Positions
 from ofakern.nn.experts import Routing
@@ -122,14 +122,18 @@ class DecodeState:
         decoder = self._decoder
         x, positions = self._embed(tokens)
         q_pos, k_pos = decoder.adaptor.factored(positions)
-        own = Positions(self._plan_self(), q_pos, self._remember_positions(k_pos), decoder.backend)
+        prompt, layers = decoder.decoder_prompt_encoder, decoder.decoder_layers()
+        prefixes, prefix_layout = prefixes_of(prompt, self.rows, len(layers), self._device)
+        keys = self._remember_positions(k_pos)
+        own = Positions(self._plan_self(), q_pos, keys, decoder.backend, prefix_layout)
         cross = Positions(self._cross_layout, decoder.cross_queries(positions), self._source_k_pos, decoder.backend)
         # Every row continues the same slot, so one expert takes them all.
         routing = Routing(None, None, ((self.modality - 1, self.rows),)) if decoder.config.modal_ffn else None
-        for number, layer in enumerate(decoder.decoder_layers()):
+        for number, layer in enumerate(layers):
             k, v = layer.self_attn.keys_values(layer.self_input(x))
             own_keys = self._remember(number, k, v)
-            x = layer(x, own, cross, self._source[number], self._tables[number], own_keys, routing=routing)
+            source, tables = self._source[number], self._tables[number]
+            x = layer(x, own, cross, source, tables, own_keys, routing=routing, prefix=prefixes[number])
         self.length += 1
         return decoder.finish(x)
 

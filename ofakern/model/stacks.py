@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from ofakern.model.side import plan_cross
 from ofakern.nn.attention import Positions, split_heads
 from ofakern.nn.experts import Routing
 from ofakern.nn.layers import DecoderLayer, EncoderLayer, Samples
+from ofakern.nn.light import PromptEncoder
 from ofakern.ops.attention import AttentionLayout
 
 
@@ -46,6 +47,7 @@ class Encoder(nn.Module):
         self.backend = backend
         self.adaptor = AdaptorGroup(config, source=True, embed_tokens=embed_tokens)
         rates = _rates(config.encoder_drop_path, config.encoder_layers)
+        self.encoder_prompt_encoder = _prompt(config, config.encoder_prefix, config.encoder_layers)
         self.layers = nn.ModuleList(EncoderLayer(config.layer(rate)) for rate in rates)
         self.layer_norm = nn.LayerNorm(config.dim) if config.normalize_before else None
         if config.compat == "ofasys" and not config.use_self_attn_bias:
@@ -58,12 +60,13 @@ class Encoder(nn.Module):
         x, positions = self.adaptor(side)
         plan = self.adaptor.plan(side)
         q_pos, k_pos = self.adaptor.factored(positions)
-        shared = Positions(plan.layout, q_pos, k_pos, self.backend)
+        prefixes, prefix_layout = prefixes_of(self.encoder_prompt_encoder, side.tokens, len(self.layers), x.device)
+        shared = Positions(plan.layout, q_pos, k_pos, self.backend, prefix_layout)
         samples = Samples(side.sample_id, side.samples)
-        for layer, tables in zip(self.layers, self.adaptor.tables(plan.blocks), strict=True):
-            x = run_layer(
-                self, partial(layer, positions=shared, samples=samples, routing=plan.routing), x, tables=tables
-            )
+        tables = self.adaptor.tables(plan.blocks)
+        for layer, own_tables, prefix in zip(self.layers, tables, prefixes, strict=True):
+            call = partial(layer, positions=shared, samples=samples, routing=plan.routing, prefix=prefix)
+            x = run_layer(self, call, x, tables=own_tables)
         if self.layer_norm is not None:
             x = self.layer_norm(x)
         return Memory(x, positions, side.lengths_cpu)
@@ -81,6 +84,7 @@ class Decoder(nn.Module):
         self.cross_pos_q_linear = nn.Linear(config.dim, config.dim) if factored else None
         self.cross_pos_k_linear = nn.Linear(config.dim, config.dim) if factored else None
         rates = _rates(config.decoder_drop_path, config.decoder_layers)
+        self.decoder_prompt_encoder = _prompt(config, config.decoder_prefix, config.decoder_layers)
         self.layers = nn.ModuleList(DecoderLayer(config.layer(rate)) for rate in rates)
         self.layer_norm = nn.LayerNorm(config.dim) if config.normalize_before else None
 
@@ -108,7 +112,8 @@ class Decoder(nn.Module):
         x, positions = self.adaptor(side)
         plan = self.adaptor.plan(side)
         q_pos, k_pos = self.adaptor.factored(positions)
-        own = Positions(plan.layout, q_pos, k_pos, self.backend)
+        prefixes, prefix_layout = prefixes_of(self.decoder_prompt_encoder, side.tokens, len(self.layers), x.device)
+        own = Positions(plan.layout, q_pos, k_pos, self.backend, prefix_layout)
         cross = Positions(
             self.cross_layout(side, memory.lengths),
             self.cross_queries(positions),
@@ -116,9 +121,10 @@ class Decoder(nn.Module):
             self.backend,
         )
         samples = Samples(side.sample_id, side.samples)
-        for layer, tables in zip(self.decoder_layers(), self.adaptor.tables(plan.blocks), strict=True):
-            call = partial(_decoder_layer, layer, own, cross, memory.states, samples, plan.routing)
-            x = run_layer(self, call, x, tables=tables)
+        tables = self.adaptor.tables(plan.blocks)
+        for layer, own_tables, prefix in zip(self.decoder_layers(), tables, prefixes, strict=True):
+            call = partial(_decoder_layer, layer, own, cross, memory.states, samples, plan.routing, prefix)
+            x = run_layer(self, call, x, tables=own_tables)
         return self.finish(x)
 
     def finish(self, x: Tensor) -> Tensor:
@@ -127,6 +133,20 @@ class Decoder(nn.Module):
 
     def _split(self, linear: nn.Linear | None, positions: Tensor) -> Tensor | None:
         return None if linear is None else split_heads(linear(positions), self.config.heads)
+
+
+def prefixes_of(
+    prompt: PromptEncoder | None, queries: int, layers: int, device: torch.device
+) -> tuple[Sequence[tuple[Tensor, Tensor] | None], AttentionLayout | None]:
+    """Per layer its prefix (None without any), and the layout by which every one of `queries` tokens sees all of it."""
+    if prompt is None:
+        return [None] * layers, None
+    visible = torch.tensor([[0, prompt.length]], dtype=torch.int32).repeat(queries, 1)
+    return prompt(), AttentionLayout.build(visible, [queries], [prompt.length]).to(device)
+
+
+def _prompt(config: OFAConfig, length: int, layers: int) -> PromptEncoder | None:
+    return PromptEncoder(length, layers, config.dim, config.heads, config.prefix_dim) if length else None
 
 
 def run_layer(stack: Encoder | Decoder, call: Callable[..., Any], x: Tensor, **kwargs: Any) -> Tensor:
@@ -145,10 +165,12 @@ def _decoder_layer(
     source: Tensor,
     samples: Samples,
     routing: Routing | None,
+    prefix: tuple[Tensor, Tensor] | None,
     x: Tensor,
     tables: tuple[Tensor, ...],
 ) -> Tensor:
-    y: Tensor = layer(x, own, cross, layer.encoder_attn.keys_values(source), tables, samples=samples, routing=routing)
+    source_keys = layer.encoder_attn.keys_values(source)
+    y: Tensor = layer(x, own, cross, source_keys, tables, samples=samples, routing=routing, prefix=prefix)
     return y
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ofakern.errors import OfakernValueError
+from ofakern.nn.light import merge
 from ofakern.ops.attention import AttentionLayout, attention
 
 
@@ -18,12 +20,14 @@ class Positions:
     """What a stack's layers share: a layout and the factored position term.
 
     layout: of this attention. q_pos `[Nq, H, P]`, k_pos `[Nk, H, P]`: both or neither. backend: of the op.
+    prefix_layout: of the learned keys that all queries see, where there are any.
     """
 
     layout: AttentionLayout
     q_pos: Tensor | None = None
     k_pos: Tensor | None = None
     backend: str = "auto"
+    prefix_layout: AttentionLayout | None = None
 
 
 class MultiheadAttention(nn.Module):
@@ -69,22 +73,28 @@ class MultiheadAttention(nn.Module):
         positions: Positions,
         tables: Sequence[Tensor] = (),
         keys_values: tuple[Tensor, Tensor] | None = None,
+        prefix: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """x `[Nq, D]`; keys_values: of other tokens (default: of x itself). Returns `[Nq, D]`."""
+        """x `[Nq, D]`; keys_values: of other tokens (default: of x itself); prefix: learned k and v `[P, H, K]`, seen
+        by all (without position terms). Returns `[Nq, D]`."""
         k, v = self.keys_values(x) if keys_values is None else keys_values
-        out = attention(
-            self.split(self.q_proj(x)),
-            k,
-            v,
-            positions.layout,
-            q_pos=positions.q_pos,
-            k_pos=positions.k_pos,
-            tables=tables,
+        q = self.split(self.q_proj(x))
+        call = partial(
+            attention,
             head_scale=self.c_attn if self.use_head_scale else None,
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
             backend=positions.backend,
         )
+        own = partial(call, q, k, v, positions.layout, q_pos=positions.q_pos, k_pos=positions.k_pos, tables=tables)
+        if prefix is None:
+            out = own()
+        else:
+            if positions.prefix_layout is None:
+                raise OfakernValueError("MultiheadAttention: positions must have a prefix_layout, got None")
+            shared = [part.to(q.dtype).contiguous() for part in prefix]
+            parts = (own(return_lse=True), call(q, *shared, positions.prefix_layout, return_lse=True))
+            out = merge(*parts[0], *parts[1])
         y: Tensor = self.out_proj(out.flatten(-2))
         return y
 

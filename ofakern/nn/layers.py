@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ofakern.errors import OfakernValueError
 from ofakern.nn.attention import MultiheadAttention, Positions, gelu_or_relu
 from ofakern.nn.experts import Routing
+from ofakern.nn.light import Bottleneck
 
 
 @dataclass(frozen=True)
 class LayerConfig:
     """What one layer needs to know. Rates are probabilities; `drop_path` is this layer's own; `experts`: feed-forward
-    experts (0: none)."""
+    experts (0: none); `adapter_dim`: width of a bottleneck after the feed-forward part (0: none)."""
 
     dim: int
     ffn_dim: int
@@ -37,6 +38,7 @@ class LayerConfig:
     scale_heads: bool = True
     scale_resids: bool = False
     experts: int = 0
+    adapter_dim: int = 0
 
     def attention(self) -> MultiheadAttention:
         return MultiheadAttention(
@@ -76,15 +78,20 @@ class _Layer(nn.Module):
         self.ffn_layernorm = config.norm(config.ffn_dim, config.scale_fc)
         self.final_layer_norm = nn.LayerNorm(config.dim)
         self.w_resid = nn.Parameter(torch.ones(config.dim)) if config.scale_resids else None
+        self.adapter = Bottleneck(config.dim, config.adapter_dim) if config.adapter_dim else None
         # With experts the published layers keep fc1 and fc2, unused; so do we, for their checkpoints.
         self.experts_fc1 = _experts(config.experts, config.dim, config.ffn_dim)
         self.experts_fc2 = _experts(config.experts, config.ffn_dim, config.dim)
 
-    def branch(self, y: Tensor, extra_norm: nn.LayerNorm | None, samples: Samples | None) -> Tensor:
+    def branch(
+        self, y: Tensor, extra_norm: nn.LayerNorm | None, samples: Samples | None, adapter: Bottleneck | None = None
+    ) -> Tensor:
         """What a sub-layer's output goes through before it joins the residual."""
         if extra_norm is not None:
             y = extra_norm(y)
         y = F.dropout(y, self.config.dropout, self.training)
+        if adapter is not None:
+            y = adapter(y)
         if self.training and self.config.drop_path > 0 and samples is not None:
             y = drop_path(y, self.config.drop_path, samples.sample_id, samples.count)
         return y
@@ -104,7 +111,7 @@ class _Layer(nn.Module):
         else:
             y = self._hidden(routing.linear(routing.sort(y), self.experts_fc1))
             y = routing.unsort(routing.linear(y, self.experts_fc2))
-        y = self.branch(y, None, samples)
+        y = self.branch(y, None, samples, self.adapter)
         residual = x if self.w_resid is None else x * self.w_resid
         return self.after(residual + y, self.final_layer_norm)
 
@@ -133,8 +140,9 @@ class EncoderLayer(_Layer):
         tables: Sequence[Tensor] = (),
         samples: Samples | None = None,
         routing: Routing | None = None,
+        prefix: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        y = self.self_attn(self.before(x, self.self_attn_layer_norm), positions, tables)
+        y = self.self_attn(self.before(x, self.self_attn_layer_norm), positions, tables, prefix=prefix)
         x = self.after(x + self.branch(y, self.attn_ln, samples), self.self_attn_layer_norm)
         return self.feed_forward(x, samples, routing)
 
@@ -165,9 +173,10 @@ class DecoderLayer(_Layer):
         self_keys_values: tuple[Tensor, Tensor] | None = None,
         samples: Samples | None = None,
         routing: Routing | None = None,
+        prefix: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """source_keys_values: `encoder_attn.keys_values` of the encoder; self_keys_values: of a cache (default: x)."""
-        y = self.self_attn(self.self_input(x), positions, tables, self_keys_values)
+        y = self.self_attn(self.self_input(x), positions, tables, self_keys_values, prefix)
         x = self.after(x + self.branch(y, self.self_attn_ln, samples), self.self_attn_layer_norm)
         y = self.encoder_attn(self.before(x, self.encoder_attn_layer_norm), cross, keys_values=source_keys_values)
         x = self.after(x + self.branch(y, self.cross_attn_ln, samples), self.encoder_attn_layer_norm)
