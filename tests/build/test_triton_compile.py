@@ -42,13 +42,13 @@ PRODUCT = {80: ("sass", "HMMA"), 90: ("sass", "HGMMA"), 100: ("ptx", "tcgen05.mm
 POINTERS = {F32: "*fp32", F16: "*fp16", BF16: "*bf16", torch.int32: "*i32", torch.uint8: "*u8", torch.int64: "*i64"}
 
 
-def launches(capability: int, dtype: torch.dtype, widths: tuple[int, int, int], terms: int, p: float) -> Iterator[Any]:
+def launches(case: tuple[Any, ...], lengths: tuple[int, ...] = (200,)) -> Iterator[Any]:
     """The launches of one forward and backward; nothing runs."""
-    n, heads = 200, 2
-    width, value, pos = widths
-    visible, position = intervals.full([n]), torch.arange(n, dtype=torch.int32)
+    capability, dtype, (width, value, pos), terms, p = case
+    n, heads = sum(lengths), 2
+    visible, position = intervals.full(lengths), torch.arange(n, dtype=torch.int32)
     built = [RelativeTerm(position + n, position, visible, 2 * n)] * terms
-    layout = AttentionLayout.build(visible, [n], [n], built)
+    layout = AttentionLayout.build(visible, lengths, lengths, built)
 
     def tokens(last: int) -> torch.Tensor | None:
         return torch.empty(n, heads, last, dtype=dtype) if last else None
@@ -107,7 +107,7 @@ def measure(case: tuple[Any, ...], folder: Path) -> dict[str, dict[str, int]]:
     """Registers, spilled bytes (a kernel's stack) and shared memory per kernel; checks the products' instructions."""
     capability, dtype, *_ = case
     found = {}
-    for launch in launches(*case):
+    for launch in launches(case):
         binary = compiled(launch, capability)
         name = launch.kernel.__name__ + (f"[{launch.constants['OWN']}]" if "OWN" in launch.constants else "")
         cubin = folder / f"{name}.cubin"
@@ -145,6 +145,37 @@ def test_compiles_without_new_spills(case: tuple[Any, ...], tmp_path: Path, monk
         for resource in ("stack", "shared"):
             have, most = resources[resource], kept[name][resource]
             assert have <= most, f"{name}: {resource} {have} bytes above the recorded {most}"
+
+
+class TargetDriver:
+    """As much of triton's driver as a launch asks for before it compiles: a GPU to compile for."""
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def test_other_lengths_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What triton specialises on, asked of its own launcher: lengths, samples and table rows are not in it."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(CACHE))
+    monkeypatch.setattr(triton.runtime.driver, "_active", TargetDriver())
+    case = (90, F16, (16, 16, 0), 1, 0.1)
+
+    def warm(lengths: tuple[int, ...]) -> list[Any]:
+        return [
+            launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.constants, **launch.options)
+            for launch in launches(case, lengths)
+        ]
+
+    first = warm((200,))
+    for lengths in ((16, 128, 33), (1,), (64, 64)):
+        for known, again in zip(first, warm(lengths), strict=True):
+            assert again is known, again.name
 
 
 def main() -> None:

@@ -191,6 +191,12 @@ def test_the_registered_op() -> None:
     offsets = (layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range)
     inputs = (*leaves, *[None] * 12, *offsets, 0.25, 0.0)
     torch.library.opcheck(torch.ops.ofakern.attention_fwd_triton.default, inputs)
+    out, lse = torch.ops.ofakern.attention_fwd_triton(*inputs)
+    grads = (torch.ones_like(out), torch.ones_like(lse))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.ofakern.attention_bwd_triton.default, (*grads, out, lse, *inputs), test_utils=checks
+    )
 
 
 @triton.jit
