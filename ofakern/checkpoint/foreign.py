@@ -2,71 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ofakern.checkpoint.ledger import Ledger
+from ofakern.checkpoint.ofa_files import read_fairseq, read_hf_folder
 from ofakern.checkpoint.ofasys import EMBEDDING, config_from_ofasys, load_ofasys_weights
+from ofakern.checkpoint.parts import Account, Foreign, match_rows
 from ofakern.checkpoint.pickles import read_pickle
 from ofakern.errors import CheckpointError, OfakernValueError
-from ofakern.model import OFAConfig, OFAPlus
+from ofakern.model import OFAPlus
 from ofakern.text import Tokenizer, Vocabulary
 
-__all__ = ["Account", "Foreign", "match_rows", "read_foreign"]
+__all__ = ["Account", "Foreign", "read_foreign"]
 
 _BPE_FILES = ("encoder.json", "vocab.bpe")
-
-
-@dataclass(frozen=True)
-class Account:
-    """What became of a checkpoint: its keys (`fates`), and what else is worth saying. `str` of it is for people."""
-
-    ledger: Ledger
-    notes: tuple[str, ...]
-
-    @property
-    def fates(self) -> Mapping[str, str]:
-        return self.ledger.fates
-
-    def __str__(self) -> str:
-        return "\n".join([self.ledger.summary(), *(f"  {note}" for note in self.notes)])
-
-
-@dataclass
-class Foreign:
-    """What a checkpoint holds. load: puts its weights into a network of `config` and accounts for every key.
-
-    tasks: instruction by name. preprocess: fields of `PreprocessConfig`. notes: what was matched or left behind.
-    """
-
-    config: OFAConfig
-    tokenizer: Tokenizer
-    load: Callable[[OFAPlus], Ledger]
-    tasks: dict[str, str] = field(default_factory=dict)
-    preprocess: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def read_foreign(
     path: Path, *, bpe: str | Path | None = None, tokenizer: Tokenizer | None = None, compat: str = ""
 ) -> Foreign:
-    """Reads an OFASys trainer checkpoint.
+    """Reads a checkpoint file of OFASys's or OFA's trainer (fairseq), or a folder in OFA's Hugging Face format.
 
-    bpe: folder with GPT-2's `encoder.json` and `vocab.bpe`, which the file itself does not hold; default: its own
-    folder. tokenizer: instead; the vocabulary's rows are then matched by symbol. compat: "ofasys" for its quirks.
+    bpe: folder with GPT-2's `encoder.json` and `vocab.bpe` (for OFA's fairseq files also `dict.txt`), which the file
+    itself does not hold; default: its own folder, which for the Hugging Face format holds `vocab.json` and
+    `merges.txt`. tokenizer: instead; the vocabulary's rows are then matched by symbol. compat: "ofasys" for its quirks.
     Raises CheckpointError for a damaged or foreign file, or one that this model cannot hold.
     """
+    if path.is_dir():
+        return read_hf_folder(path, bpe, tokenizer)
     if not path.is_file():
         raise CheckpointError(f"from_pretrained: {path} must be a saved model or a checkpoint file, got neither")
     data = read_pickle(path)
+    if "model" in data and "configstore" not in data and (data.get("args") or data.get("cfg")):
+        return read_fairseq(path, data, bpe, tokenizer)
     missing = {"model", "configstore", "global_dict_indices"} - set(data)
     if missing:
         raise CheckpointError(
-            f"from_pretrained: {path} must be a checkpoint of OFASys's trainer, got no {', '.join(sorted(missing))}"
+            f"from_pretrained: {path} must be a checkpoint of OFASys's or OFA's trainer, "
+            f"got no {', '.join(sorted(missing))}"
         )
     return _ofasys(path, data, bpe, tokenizer, compat)
 
@@ -111,23 +88,6 @@ def _ofasys(
         if box.get("is_active"):
             preprocess["box_image_size"] = int(box["max_image_size"])
     return Foreign(config, tokenizer, load, tasks, preprocess, notes)
-
-
-def match_rows(
-    stored: Tensor, symbols: Sequence[str], fresh: Tensor, wanted: Sequence[str], notes: list[str]
-) -> Tensor:
-    """Rows `[V', D]` of the wanted symbols: the stored ones, or for symbols the checkpoint lacks the fresh ones."""
-    if list(symbols) == list(wanted):
-        return stored
-    place = {symbol: row for row, symbol in enumerate(symbols)}
-    rows = fresh.detach().clone().to(stored.dtype)
-    known = [(at, place[symbol]) for at, symbol in enumerate(wanted) if symbol in place]
-    rows[[at for at, _ in known]] = stored[[row for _, row in known]]
-    notes.append(
-        f"vocabulary: {len(known)} rows matched by symbol, {len(wanted) - len(known)} new symbols keep their "
-        f"initial rows, {len(symbols) - len(known)} symbols of the checkpoint are not in the vocabulary"
-    )
-    return rows
 
 
 def _symbols(path: Path, indices: Mapping[str, int]) -> list[str]:

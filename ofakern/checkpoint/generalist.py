@@ -367,7 +367,7 @@ class GeneralistModel:
         """The model that `save_pretrained` or another system wrote, with the same outputs.
 
         directory: a saved model, a checkpoint of a training run, or the run's output_dir (its newest checkpoint); or a
-            checkpoint file of OFASys's trainer. `bpe`, `tokenizer`, `compat`: see `read_foreign`; for those only.
+            checkpoint of OFASys or OFA. `bpe`, `tokenizer`, `compat`: see `read_foreign`; for those only.
         Raises CheckpointError, which says what is damaged or does not fit.
         """
         folder = _newest(Path(directory))
@@ -378,6 +378,8 @@ class GeneralistModel:
         if not folder.is_dir():
             raise CheckpointError(f"from_pretrained: directory must be a saved model, got {str(folder)!r}")
         data = read_json(folder / "config.json")
+        if data.get("model_type") == "ofa":
+            return cls.from_foreign(folder, device=device, backend=backend, bpe=bpe, tokenizer=tokenizer)[0]
         if data.get("format") != _FORMAT or data.get("version") != _VERSION:
             raise CheckpointError(
                 f"from_pretrained: {folder / 'config.json'} must be {_FORMAT} {_VERSION}, "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ofakern.checkpoint.ledger import Ledger
-from ofakern.checkpoint.ofasys import EMBEDDING
+from ofakern.checkpoint.ofasys import EMBEDDING, PAD
 from ofakern.errors import CheckpointError
 from ofakern.modality.image.adaptor import ImageResnetConfig
 from ofakern.modality.image.codes import ImageCodesConfig
@@ -19,6 +19,7 @@ from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import TIED_KEYS, OFAConfig, OFAPlus
 
 __all__ = [
+    "config_from_fairseq",
     "config_from_hf",
     "config_to_hf",
     "fairseq_changes",
@@ -263,6 +264,43 @@ def fairseq_changes(arguments: Mapping[str, Any], config: OFAConfig) -> dict[str
     return changes
 
 
+_FAIRSEQ_NAMES = {
+    "d_model": "encoder_embed_dim",
+    "encoder_ffn_dim": "encoder_ffn_embed_dim",
+    "decoder_ffn_dim": "decoder_ffn_embed_dim",
+    "max_position_embeddings": "max_source_positions",
+    "activation_function": "activation_fn",
+    "normformer": "scale_attn",
+}
+_FAIRSEQ_SAME = (
+    *(
+        f"{side}_{name}"
+        for side in ("encoder", "decoder")
+        for name in ("layers", "attention_heads", "normalize_before")
+    ),
+    *("encoder_drop_path_rate", "decoder_drop_path_rate", "resnet_drop_path_rate", "resnet_type"),
+    *("dropout", "attention_dropout", "activation_dropout", "attn_scale_factor"),
+    *("token_bucket_size", "image_bucket_size", "code_image_size", "add_type_embedding"),
+    *("layernorm_embedding", "patch_layernorm_embedding", "code_layernorm_embedding"),
+)
+
+
+def config_from_fairseq(arguments: Mapping[str, Any], vocab_size: int) -> OFAConfig:
+    """The configuration of fairseq's arguments. Raises CheckpointError for what this model cannot express."""
+    try:
+        data = {name: arguments[name] for name in _FAIRSEQ_SAME}
+        data |= {ours: arguments[theirs] for ours, theirs in _FAIRSEQ_NAMES.items()}
+        if not arguments["scale_attn"] == arguments["scale_fc"] == arguments["scale_heads"]:
+            raise CheckpointError("OFA arguments: scale_attn, scale_fc and scale_heads must agree, got different ones")
+        data["scale_embedding"] = not arguments["no_scale_embedding"]
+    except KeyError as error:
+        raise CheckpointError(f"OFA arguments: they must all be there, got none for {error}") from error
+    config = config_from_hf({**data, "vocab_size": vocab_size, "pad_token_id": PAD})
+    # The flag's absence has a meaning in fairseq: positions are added to the decoder's embeddings.
+    changes = fairseq_changes({"disable_entangle": False, **arguments}, config)
+    return replace(config, **changes)
+
+
 def fairseq_to_hf(key: str) -> str:
     """OFA's fairseq key as the port's."""
     match = _LAYER.match(key)
@@ -319,6 +357,8 @@ def load_hf_weights(model: OFAPlus, ledger: Ledger, replaced: Mapping[str, Tenso
             ledger.tied(key, _TIED[0])
         elif _DERIVED.search(key):
             ledger.drop([key], "follows from the configuration")
+        elif key.startswith("classification_heads."):
+            ledger.drop([key], "of a classification head, which no task of OFA uses")
         elif _ours(key) in own:
             found[_ours(key)] = ledger.take(key, _ours(key))
     for key, tensor in own.items():

@@ -6,13 +6,17 @@ import argparse
 from pathlib import Path
 
 from ofakern.checkpoint import GeneralistModel
+from ofakern.checkpoint.ofa_files import is_hf_folder, write_hf_folder
 from ofakern.errors import OfakernValueError
 
 _EPILOG = """examples:
   ofakern convert checkpoint_last.pt my-model --bpe gpt2-files
   ofakern convert checkpoint_last.pt my-model --bpe gpt2-files --compat ofasys --keys
+  ofakern convert ofa-base my-model
+  ofakern convert my-model ofa-again --to ofa_hf
 
-gpt2-files holds GPT-2's encoder.json and vocab.bpe; the vocabulary itself comes from the checkpoint. A file is read as
+gpt2-files holds GPT-2's encoder.json and vocab.bpe, for OFA's fairseq files also dict.txt; OFA's Hugging Face folders
+have their own vocab.json and merges.txt. A file is read as
 data only: one that names a class or function outside a short list is refused, and they are named.
 exit code 0: written, no key left over; 2: a file that cannot be read, or that does not fit."""
 
@@ -20,27 +24,36 @@ exit code 0: written, no key left over; 2: a file that cannot be read, or that d
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "convert",
-        help="turn a checkpoint of OFASys into a saved model",
-        description="Read another system's checkpoint, print what became of every key, and write a saved model.",
+        help="turn a checkpoint of OFASys or OFA into a saved model, or back",
+        description="Read another system's checkpoint, print what became of every key, and write a saved model; or "
+        "write a saved model in OFA's Hugging Face format.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint file of OFASys's trainer (.pt)")
+    parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint of OFASys or OFA, or a saved model")
     parser.add_argument("destination", type=Path, metavar="DST", help="folder to write; it must not be there yet")
     parser.add_argument("--bpe", type=Path, metavar="DIR", help="folder with encoder.json, vocab.bpe (default: SRC's)")
     parser.add_argument(
         "--compat", choices=["ofasys"], default="", help="keep that implementation's quirks (default: do what is right)"
     )
+    parser.add_argument("--to", choices=["ofakern", "ofa_hf"], default="ofakern", help="format to write (ofakern)")
     parser.add_argument("--keys", action="store_true", help="print every key with what became of it")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.destination.exists():
         raise OfakernValueError(f"convert: DST must not be there yet, got {args.destination}")
-    model, account = GeneralistModel.from_foreign(args.source, bpe=args.bpe, compat=args.compat)
-    if args.keys:
-        print("\n".join(f"{key}: {fate}" for key, fate in sorted(account.fates.items())))
-    print(account)
-    model.save_pretrained(args.destination)
+    source: Path = args.source
+    if source.is_dir() and not is_hf_folder(source):
+        model = GeneralistModel.from_pretrained(source)
+    else:
+        model, account = GeneralistModel.from_foreign(source, bpe=args.bpe, compat=args.compat)
+        if args.keys:
+            print("\n".join(f"{key}: {fate}" for key, fate in sorted(account.fates.items())))
+        print(account)
+    if args.to == "ofa_hf":
+        write_hf_folder(args.destination, model.network, model.tokenizer)
+    else:
+        model.save_pretrained(args.destination)
     print(f"{model} written to {args.destination}")
     return 0

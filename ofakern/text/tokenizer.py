@@ -9,7 +9,7 @@ import json
 import os
 import re
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,6 +87,11 @@ class Tokenizer:
                 order = [line.rsplit(" ", 1)[0] for line in _read_lines(dict_txt) if line]
             vocabulary = Vocabulary.build(order, codes=codes, bins=bins, phones=phones)
         return cls(bpe, vocabulary)
+
+    @classmethod
+    def from_bpe(cls, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], vocabulary: Vocabulary) -> Tokenizer:
+        """From a byte-level BPE in memory: ids by token, merges in order. Raises as the class does."""
+        return cls(_byte_level(models.BPE(vocab=dict(vocab), merges=list(merges))), vocabulary)
 
     @classmethod
     def train(
