@@ -28,7 +28,7 @@ from ofakern.errors import (
 from ofakern.generate import GenerationConfig, SpecialTokens, generate
 from ofakern.modality.image.adaptor import ImagePatchEmbedAdaptor, ImageResnetAdaptor, ImageVitAdaptor
 from ofakern.modality.output import Output
-from ofakern.model import TIED_KEYS, OFAConfig, OFAPlus
+from ofakern.model import TIED_KEYS, OFAConfig, OFAPlus, SegmentWriter
 from ofakern.nn.loss import LossSums, label_smoothed_cross_entropy
 from ofakern.plan import Plan, build_plans
 from ofakern.text import Tokenizer
@@ -315,8 +315,9 @@ class GeneralistModel:
         try:
             with torch.inference_mode():
                 memory = network.encode(PackedBatch.collate(examples).source.to(network.device))
+                target = examples[0].target[0]
                 found = generate(
-                    network,
+                    SegmentWriter(network, target.adaptor, target.modality),
                     memory,
                     len(examples),
                     config,

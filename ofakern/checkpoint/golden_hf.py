@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ofakern.checkpoint.golden import read_json
+from ofakern.checkpoint.golden_answers import EOS, SPECIALS, Cut, id_range
 from ofakern.checkpoint.ledger import Ledger
 from ofakern.checkpoint.ofa_hf import config_from_hf, fairseq_changes, hf_key, load_hf_weights
 from ofakern.checkpoint.ofasys import PAD
@@ -41,8 +42,6 @@ WEIGHTS = "model.fp16.safetensors"
 TRAINED = "trainmode_"
 VARIANTS = "fairseq_variants"
 VARIANT_INPUTS = "imgtext_b2_mask01.canonical"
-SPECIALS = 4
-EOS = 2
 _CANONICAL = ".canonical"
 _STRIDE = 16
 
@@ -339,33 +338,6 @@ def run_fairseq_variant(directory: Path, name: str, backend: str = "auto") -> Ca
     return CaseResult(name, _order_checks(model, replace(inputs, name=name, arrays=recorded)))
 
 
-class _Constrained:
-    """The model as a search sees it, its logits cut to what the recorded search allowed."""
-
-    def __init__(self, model: OFAPlus, kwargs: Mapping[str, Any]) -> None:
-        self._model = model
-        self._codes = bool(kwargs.get("gen_code"))
-        self._free_end = kwargs.get("free_end")
-        self._range = tuple(map(int, kwargs["constraint_range"].split(","))) if "constraint_range" in kwargs else None
-
-    def begin_decode(self, memory: Any, rows_per_sample: int, max_length: int) -> Any:
-        adaptor = "image_vqgan" if self._codes else "text"
-        return self._model.begin_decode(memory, rows_per_sample, max_length, adaptor=adaptor)
-
-    def decode_step(self, state: Any, tokens: Tensor) -> Tensor:
-        last = state.length == self._free_end
-        logits = self._model.decode_step(state, tokens)
-        if last:
-            end = logits[:, EOS].clone()
-            logits.fill_(-torch.inf)
-            logits[:, EOS] = end
-        if self._range is not None:
-            lo, hi = self._range
-            logits[:, SPECIALS:lo] = -torch.inf
-            logits[:, hi:] = -torch.inf
-        return logits
-
-
 _SAME_SETTINGS = {
     "beam_size": "num_beams",
     "max_len_b": "max_new_tokens",
@@ -409,7 +381,7 @@ def _transformers_checks(model: OFAPlus, case: HfCase, entry: Mapping[str, Any])
     )
     with torch.no_grad():
         memory = model.encode(case.batch(range(case.samples)).source)
-    cut = _Constrained(model, {"free_end": config.max_new_tokens})
+    cut = Cut(model, "text", int(Modality.TEXT), free_end=config.max_new_tokens)
     found = generate(cut, memory, case.samples, config)
     checks = []
     for b, sequence in enumerate(entry["sequences"]):
@@ -430,17 +402,21 @@ def answers(model: OFAPlus, case: HfCase, entry: Mapping[str, Any]) -> list[list
     if kwargs.get("normalize_scores") is False:
         settings["length_penalty"] = 0.0
     config = GenerationConfig(**settings, num_return_sequences=settings["num_beams"], compat="ofasys")
+    ids, codes_out = id_range(kwargs.get("constraint_range")), bool(kwargs.get("gen_code"))
+    kind = ("image_vqgan", Modality.IMAGE) if codes_out else ("text", Modality.TEXT)
     automaton: TokenAutomaton | None = None
     if "constraint_trie_sequences" in kwargs:
         choices = tuple(tuple(sequence[1:-1]) for sequence in kwargs["constraint_trie_sequences"])
         automaton = compile_target([ChoiceTokens(choices)], eos=EOS, vocabulary_size=model.config.vocab_size)
         if kwargs.get("zero_shot"):
             automaton.renormalise[:] = False
-    if kwargs.get("gen_code"):  # no special token before the last step, but probabilities count them
-        lo, hi = map(int, kwargs["constraint_range"].split(","))
-        codes = RangeTokens(lo, hi, settings["max_new_tokens"])
+    if codes_out:  # no special token before the last step, but probabilities count them
+        assert ids is not None
+        codes = RangeTokens(*ids, settings["max_new_tokens"])
         automaton = compile_target([codes], eos=EOS, vocabulary_size=model.config.vocab_size)
     prefix = torch.tensor(entry["prefix_tokens"]) if entry["prefix_tokens"] else None
     with torch.no_grad():
         memory = model.encode(case.batch(range(case.samples)).source)
-    return generate(_Constrained(model, kwargs), memory, case.samples, config, automaton=automaton, prefix=prefix)
+    return generate(
+        Cut(model, kind[0], int(kind[1]), ids), memory, case.samples, config, automaton=automaton, prefix=prefix
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ofakern.checkpoint.golden import load_model, read_json
+from ofakern.checkpoint.golden_answers import answer_checks
 from ofakern.checkpoint.golden_case import Case
 from ofakern.checkpoint.golden_hf import case_names, is_hf, load_hf_model, run_hf_case
 from ofakern.checkpoint.golden_variants import is_variants, run_variant
@@ -87,7 +88,15 @@ def _runner(directory: Path, backend: str) -> tuple[Callable[[str], CaseResult],
         port = load_hf_model(directory, backend)
         return lambda name: run_hf_case(directory, name, port), []
     model, missing = load_model(directory, backend)
-    return lambda name: run_case(model, Case(directory, name, model)), missing
+
+    def run_recorded(name: str) -> CaseResult:
+        case = Case(directory, name, model)
+        result = run_case(model, case)
+        if result.unavailable is None:
+            result.checks += answer_checks(model, case, directory)
+        return result
+
+    return run_recorded, missing
 
 
 _HEADER = f"{'case':<44}{'what':<24}{'values':>9}{'rel. L2':>11}{'max/max':>11}  result"

@@ -93,3 +93,18 @@ class OFAPlus(nn.Module):
     def decode_step(self, state: DecodeState, tokens: Tensor) -> Tensor:
         """Feeds one token per row, int64 `[rows]`; returns the next token's logits `[rows, V]`."""
         return self.logits(state.step(tokens))
+
+
+class SegmentWriter:
+    """A model as a search sees it, which writes a segment of this adaptor and modality."""
+
+    def __init__(self, model: OFAPlus, adaptor: str, modality: int) -> None:
+        self._model, self._adaptor, self._modality = model, adaptor, modality
+
+    def begin_decode(self, memory: Memory, rows_per_sample: int, max_length: int) -> DecodeState:
+        return self._model.begin_decode(
+            memory, rows_per_sample, max_length, modality=self._modality, adaptor=self._adaptor
+        )
+
+    def decode_step(self, state: DecodeState, tokens: Tensor) -> Tensor:
+        return self._model.decode_step(state, tokens)

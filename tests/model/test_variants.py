@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from ofakern.cli.main import main
 from ofakern.data.batch import PackedBatch
 from ofakern.errors import OfakernValueError
 from ofakern.modality.audio.adaptor import tokens_in_ofasys, tokens_of
-from ofakern.model import OFAPlus
+from ofakern.model import OFAPlus, SegmentWriter
 from ofakern.nn.experts import Routing
 
 VARIANTS = Path(__file__).parents[1] / "golden" / "ofasys" / "variants"
@@ -79,6 +80,21 @@ def test_experts_train_and_need_a_routing() -> None:
     routing = Routing.build(torch.tensor([2, 0, 2, 1]))
     x = torch.arange(4.0)[:, None]
     assert routing.runs == ((0, 1), (1, 1), (2, 2)) and torch.equal(routing.unsort(routing.sort(x)), x)
+
+
+def test_a_written_segment_has_the_expert_of_its_modality() -> None:
+    variant = Variant(VARIANTS, "v07_modal_ffn")
+    model, example = variant.model(""), variant._example(0, "")
+    tokens = example.target[0].value
+    boxes = replace(example, target=[replace(example.target[0], modality=3)])
+    batch = PackedBatch.collate([boxes])
+    expected = logits_of(model, batch)[0]
+    assert not torch.allclose(expected, logits_of(model, PackedBatch.collate([example]))[0], atol=1e-2)
+    writer = SegmentWriter(model, "text", 3)
+    with torch.no_grad():
+        state = writer.begin_decode(model.encode(batch.source), 1, len(tokens))
+        steps = torch.cat([writer.decode_step(state, tokens[t : t + 1]) for t in range(len(tokens))])
+    torch.testing.assert_close(steps, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_command_reads_the_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
