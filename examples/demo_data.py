@@ -142,24 +142,37 @@ def questions(split: str) -> list[tuple[str, str, str]]:
     ]
 
 
-def question_rows(split: str, *, size: int = 64, passes: int = 1) -> Rows:
+def question_rows(split: str, *, size: int = 64, seed: int = 0, length: int = 1) -> Rows:
     """easy_vqa: `img`, `question`, `answer`.
 
-    Training rows, `size` x `size` pixels, repeat `passes` times; every other pass is mirrored, which changes no answer.
+    Training draws `length` rows of `size` x `size` pixels, mirrored at random (which changes no answer): a third each
+    of questions answered by yes or no, a shape, a colour. Three in four questions of the set are answered by yes or no,
+    mostly without a look at the picture; what colours and shapes are is learnt from the others.
     """
     records = questions(split)
+    if split == "test":
+        return Rows(len(records), lambda i: _question(records[i]))
+    kinds = [[r for r in records if r[2] in kind] for kind in _answer_kinds()]
 
     def make(i: int) -> Row:
-        turn, place = divmod(i, len(records))
-        member, question, answer = records[place]
-        picture = _opened("easy_vqa", member)
-        if split == "train":
-            picture = _square(picture, size)
-        if turn % 2:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return {"img": picture, "question": question, "answer": answer}
+        rng = np.random.default_rng((seed, 3, i))
+        kind = kinds[int(rng.integers(len(kinds)))]
+        row = _question(kind[int(rng.integers(len(kind)))])
+        picture = _square(row["img"], size)
+        return row | {"img": picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else picture}
 
-    return Rows(len(records) * passes, make)
+    return Rows(length, make)
+
+
+def _question(record: tuple[str, str, str]) -> Row:
+    member, question, answer = record
+    return {"img": _opened("easy_vqa", member), "question": question, "answer": answer}
+
+
+def _answer_kinds() -> tuple[set[str], set[str], set[str]]:
+    """Yes and no, shapes, colours."""
+    truth, shapes = {"yes", "no"}, {"circle", "rectangle", "triangle"}
+    return truth, shapes, set(answers()) - truth - shapes
 
 
 @cache

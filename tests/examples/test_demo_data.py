@@ -30,7 +30,7 @@ def test_splits_share_no_photo() -> None:
         (demo_data.caption_rows("test"), 168, {"img", "cap"}),
         (demo_data.caption_rows("train", passes=2), 2 * 1482, {"img", "cap"}),
         (demo_data.question_rows("test"), 3898, {"img", "question", "answer"}),
-        (demo_data.question_rows("train"), 24979, {"img", "question", "answer"}),
+        (demo_data.question_rows("train", length=500), 500, {"img", "question", "answer"}),
         (demo_data.grounding_rows("test"), 91, {"img", "card", "box"}),
     ],
 )
@@ -43,6 +43,12 @@ def test_counts_and_columns(rows: demo_data.Rows, count: int, columns: set[str])
 def test_answers_are_closed() -> None:
     assert len(demo_data.answers()) == 13
     assert {answer for _, _, answer in demo_data.questions("test")} <= set(demo_data.answers())
+
+
+def test_training_questions_are_balanced() -> None:
+    given = [row["answer"] for row in demo_data.question_rows("train", size=8, length=300)]
+    counts = [sum(answer in kind for answer in given) for kind in demo_data._answer_kinds()]
+    assert sum(counts) == 300 and min(counts) > 75
 
 
 def test_training_rows_depend_on_their_index_only() -> None:
