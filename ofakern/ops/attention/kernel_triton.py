@@ -63,7 +63,7 @@ class Blocks:
 # for sm_90 without spills (tests/build/triton_resources.json), not from timings: there are none yet.
 _BLOCKS: dict[str, dict[int, tuple[tuple[int, Blocks], ...]]] = {
     "forward": {
-        2: ((256, Blocks(128, 64, 8, 3)), (768, Blocks(64, 32, 4, 2))),
+        2: ((192, Blocks(128, 128, 8, 3)), (256, Blocks(128, 64, 8, 3)), (768, Blocks(64, 32, 4, 2))),
         4: ((192, Blocks(32, 32, 4, 2)), (768, Blocks(16, 16, 4, 1))),
     },
     "queries": {
