@@ -24,7 +24,7 @@ PAD = 1
 EMBEDDING = "encoder.adaptor.embed_tokens.weight"
 
 # Adaptor option names of OFASys -> ours, per adaptor.
-_OPTIONS: dict[str, tuple[type[AdaptorConfig], dict[str, str]]] = {
+ADAPTOR_OPTIONS: dict[str, tuple[type[AdaptorConfig], dict[str, str]]] = {
     "text": (TextAdaptorConfig, {"max_position": "max_position", "token_bucket_size": "bucket_size"}),
     "image_resnet": (
         ImageResnetConfig,
@@ -52,7 +52,7 @@ _OPTIONS: dict[str, tuple[type[AdaptorConfig], dict[str, str]]] = {
     "image_vqgan": (ImageCodesConfig, {"code_bucket_size": "bucket_size"}),
     "audio_fbank": (AudioFbankConfig, {"max_position": "max_position"}),
 }
-_SAME_NAME = (
+SAME_NAME = (
     "dropout",
     "attention_dropout",
     "activation_dropout",
@@ -103,13 +103,13 @@ def config_from_ofasys(
             normalize_before=encoder["normalize_before"],
             encoder_drop_path=model["encode_drop_path_rate"],
             decoder_drop_path=model["decode_drop_path_rate"],
-            adaptors=tuple(_adaptor(name, options) for name, options in active.items() if name in _OPTIONS),
+            adaptors=tuple(_adaptor(name, options) for name, options in active.items() if name in ADAPTOR_OPTIONS),
             compat=compat,
-            **{name: model[name] for name in _SAME_NAME},
+            **{name: model[name] for name in SAME_NAME},
         )
     except KeyError as error:
         raise CheckpointError(f"OFASys config: options must all be there, got none for {error}") from error
-    return config, sorted(set(active) - set(_OPTIONS))
+    return config, sorted(set(active) - set(ADAPTOR_OPTIONS))
 
 
 def _with_arch(model: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -171,7 +171,7 @@ def load_ofasys_weights(
 
 
 def _adaptor(name: str, options: Mapping[str, Any]) -> AdaptorConfig:
-    kind, renamed = _OPTIONS[name]
+    kind, renamed = ADAPTOR_OPTIONS[name]
     values = {ours: options[theirs] for theirs, ours in renamed.items()}
     shared = {f.name for f in fields(AdaptorConfig)} - {"scale_embedding"}
     values.update({field: options[field] for field in shared})

@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from ofakern.checkpoint import GeneralistModel
 from ofakern.checkpoint.ofasys import EMBEDDING
+from ofakern.checkpoint.ofasys_files import config_to_ofasys
 from ofakern.checkpoint.pickles import read_pickle
 from ofakern.cli.main import main
 from ofakern.errors import CheckpointError
@@ -84,6 +86,29 @@ def test_rows_are_matched_by_symbol(bpe: Path, data: dict[str, Any]) -> None:
     assert "322 rows matched by symbol, 2 new" in str(account)
     answer = model.inference(EXPECTED["instruction"], EXPECTED["data"], num_beams=5, max_len=10, lenpen=0.0)
     assert answer.text == EXPECTED["text"]
+
+
+def test_back_to_an_ofasys_file(bpe: Path, data: dict[str, Any], tmp_path: Path) -> None:
+    assert main(["convert", str(CHECKPOINT), str(tmp_path / "model"), "--bpe", str(bpe)]) == 0
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "back.pt"), "--to", "ofasys"]) == 0
+    back = read_pickle(tmp_path / "back.pt")
+    lost = set(data["model"]) - set(back["model"])
+    assert lost == {k for k in data["model"] if k.endswith(("_rp_bucket", "version"))}
+    assert set(back["model"]) <= set(data["model"]) and back["global_dict_indices"] == data["global_dict_indices"]
+    assert all(torch.equal(tensor, data["model"][key]) for key, tensor in back["model"].items())
+    stored = data["configstore"]["model"]["unify"]
+    for part in ("encoder", "decoder"):
+        written_part = back["configstore"]["model"]["unify"][part]
+        assert written_part.items() <= stored[part].items()
+    text = back["configstore"]["model"]["unify"]["adaptor"]["text"]
+    assert text.items() <= stored["adaptor"]["text"].items()
+    check_answer(GeneralistModel.from_pretrained(tmp_path / "back.pt", bpe=bpe))
+    model = GeneralistModel.from_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="options beyond OFASys must be off, got max_segments"):
+        config_to_ofasys(replace(model.config, max_segments=2))
+    with pytest.raises(CheckpointError, match="text must have no options beyond OFASys, got bucket_range"):
+        adaptors = (replace(model.config.adaptors[0], bucket_range=64),)  # type: ignore[call-arg]
+        config_to_ofasys(replace(model.config, adaptors=adaptors))
 
 
 def written(data: dict[str, Any], folder: Path, **changes: Any) -> Path:
