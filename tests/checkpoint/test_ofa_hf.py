@@ -125,6 +125,24 @@ def test_token_buckets_are_the_recorded_ones() -> None:
         assert torch.equal(text_bucket(difference, size, 1024), recorded[key].long())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_as_plain_torch(dtype: torch.dtype) -> None:
+    """Relative L2 error of the logits at most twice that of the same model with attention in plain torch."""
+    models = {backend: load_hf_model(FOLDER, backend).to(dtype) for backend in ("auto", "reference")}
+    for name in ("text_b3_pad", "imgtext_b2_pad_96x128", "mixed_code_text_b2"):
+        case = HfCase.read(FOLDER, name)
+        everyone = range(case.samples)
+        recorded = case.arrays["logits"][case.rows(False, everyone)].double()
+
+        def error(model: OFAPlus, case: HfCase = case, recorded: Tensor = recorded) -> float:
+            with torch.no_grad():
+                logits = model.logits(model(case.batch(range(case.samples))))
+            assert logits.dtype == dtype
+            return float((logits.double() - recorded).norm() / recorded.norm())
+
+        assert error(models["auto"]) <= 2 * error(models["reference"]) + torch.finfo(dtype).eps
+
+
 def test_the_command_notices_a_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("config.json", "summary.json", "case_text_b1.safetensors", "model.fp16.safetensors"):
         (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
