@@ -64,6 +64,36 @@ def test_every_key_goes_both_ways(weights: dict[str, Tensor]) -> None:
     assert ledger.left() == [] and ledger.fates["encoder.token_rp_bucket"] == "follows from the configuration"
 
 
+SIZES: dict[str, Any] = json.loads((FOLDER / "real_sizes.json").read_text())
+
+
+def published(size: str) -> OFAPlus:
+    """A published size without memory for its weights."""
+    shape = SIZES[size]["config"]
+    fields = {"d_model": shape["d_model"], "resnet_type": shape["resnet_type"], "vocab_size": 59457}
+    for side in ("encoder", "decoder"):
+        layers = shape[f"{side}_layers"]
+        fields |= {f"{side}_layers": layers, f"{side}_ffn_dim": shape["ffn"], f"{side}_attention_heads": shape["heads"]}
+    tables = {"token_bucket_size": 256, "image_bucket_size": 42, "code_image_size": 128}
+    with torch.device("meta"):
+        return OFAPlus(config_from_hf({**CONFIG, **fields, **tables, "max_position_embeddings": 1024}))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_published_sizes(size: str) -> None:
+    model = published(size)
+    unused = [p for key, p in model.named_parameters() if key.startswith("decoder.") and "type_embedding" in key]
+    assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in unused) == SIZES[size]["params"]
+    keys = to_hf_weights(model)
+    assert len(keys) + 5 == SIZES[size]["n_state_dict_keys"]  # five integer buffers are computed
+    if size == "tiny":
+        recorded = json.loads((FOLDER / "real_tiny_keys.json").read_text())
+        buffers = {key for key, (_, dtype) in recorded.items() if dtype == "int64" and "num_batches" not in key}
+        assert {key: list(t.shape) for key, t in keys.items()} == {
+            key: shape for key, (shape, _) in recorded.items() if key not in buffers
+        }
+
+
 def test_fairseq_names() -> None:
     expected = {
         "encoder.layers.0.attn_ln.weight": "encoder.layers.0.self_attn_mid_layer_norm.weight",
