@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ofakern.checkpoint.ledger import Ledger
 from ofakern.checkpoint.ofa_files import read_fairseq, read_hf_folder
 from ofakern.checkpoint.ofasys import EMBEDDING, config_from_ofasys, load_ofasys_weights
 from ofakern.checkpoint.parts import Account, Foreign, match_rows
-from ofakern.checkpoint.pickles import read_pickle
+from ofakern.checkpoint.pickles import read_pickle, tensors_of
 from ofakern.errors import CheckpointError, OfakernValueError
 from ofakern.model import OFAPlus
 from ofakern.text import Tokenizer, Vocabulary
@@ -45,13 +43,18 @@ def read_foreign(
             f"from_pretrained: {path} must be a checkpoint of OFASys's or OFA's trainer, "
             f"got no {', '.join(sorted(missing))}"
         )
-    return _ofasys(path, data, bpe, tokenizer, compat)
+    try:
+        return _ofasys(path, data, bpe, tokenizer, compat)
+    except (AttributeError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"from_pretrained: the config store and dictionary of {path} must be OFASys's, got: {error!r}"
+        ) from error
 
 
 def _ofasys(
     path: Path, data: Mapping[str, Any], bpe: str | Path | None, tokenizer: Tokenizer | None, compat: str
 ) -> Foreign:
-    weights: Mapping[str, Tensor] = data["model"]
+    weights = tensors_of(data["model"], str(path))
     symbols = _symbols(path, data["global_dict_indices"])
     models = data["configstore"].get("model") or {}
     if len(models) != 1:

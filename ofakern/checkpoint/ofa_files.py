@@ -24,7 +24,7 @@ from ofakern.checkpoint.ofa_hf import (
 )
 from ofakern.checkpoint.ofasys import EMBEDDING
 from ofakern.checkpoint.parts import Foreign, match_rows
-from ofakern.checkpoint.pickles import read_pickle
+from ofakern.checkpoint.pickles import read_pickle, tensors_of
 from ofakern.errors import CheckpointError, OfakernError
 from ofakern.model import OFAConfig, OFAPlus
 from ofakern.text import Tokenizer, Vocabulary
@@ -51,7 +51,7 @@ def read_hf_folder(folder: Path, bpe: str | Path | None, tokenizer: Tokenizer | 
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"from_pretrained: {folder} must hold {' or '.join(_WEIGHTS)}, got neither")
-    weights = _safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    weights = _safetensors(path) if path.suffix == ".safetensors" else tensors_of(read_pickle(path), str(path))
     files = folder if bpe is None else Path(bpe)
     held = _hf_tokenizer(files, config.vocab_size) if tokenizer is None or (files / "vocab.json").is_file() else None
     return _foreign(config, weights, str(path), held, tokenizer)
@@ -59,7 +59,7 @@ def read_hf_folder(folder: Path, bpe: str | Path | None, tokenizer: Tokenizer | 
 
 def read_fairseq(path: Path, data: Mapping[str, Any], bpe: str | Path | None, tokenizer: Tokenizer | None) -> Foreign:
     """A checkpoint of OFA's fairseq trainer: weights, and its arguments as a Namespace or in its configuration."""
-    weights: Mapping[str, Tensor] = data["model"]
+    weights = tensors_of(data["model"], str(path))
     if _TOKENS not in weights:
         raise CheckpointError(f"from_pretrained: {path} must hold {_TOKENS}, got none")
     arguments = data.get("args") or data["cfg"].get("model")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ofakern.errors import CheckpointError
 
-__all__ = ["ALLOWED", "read_pickle"]
+__all__ = ["ALLOWED", "read_pickle", "tensors_of"]
 
 # Beyond tensors and plain data: what fairseq's and OFASys's trainers write. A Namespace only holds attributes.
 ALLOWED: tuple[type, ...] = (argparse.Namespace,)
@@ -45,6 +47,20 @@ def read_pickle(path: Path) -> dict[str, Any]:
             ) from error
     if not isinstance(data, dict):
         raise CheckpointError(f"from_pretrained: {path} must hold a dictionary, got {type(data).__name__}")
+    return data
+
+
+def tensors_of(data: Any, where: str) -> Mapping[str, Tensor]:
+    """A state dict. CheckpointError when it is anything but tensors by name."""
+    if not isinstance(data, Mapping):
+        raise CheckpointError(f"from_pretrained: {where} must hold tensors by name, got {type(data).__name__}")
+    wrong = next(
+        (key for key, value in data.items() if not isinstance(key, str) or not isinstance(value, Tensor)), None
+    )
+    if wrong is not None:
+        raise CheckpointError(
+            f"from_pretrained: {where} must hold tensors by name, got {type(data[wrong]).__name__} for {wrong!r}"
+        )
     return data
 
 

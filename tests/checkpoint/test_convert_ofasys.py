@@ -127,6 +127,12 @@ def test_foreign_and_misshapen_files_are_named(bpe: Path, data: dict[str, Any], 
         ({"model": {**weights, "decoder.adaptor.embed_tokens.weight": torch.zeros(322, 64)}}, "they are tied"),
         ({"model": {**weights, EMBEDDING: torch.zeros(300, 64)}}, "must have 322 rows"),
         ({"configstore": {"model": {}, "task": {}}}, "must configure one model"),
+        ({"configstore": [1]}, "config store and dictionary"),
+        ({"configstore": {"model": {"unify": {"encoder": 3}}, "task": {}}}, "must"),
+        ({"model": [1]}, "must hold tensors by name, got list"),
+        ({"model": {**weights, "x": "text"}}, "got str for 'x'"),
+        ({"global_dict_indices": {"<s>": 0, "<pad>": 2}}, "number its symbols"),
+        ({"global_dict_indices": 5}, "config store and dictionary"),
     ]
     for changes, message in cases:
         with pytest.raises(CheckpointError, match=message):
