@@ -110,11 +110,11 @@ def build_tasks(seed: int) -> list[Task]:
 
     Captions are searched as OFASys does, by the plain sum of log-probabilities.
     """
-    caption = Task("caption", CAPTION, micro_batch_size=24, generation={"length_penalty": 0.0})
+    caption = Task("caption", CAPTION, micro_batch_size=36, weight=1.5, generation={"length_penalty": 0.0})
     caption.add_dataset(caption_rows("train", size=IMAGE_SIZE, seed=seed, passes=60), "train")
-    vqa = Task("vqa", QUESTION, micro_batch_size=12, weight=1.5, closed_set=answers())
+    vqa = Task("vqa", QUESTION, micro_batch_size=10, weight=1.5, closed_set=answers())
     vqa.add_dataset(question_rows("train", size=IMAGE_SIZE, seed=seed, length=200_000), "train")
-    grounding = Task("grounding", GROUNDING, micro_batch_size=20)
+    grounding = Task("grounding", GROUNDING, micro_batch_size=16)
     grounding.add_dataset(grounding_rows("train", size=IMAGE_SIZE, seed=seed, length=200_000), "train")
     return [caption, vqa, grounding]
 
