@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -117,17 +116,16 @@ def _chosen(op: OpBench, options: Options) -> list[Any]:
     return [op.CASES[name] for name in options.cases]
 
 
-def load_harness() -> ModuleType:
-    path = ROOT / "tests/ops/harness.py"
-    spec = importlib.util.spec_from_file_location("ofakern_op_harness", path)
-    if spec is None or spec.loader is None or not path.is_file():
+def load_harness(name: str = "harness") -> ModuleType:
+    """A module of tests/ops: what the op's tests prove a kernel with."""
+    folder = ROOT / "tests/ops"
+    if not (folder / f"{name}.py").is_file():
         raise OfakernRuntimeError(
-            f"bench: the op tests' rule must be at {path}, got nothing\nTry: run from a complete checkout."
+            f"bench: the op tests' rule must be at {folder / name}.py, got nothing\nTry: run from a complete checkout."
         )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    return import_module(name)
 
 
 def _run_cases(session: _Session, specs: list[Any]) -> None:

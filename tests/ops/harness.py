@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from rule import assert_kept
 from torch import Tensor
 
 from ofakern.ops.attention import AttentionLayout, RelativeTerm, attention, intervals
@@ -408,28 +409,10 @@ def check(case: Case, run: Run, expected: Expected | None = None) -> float:
     worst = 0.0
     for name, want in exact.items():
         have = got[name]
-        assert have.shape == want.shape, f"{name}: shape {list(have.shape)} instead of {list(want.shape)}"
         if name in leaves:
             assert have.dtype == leaves[name].dtype, f"{name}: dtype {have.dtype} instead of {leaves[name].dtype}"
-        infinite = torch.isinf(want)
-        assert torch.equal(have[infinite].double(), want[infinite]), f"{name}: infinities differ"
-        finite = ~infinite
-        error = (have.double() - want)[finite].abs()
-        peer_error = (peer[name].double() - want)[finite].abs()
-        floor = torch.finfo(case.q.dtype).eps * size[name][finite]
-        for norm in (torch.inf, 2):
-            if error.numel():
-                found, bound = _norm(error, norm), 2 * _norm(peer_error, norm) + _norm(floor, norm)
-                # Written so that NaN fails.
-                assert found <= bound, f"{name}: error {found:.3e} above {bound:.3e} (norm {norm})"
-                worst = max(worst, found / bound if bound else 0.0)
-        still = finite & (size[name] == 0)
-        assert not torch.any(have[still]), f"{name}: must be exactly 0 where nothing contributes"
+        worst = max(worst, assert_kept(name, have, want, peer[name], size[name], case.q.dtype))
     return worst
-
-
-def _norm(x: Tensor, order: float) -> float:
-    return float(torch.linalg.vector_norm(x, ord=order))
 
 
 def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:

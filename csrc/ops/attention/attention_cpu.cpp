@@ -1,22 +1,10 @@
 // Compiled once per instruction set; see core/isa.h.
+#include "core/with_type.h"
 #include "ops/attention/attention_backward.h"
 #include "ops/attention/attention_forward.h"
 
 namespace ofakern::OFAKERN_ISA {
 namespace {
-
-// Calls body with a value of the storage type that `dtype` names (attention.cpp has refused all others).
-template <class Body>
-OFAKERN_LOCAL auto with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::bf16:
-      return body(bf16{});
-    case DType::f16:
-      return body(f16{});
-    default:
-      return body(float{});
-  }
-}
 
 template <class T>
 OFAKERN_LOCAL i64 measure_forward(const AttentionInputs& in, int threads) {

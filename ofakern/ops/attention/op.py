@@ -7,14 +7,15 @@ the binding; here they are only brought into the form that kernels take.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ofakern.errors import BackendError, OfakernRuntimeError
+from ofakern.errors import BackendError
 from ofakern.ops import native
 from ofakern.ops.attention.backends import UNAVAILABLE
+from ofakern.ops.library import LIBRARY, differentiate_once, refuse_vmap
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_pos, Tensor? k_pos, "
@@ -28,12 +29,11 @@ _Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE = 0, 1, 2, 3, 4, 5, 9,
 _DIFFERENTIABLE = (_Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE)
 _TENSORS = 20  # how many of the inputs are tensors; scale and dropout_p follow
 
-_library: Any = torch.library.Library("ofakern", "FRAGMENT")  # type: ignore[no-untyped-call]
 # The dispatcher picks by device; Triton is a second kernel for a device's tensors, so it has ops of its own.
 for _suffix in ("", "_triton"):
-    _library.define(f"attention_fwd{_suffix}({_INPUTS}) -> (Tensor out, Tensor lse)")
+    LIBRARY.define(f"attention_fwd{_suffix}({_INPUTS}) -> (Tensor out, Tensor lse)")
     # An absent input's gradient is a tensor without elements: a schema cannot return `Tensor?`.
-    _library.define(
+    LIBRARY.define(
         f"attention_bwd{_suffix}(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}) -> "
         "(Tensor dq, Tensor dk, Tensor dv, Tensor dq_pos, Tensor dk_pos, "
         "Tensor dtable0, Tensor dtable1, Tensor dhead_scale)"
@@ -55,9 +55,8 @@ def _forward_op(backend: str) -> Any:
     return ops.attention_fwd_triton if backend == "triton" else ops.attention_fwd
 
 
-def _backward_op(backend: str) -> Any:
-    ops = torch.ops.ofakern
-    return ops.attention_bwd_triton if backend == "triton" else ops.attention_bwd
+def _backward_op(backend: str) -> str:
+    return "attention_bwd_triton" if backend == "triton" else "attention_bwd"
 
 
 def _requires_grad(tensor: Tensor | None) -> bool:
@@ -86,48 +85,13 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         arguments = (dout, dlse, out, lse, *tensors, *ctx.numbers)
-        # Gradients are enabled here only under create_graph=True: then the result must refuse a second derivative.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            results = _AttentionBackward.apply(ctx.backend, *arguments)  # type: ignore[no-untyped-call]
-        else:
-            results = _backward_op(ctx.backend)(*arguments)
+        results = differentiate_once(_backward_op(ctx.backend), *arguments)
         for n, result in zip(_DIFFERENTIABLE, results, strict=True):
             if tensors[n] is not None:
                 grads[n] = result
         return None, *grads
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> NoReturn:
-        _refuse_vmap(info, in_dims, *inputs)
-
-
-class _AttentionBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = _backward_op(backend)(*arguments)
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        raise OfakernRuntimeError(
-            "attention: a compiled backend's gradient must not be differentiated again, got a double backward\n"
-            "Try: backend='reference', which differentiates any number of times."
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> NoReturn:
-        _refuse_vmap(info, in_dims, *inputs)
-
-
-def _refuse_vmap(info: Any, in_dims: Any, *inputs: Any) -> NoReturn:
-    raise OfakernRuntimeError(
-        "attention: a compiled backend must not be called under vmap, got a batched tensor\n"
-        "Try: pack the batch as samples of one layout, or backend='reference'."
-    )
+    vmap = staticmethod(refuse_vmap("attention"))
 
 
 def _kernel_ready(tensor: Tensor) -> Tensor:
@@ -221,13 +185,13 @@ def _backward_fake(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
     )
 
 
-_library.impl("attention_fwd", _forward_cpu, "CPU")
-_library.impl("attention_bwd", _backward_cpu, "CPU")
+LIBRARY.impl("attention_fwd", _forward_cpu, "CPU")
+LIBRARY.impl("attention_bwd", _backward_cpu, "CPU")
 for _device in ("CUDA", "CPU"):  # CPU: Triton's interpreter
-    _library.impl("attention_fwd_triton", _forward_triton, _device)
-    _library.impl("attention_bwd_triton", _backward_triton, _device)
+    LIBRARY.impl("attention_fwd_triton", _forward_triton, _device)
+    LIBRARY.impl("attention_bwd_triton", _backward_triton, _device)
 for _suffix in ("", "_triton"):
-    torch.library.register_fake(f"ofakern::attention_fwd{_suffix}", _forward_fake, lib=_library)
-    torch.library.register_fake(f"ofakern::attention_bwd{_suffix}", _backward_fake, lib=_library)
-    torch.library.register_vmap(f"ofakern::attention_fwd{_suffix}", _refuse_vmap, lib=_library)
-    torch.library.register_vmap(f"ofakern::attention_bwd{_suffix}", _refuse_vmap, lib=_library)
+    torch.library.register_fake(f"ofakern::attention_fwd{_suffix}", _forward_fake, lib=LIBRARY)
+    torch.library.register_fake(f"ofakern::attention_bwd{_suffix}", _backward_fake, lib=LIBRARY)
+    torch.library.register_vmap(f"ofakern::attention_fwd{_suffix}", refuse_vmap("attention"), lib=LIBRARY)
+    torch.library.register_vmap(f"ofakern::attention_bwd{_suffix}", refuse_vmap("attention"), lib=LIBRARY)

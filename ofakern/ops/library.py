@@ -1,0 +1,69 @@
+"""What the registered ops share: the `ofakern` library, and the refusal of what a compiled kernel cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ofakern.errors import OfakernRuntimeError
+
+LIBRARY: Any = torch.library.Library("ofakern", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def define(name: str, schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers `ofakern::<name><schema>`, e.g. `("log_mel", "(Tensor wave) -> Tensor", ...)`, with its CPU kernel.
+
+    `cpu` takes and returns what the schema says and never falls back; `fake` gives results of the right shape and
+    dtype without data. Under vmap the op raises; gradients are an autograd.Function outside (half the call overhead of
+    register_autograd), whose backward calls `differentiate_once`.
+    """
+    LIBRARY.define(f"{name}{schema}")
+    LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"ofakern::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"ofakern::{name}", refuse_vmap(name), lib=LIBRARY)
+
+
+def refuse_vmap(name: str) -> Callable[..., NoReturn]:
+    """A vmap rule that raises; an autograd.Function takes it as its `vmap` static method."""
+    op = name.removesuffix("_fwd").removesuffix("_bwd")
+
+    def refuse(info: Any, in_dims: Any, *inputs: Any) -> NoReturn:
+        raise OfakernRuntimeError(
+            f"{op}: a compiled backend must not be called under vmap, got a batched tensor\n"
+            "Try: fold the mapped dimension into the rows, or backend='reference'."
+        )
+
+    return refuse
+
+
+def differentiate_once(name: str, *arguments: Any) -> Any:
+    """Calls the gradient op `ofakern::<name>`; under create_graph=True its results refuse a second derivative."""
+    # Gradients are enabled inside a backward only under create_graph=True.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Once.apply(name, *arguments)  # type: ignore[no-untyped-call]
+    return getattr(torch.ops.ofakern, name)(*arguments)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(name: str, *arguments: Any) -> Any:
+        return getattr(torch.ops.ofakern, name)(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op = inputs[0].removesuffix("_bwd")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        raise OfakernRuntimeError(
+            f"{ctx.op}: a compiled backend's gradient must not be differentiated again, got a double backward\n"
+            "Try: backend='reference', which differentiates any number of times."
+        )
+
+
+def kernel_ready(tensor: Tensor) -> Tensor:
+    """Row-major and without a lazy negation: DLPack would hand over a negative view's bits silently wrong."""
+    return tensor.resolve_neg().contiguous()

@@ -1,0 +1,76 @@
+"""Which backend runs a call of an op, and why another one would not: the part that all ops share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ofakern.errors import BackendError, OfakernValueError
+from ofakern.ops import native
+
+NAMES = ("cpu", "cuda", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Backends:
+    """The backends of one op whose compiled entry in `ofakern._cpu` is `entry`.
+
+    `dtypes`: what its kernels take; everything else (float64 among them) is the reference's.
+    """
+
+    def __init__(self, op: str, entry: str, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> None:
+        self.op = op
+        self.dtypes = dtypes
+        # None: can be used. Fixed at import, so that choosing costs nothing and traces under torch.compile.
+        self.unavailable: dict[str, str | None] = {
+            "cpu": self._cpu_unavailable(entry),
+            "cuda": f"not available yet: this version has no CUDA kernel for {op}",
+            "triton": f"not available yet: this version has no Triton kernel for {op}",
+            "reference": None,
+        }
+
+    def _cpu_unavailable(self, entry: str) -> str | None:
+        if native.cpu is None:
+            return native.cpu_reason
+        if not hasattr(native.cpu, entry):
+            return f"the compiled module ofakern._cpu was built without {self.op}"
+        return None
+
+    def refusal(self, backend: str, tensor: Tensor, limit: str | None = None) -> str | None:
+        """Why a backend cannot take a checked call, or None. `limit`: what no kernel can do of this call."""
+        reason = self.unavailable[backend]
+        if reason is not None or backend == "reference":
+            return reason
+        device = "CPU" if backend == "cpu" else "CUDA"
+        if tensor.device.type != device.lower():
+            return f"takes {device} tensors, got {tensor.device}"
+        if tensor.dtype not in self.dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            return f"takes {names}, got {tensor.dtype}"
+        return limit
+
+    def automatic(self, tensor: Tensor) -> str:
+        """The static table behind `auto`: no kernel has float64, so the reference is its backend everywhere."""
+        if tensor.dtype == torch.float64:
+            return "reference"
+        return "cpu" if tensor.device.type == "cpu" else "cuda"
+
+    def select(self, backend: str, tensor: Tensor, limit: str | None = None) -> str:
+        """The backend that runs the call. Raises BackendError with the reason when it cannot; takes no other one."""
+        if backend != "auto" and backend not in NAMES:
+            choices = ", ".join(repr(name) for name in ("auto", *NAMES))
+            raise OfakernValueError(f"{self.op}: backend must be one of {choices}, got {backend!r}")
+        chosen = self.automatic(tensor) if backend == "auto" else backend
+        reason = self.refusal(chosen, tensor, limit)
+        if reason is not None:
+            named = f"backend {chosen!r}" + (" (chosen by 'auto')" if backend == "auto" else "")
+            raise BackendError(
+                f"{self.op}: {named} cannot run this call: {reason}\n"
+                "Try: backend='reference' (plain torch); ofakern.explain gives all reasons."
+            )
+        return chosen
+
+    def reasons(self, backend: str, tensor: Tensor, limit: str | None = None) -> tuple[str, dict[str, str | None]]:
+        """What `ofakern.explain` prints: the backend asked for, and each one's reason against the call."""
+        wanted = self.automatic(tensor) if backend == "auto" else backend
+        return wanted, {name: self.refusal(name, tensor, limit) for name in NAMES}
