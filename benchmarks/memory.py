@@ -18,13 +18,13 @@ import os
 import signal
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from benchmarks.core import OpBench, Unavailable
+from benchmarks import catalogue
+from benchmarks.core import OpBench, Unavailable, tensors
 from ofakern.errors import OfakernRuntimeError
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -79,19 +79,20 @@ def _status(field: str) -> int:
 
 def extra_memory(op: OpBench, case: str, dtype: str, contender: str, phase: Any) -> float:
     """MiB beyond inputs, output and gradients; for a process that does nothing else."""
-    spec = op.CASES[case]
+    spec = op.cases[case]
     problem = op.make(spec, dtype)
-    entry = op.CONTENDERS[contender](problem)
+    entry = op.contenders[contender](problem)
     call = entry.call(phase)
-    if entry.compiled:  # making it has run it on the case itself
+    small = op.reduced(spec)
+    if entry.compiled or small is spec:  # making it has run it on the case itself, or there is no smaller one
         call()
     else:
-        op.CONTENDERS[contender](op.make(op.reduced(spec), dtype)).call(phase)()
+        op.contenders[contender](op.make(small, dtype)).call(phase)()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _status("VmRSS")
-    results = [call(), *(entry.leaves if phase != "fwd" else ())]  # a gradient is as large as its leaf
+    results = [*tensors(call()), *(entry.leaves if phase != "fwd" else ())]  # a gradient is as large as its leaf
     returned = sum(x.numel() * x.element_size() for x in results)
     return max(0.0, (_status("VmHWM") - before) / 1024 - returned / 2**20)
 
@@ -105,7 +106,7 @@ def _answer(op: OpBench, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _serve(op_name: str) -> None:
-    op = cast(OpBench, import_module(f"benchmarks.ops.bench_{op_name}"))
+    op = catalogue.load(op_name)
     torch.set_num_threads(1)
     answers, stdout = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(stdout, 1)  # what a compiler prints in a child is no answer

@@ -41,23 +41,30 @@ def _figure(op: str, phase: str, dtype: str, records: list[dict[str, Any]], resu
 
     cases = list(dict.fromkeys(r["case"] for r in records))
     names = list(dict.fromkeys(r["backend"] for r in records))
+    gemm = all(r["bound"] == "gemm" for r in records)
     figure = Figure(figsize=(2.4 + 1.5 * len(cases), 4.4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(names)
     for n, name in enumerate(names):
-        rates = {r["case"]: r["tflops"] * 1e3 for r in records if r["backend"] == name}
-        places = [c + (n - (len(names) - 1) / 2) * width for c, case in enumerate(cases) if case in rates]
+        heights = {r["case"]: r["tflops"] * 1e3 if gemm else r["roofline_pct"] for r in records if r["backend"] == name}
+        places = [c + (n - (len(names) - 1) / 2) * width for c, case in enumerate(cases) if case in heights]
         label = f"ofakern ({name})" if n == 0 else name
-        axes.bar(places, list(rates.values()), width, label=label, color=_COLORS[n % len(_COLORS)])
-    roof = results["roofline"]
-    for key, label, style in (("gemm_tflops", "GEMM", "-"), ("gemm_no_amx_tflops", "GEMM without AMX", "--")):
-        if dtype in roof.get(key, {}):
-            axes.axhline(roof[key][dtype]["best"] * 1e3, color="black", linestyle=style, linewidth=1, label=label)
+        axes.bar(places, list(heights.values()), width, label=label, color=_COLORS[n % len(_COLORS)])
+    for height, label, style in _lines(results["roofline"], dtype, gemm):
+        axes.axhline(height, color="black", linestyle=style, linewidth=1, label=label)
     axes.set_yscale("log")
     axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
-    axes.set_ylabel("GFLOP/s (work of the case / p50)")
+    axes.set_ylabel("GFLOP/s (work of the case / p50)" if gemm else "% of the roofline (least time / p50)")
     machine = results["machine"]
     title = f"{op}, {phase}, {dtype}\n{machine['cpu']}, {machine['threads']} threads, {machine['date'][:10]}"
     figure.suptitle(title, fontsize="small")
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def _lines(roof: dict[str, Any], dtype: str, gemm: bool) -> list[tuple[float, str, str]]:
+    """The roofline: GEMM rates where those bound every case, else each case's own least time, 100 %."""
+    if not gemm:
+        return [(100.0, "roofline", "-")]
+    kinds = (("gemm_tflops", "GEMM", "-"), ("gemm_no_amx_tflops", "GEMM without AMX", "--"))
+    return [(roof[k][dtype]["best"] * 1e3, label, style) for k, label, style in kinds if dtype in roof.get(k, {})]

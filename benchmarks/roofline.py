@@ -19,8 +19,11 @@ import torch
 
 from benchmarks.core import DTYPES, Work
 from benchmarks.timing import quantiles
+from ofakern.errors import OfakernValueError
 
+KINDS = ("vector", "erf", "exp")
 _SIZES = (1024, 2048)
+_LARGEST = 2**30  # bytes: beyond it a bandwidth is that of the memory, whatever the size
 _NO_AMX = "AVX512_CORE_BF16"
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +71,7 @@ def gemm_no_amx(dtype: str) -> dict[str, float]:
 
 def bandwidth(size: float, seconds: float = 0.1) -> dict[str, float]:
     """GB/s of copy (bytes read plus bytes written) and of read (a sum), over arrays of `size` bytes in all."""
-    words = max(int(size) // 8, 1024)
+    words = max(int(min(size, _LARGEST)) // 8, 1024)
     source, target = torch.ones(words), torch.empty(words)
     whole = torch.ones(2 * words)
     copy = 8 * words / _median(lambda: target.copy_(source), seconds) / 1e9
@@ -76,9 +79,32 @@ def bandwidth(size: float, seconds: float = 0.1) -> dict[str, float]:
     return {"mib": 8 * words / 2**20, "copy_gbps": copy, "read_gbps": read}
 
 
-def least_seconds(work: Work, gemm_tflops: float, band: dict[str, float]) -> float:
-    """The roofline: a call takes at least its flops at the GEMM rate, and its bytes at the faster bandwidth."""
-    return max(work.flops / (gemm_tflops * 1e12), work.bytes / (max(band["copy_gbps"], band["read_gbps"]) * 1e9))
+def other(kind: str, seconds: float = 0.2) -> float:
+    """1e9 per second of a kind of work outside matrix products, all threads, on data that stays in the caches.
+
+    "vector": float32 additions and multiplications, at the rate of the float32 GEMM (fused, two a step: no kernel can
+    do more); "erf", "exp": evaluations by torch on float32. Raises OfakernValueError for another kind.
+    """
+    if kind == "vector":
+        return 1e3 * gemm("f32", seconds)["best"]
+    if kind not in KINDS:
+        raise OfakernValueError(f"bench: a kind of work must be one of {', '.join(KINDS)}, got {kind!r}")
+    x = torch.randn(64 * 1024 * torch.get_num_threads())
+    out = torch.empty_like(x)
+    function = torch.erf if kind == "erf" else torch.exp
+    return x.numel() / _median(lambda: function(x, out=out), seconds) / 1e9
+
+
+def bounds(work: Work, dtype: str, roof: dict[str, Any], band: dict[str, float]) -> dict[str, float]:
+    """Seconds that each part of the work takes at least: "gemm", "bytes", and the other kinds; the floor is the most.
+
+    The parts may overlap (matrix units, vector units, memory), so their sum is no bound.
+    """
+    found = {
+        "gemm": work.flops / (roof["gemm_tflops"][dtype]["best"] * 1e12),
+        "bytes": work.bytes / (max(band["copy_gbps"], band["read_gbps"]) * 1e9),
+    }
+    return found | {kind: count / (roof["other_gops"][kind] * 1e9) for kind, count in work.other.items()}
 
 
 def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,18 +21,18 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from benchmarks import machine, roofline, timing  # noqa: E402
-from benchmarks.core import DTYPES, PHASES, Contender, OpBench, Phase, Unavailable, Work  # noqa: E402
+from benchmarks import catalogue, machine, roofline, timing  # noqa: E402
+from benchmarks.core import DTYPES, Contender, OpBench, Phase, Unavailable, Work  # noqa: E402
 from benchmarks.memory import MemoryMeter  # noqa: E402
 from ofakern.errors import OfakernRuntimeError, OfakernValueError  # noqa: E402
-
-_AGREEMENT = {"f32": 1e-4, "bf16": 3e-2, "f16": 5e-3}  # relative L2 between contenders of one function
 
 
 @dataclass(frozen=True)
 class Options:
-    op: str
-    dtypes: Sequence[str] = ("f32", "bf16")
+    """ops: names, or ("all",); dtypes and cases: None for what each op has as its default."""
+
+    ops: Sequence[str]
+    dtypes: Sequence[str] | None = None
     cases: Sequence[str] | None = None
     quick: bool = False
     threads: int | None = None
@@ -54,85 +53,106 @@ class _Timing:
 
 @dataclass
 class _Session:
+    """One op's part of a run; `bands` and `rates` belong to the whole run."""
+
     op: OpBench
-    options: Options
+    quick: bool
     meter: MemoryMeter | None
     harness: ModuleType
+    bands: dict[str, dict[str, float]]
     timings: list[_Timing] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
-    bands: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    @property
-    def ours(self) -> str:
-        return next(iter(self.op.CONTENDERS))
+
+@dataclass(frozen=True)
+class _Job:
+    """An op with the cases and dtypes that this run takes of it."""
+
+    op: OpBench
+    specs: list[Any]
+    dtypes: tuple[str, ...]
 
 
 def run(options: Options) -> dict[str, Any]:
     """The results: {"machine", "roofline", "records", "skipped"}; records as in docs/BENCHMARKS.md.
 
-    Raises OfakernRuntimeError when the op gives a wrong result on a case: a wrong kernel is not timed.
+    Raises OfakernRuntimeError when an op gives a wrong result on a case: a wrong kernel is not timed.
     """
-    op = load_op(options.op)
-    specs = _chosen(op, options)
+    jobs = _jobs(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     about = machine.describe()
-    gemms = {dtype: roofline.gemm(dtype) for dtype in options.dtypes}
-    meter = MemoryMeter(options.op) if MemoryMeter.available else None
-    session = _Session(op, options, meter, load_harness())
+    dtypes = list(dict.fromkeys(dtype for job in jobs for dtype in job.dtypes))
+    gemms = {dtype: roofline.gemm(dtype) for dtype in dtypes}
+    bands: dict[str, dict[str, float]] = {}
+    sessions = [_run_job(job, options.quick, bands) for job in jobs]
+    gemms = {dtype: roofline.merge(rates, roofline.gemm(dtype)) for dtype, rates in gemms.items()}
+    kinds = {kind for session in sessions for t in session.timings for kind in t.work.other}
+    roof: dict[str, Any] = {"gemm_tflops": gemms, "bandwidth": bands}
+    if kinds:
+        roof["other_gops"] = {kind: roofline.other(kind) for kind in sorted(kinds)}
+    low = [dtype for dtype in dtypes if dtype != "f32"]
+    if roofline.has_amx() and low:
+        roof["gemm_no_amx_tflops"] = {dtype: roofline.gemm_no_amx(dtype) for dtype in low}
+    return {
+        "machine": about,
+        "roofline": roof,
+        "records": [record for session in sessions for record in _records(session, roof)],
+        "skipped": [entry for session in sessions for entry in session.skipped],
+    }
+
+
+def _jobs(options: Options) -> list[_Job]:
+    """Raises OfakernValueError for an op, dtype or case that is none. A named case or dtype need not be in every op."""
+    if options.threads is not None and options.threads < 1:
+        raise OfakernValueError(f"bench: --threads must be at least 1, got {options.threads}")
+    for dtype in options.dtypes or ():
+        if dtype not in DTYPES:
+            raise OfakernValueError(f"bench: --dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    names = catalogue.names() if "all" in options.ops else options.ops
+    ops = [catalogue.load(name) for name in dict.fromkeys(names)]
+    known = [case for op in ops for case in op.cases]
+    for case in options.cases or ():
+        if case not in known:
+            raise OfakernValueError(f"bench: --case must be one of {', '.join(known)}, got {case!r}")
+    jobs = [_Job(op, _specs(op, options), _dtypes(op, options)) for op in ops]
+    jobs = [job for job in jobs if job.specs and job.dtypes]
+    if not jobs:
+        choices = ", ".join(dict.fromkeys(dtype for op in ops for dtype in _allowed(op)))
+        raise OfakernValueError(f"bench: --dtype must be one of {choices}, got {' '.join(options.dtypes or ())}")
+    return jobs
+
+
+def _specs(op: OpBench, options: Options) -> list[Any]:
+    if options.cases is not None:
+        return [op.cases[name] for name in options.cases if name in op.cases]
+    return [spec for spec in op.cases.values() if (spec.quick if options.quick else spec.default)]
+
+
+def _allowed(op: OpBench) -> tuple[str, ...]:
+    return op.dtypes if "bf16" not in op.dtypes else tuple(dict.fromkeys([*op.dtypes, "f16"]))
+
+
+def _dtypes(op: OpBench, options: Options) -> tuple[str, ...]:
+    return op.dtypes if options.dtypes is None else tuple(d for d in options.dtypes if d in _allowed(op))
+
+
+def _run_job(job: _Job, quick: bool, bands: dict[str, dict[str, float]]) -> _Session:
+    meter = MemoryMeter(job.op.name) if MemoryMeter.available else None
+    session = _Session(job.op, quick, meter, catalogue.load_harness(job.op.harness), bands)
     try:
-        _run_cases(session, specs)
+        _run_cases(session, job)
     finally:
         if meter is not None:
             meter.__exit__()
-    gemms = {dtype: roofline.merge(rates, roofline.gemm(dtype)) for dtype, rates in gemms.items()}
-    roof: dict[str, Any] = {"gemm_tflops": gemms, "bandwidth": session.bands}
-    low = [dtype for dtype in options.dtypes if dtype != "f32"]
-    if roofline.has_amx() and low:
-        roof["gemm_no_amx_tflops"] = {dtype: roofline.gemm_no_amx(dtype) for dtype in low}
-    return {"machine": about, "roofline": roof, "records": _records(session, gemms), "skipped": session.skipped}
+    return session
 
 
-def load_op(name: str) -> OpBench:
-    found = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks/ops").glob("bench_*.py"))
-    if name not in found:
-        raise OfakernValueError(f"bench: OP must be one of {', '.join(found)}, got {name!r}")
-    module: Any = import_module(f"benchmarks.ops.bench_{name}")
-    loaded: OpBench = module
-    return loaded
-
-
-def _chosen(op: OpBench, options: Options) -> list[Any]:
-    wrong = [dtype for dtype in options.dtypes if dtype not in DTYPES]
-    if wrong:
-        raise OfakernValueError(f"bench: --dtype must be one of {', '.join(DTYPES)}, got {wrong[0]!r}")
-    if options.threads is not None and options.threads < 1:
-        raise OfakernValueError(f"bench: --threads must be at least 1, got {options.threads}")
-    if options.cases is None:
-        return [spec for spec in op.CASES.values() if (spec.quick if options.quick else spec.default)]
-    for name in options.cases:
-        if name not in op.CASES:
-            raise OfakernValueError(f"bench: --case must be one of {', '.join(op.CASES)}, got {name!r}")
-    return [op.CASES[name] for name in options.cases]
-
-
-def load_harness(name: str = "harness") -> ModuleType:
-    """A module of tests/ops: what the op's tests prove a kernel with."""
-    folder = ROOT / "tests/ops"
-    if not (folder / f"{name}.py").is_file():
-        raise OfakernRuntimeError(
-            f"bench: the op tests' rule must be at {folder / name}.py, got nothing\nTry: run from a complete checkout."
-        )
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-    return import_module(name)
-
-
-def _run_cases(session: _Session, specs: list[Any]) -> None:
-    steps = [(spec, dtype) for dtype in session.options.dtypes for spec in specs]
-    with tqdm(total=len(steps) * (1 + len(PHASES)), unit="step", disable=None) as bar:
+def _run_cases(session: _Session, job: _Job) -> None:
+    steps = [(spec, dtype) for dtype in job.dtypes for spec in job.specs]
+    with tqdm(total=len(steps) * (1 + len(job.op.phases)), unit="step", disable=None) as bar:
         for spec, dtype in steps:
-            bar.set_description(f"{spec.name} {dtype}: check")
+            bar.set_description(f"{job.op.name} {spec.name} {dtype}: check")
             check(session.op, spec, dtype, session.harness)
             bar.update()
             for line in _run_case(session, spec, dtype, bar):
@@ -145,18 +165,19 @@ def check(op: OpBench, spec: Any, dtype: str, harness: Any) -> None:
         op.verify(spec, dtype, harness)
     except AssertionError as error:
         raise OfakernRuntimeError(
-            f"bench: {op.OP} must be right before it is timed, got a wrong result on {spec.name} {dtype}: {error}\n"
-            f"Try: pytest tests/ops -k {op.OP}"
+            f"bench: {op.name} must be right before it is timed, got a wrong result on {spec.name} {dtype}: {error}\n"
+            f"Try: pytest tests/ops -k {op.name}"
         ) from error
 
 
 def _run_case(session: _Session, spec: Any, dtype: str, bar: Any) -> Iterator[str]:
     contenders = _contenders(session, spec, dtype)
-    expected = _agreed(contenders, session.ours, spec, dtype)
-    for phase in PHASES:
-        bar.set_description(f"{spec.name} {dtype} {phase}")
+    expected = _agreed(session, contenders, spec, dtype)
+    ours = contenders[session.op.ours]
+    for phase in session.op.phases:
+        bar.set_description(f"{session.op.name} {spec.name} {dtype} {phase}")
         work = session.op.work(spec, dtype, phase)
-        key = f"{work.bytes / 2**20:.3g} MiB"
+        key = band_of(work)
         if key not in session.bands:
             session.bands[key] = roofline.bandwidth(work.bytes)
         calls = {}
@@ -165,8 +186,8 @@ def _run_case(session: _Session, spec: Any, dtype: str, bar: Any) -> Iterator[st
                 calls[name] = entry.call(phase)
             except Unavailable as reason:
                 _skip(session, spec, dtype, phase, name, str(reason))
-        samples, last = timing.in_turn(calls, timing.QUICK if session.options.quick else timing.FULL)
-        if not torch.equal(contenders[session.ours].packed(last[session.ours]), expected):
+        samples, last = timing.in_turn(calls, timing.QUICK if session.quick else timing.FULL)
+        if expected is not None and not torch.equal(ours.comparable(last[ours.name]), expected):
             raise OfakernRuntimeError(f"bench: {spec.name} {dtype} must give the same bits in every call, got others")
         del last
         for name in calls:
@@ -177,42 +198,53 @@ def _run_case(session: _Session, spec: Any, dtype: str, bar: Any) -> Iterator[st
         yield _progress_line(session, spec.name, dtype, phase)
 
 
+def band_of(work: Work) -> str:
+    """The key of the bandwidth measured over arrays of the work's size."""
+    return f"{work.bytes / 2**20:.3g} MiB"
+
+
 def _contenders(session: _Session, spec: Any, dtype: str) -> dict[str, Contender]:
     problem = session.op.make(spec, dtype)
     made = {}
-    for name, build in session.op.CONTENDERS.items():
+    for name, build in session.op.contenders.items():
         try:
-            if session.options.quick and name in session.op.SLOW_CONTENDERS:
+            if session.quick and name in session.op.slow:
                 raise Unavailable("left out by --quick: it compiles for many seconds")
             made[name] = build(problem)
         except Unavailable as reason:
-            for phase in PHASES:
+            for phase in session.op.phases:
                 _skip(session, spec, dtype, phase, name, str(reason))
     return made
 
 
 def _skip(session: _Session, spec: Any, dtype: str, phase: str, name: str, reason: str) -> None:
-    entry = {"op": session.op.OP, "case": spec.name, "phase": phase, "dtype": dtype, "backend": name, "reason": reason}
-    session.skipped.append(entry)
+    entry = {"op": session.op.name, "case": spec.name, "phase": phase, "dtype": dtype, "backend": name}
+    session.skipped.append(entry | {"reason": reason})
 
 
-def _agreed(contenders: dict[str, Contender], ours: str, spec: Any, dtype: str) -> Tensor:
-    """Our (checked) output on the timed inputs; a peer that computes another function than it claims is an error."""
-    expected = contenders[ours].packed(contenders[ours].call("fwd")())
+def _agreed(session: _Session, contenders: Mapping[str, Contender], spec: Any, dtype: str) -> Tensor | None:
+    """Our (checked) output on the timed inputs; a peer that computes another function than it claims is an error.
+
+    None where the op has no phase of its own output (a training step changes its state): `verify` alone stands there.
+    """
+    if "fwd" not in session.op.phases:
+        return None
+    ours, limit = contenders[session.op.ours], session.op.agreement[dtype]
+    expected = ours.comparable(ours.call("fwd")())
     for name, entry in contenders.items():
-        if name == ours or not entry.exact:
+        if entry is ours or not entry.exact:
             continue
-        got = entry.packed(entry.call("fwd")())
+        got = entry.comparable(entry.call("fwd")())
         error = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-        if not error <= _AGREEMENT[dtype]:
+        if not error <= limit:
             raise OfakernRuntimeError(
-                f"bench: {name} must agree with {ours} on {spec.name} {dtype} to {_AGREEMENT[dtype]:g}, got {error:.2g}"
+                f"bench: {name} must agree with {ours.name} on {spec.name} {dtype} to {limit:g}, got {error:.2g}"
             )
     return expected
 
 
 def _peak(session: _Session, spec: Any, dtype: str, name: str, phase: Phase) -> float | None:
-    if session.meter is None or (session.options.quick and phase == "fwd"):
+    if session.meter is None or (session.quick and phase != session.op.phases[-1]):
         return None
     return session.meter.peak_mib(spec.name, dtype, name, phase, torch.get_num_threads())
 
@@ -220,17 +252,18 @@ def _peak(session: _Session, spec: Any, dtype: str, name: str, phase: Phase) -> 
 def _progress_line(session: _Session, case: str, dtype: str, phase: str) -> str:
     group = [t for t in session.timings if (t.case, t.dtype, t.phase) == (case, dtype, phase)]
     times = ", ".join(f"{t.backend} {t.seconds['p50'] * 1e3:.3g}" for t in group)
-    return f"{case} {dtype} {phase}, ms: {times}"
+    return f"{session.op.name} {case} {dtype} {phase}, ms: {times}"
 
 
-def _records(session: _Session, gemms: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+def _records(session: _Session, roof: dict[str, Any]) -> list[dict[str, Any]]:
     median = {(t.case, t.phase, t.dtype, t.backend): t.seconds["p50"] for t in session.timings}
     records = []
     for t in session.timings:
         p50 = t.seconds["p50"]
-        band = session.bands[f"{t.work.bytes / 2**20:.3g} MiB"]
+        bounds = roofline.bounds(t.work, t.dtype, roof, roof["bandwidth"][band_of(t.work)])
+        bound = max(bounds, key=lambda kind: bounds[kind])
         record: dict[str, Any] = {
-            "op": session.op.OP,
+            "op": session.op.name,
             "case": t.case,
             "phase": t.phase,
             "dtype": t.dtype,
@@ -240,10 +273,11 @@ def _records(session: _Session, gemms: dict[str, dict[str, float]]) -> list[dict
             "peak_mib": t.peak_mib,
             "tflops": t.work.flops / p50 / 1e12,
             "gbps": t.work.bytes / p50 / 1e9,
-            "roofline_pct": 100 * roofline.least_seconds(t.work, gemms[t.dtype]["best"], band) / p50,
+            "bound": bound,
+            "roofline_pct": 100 * bounds[bound] / p50,
         }
-        if t.backend == session.ours:
-            peers = [key for key in median if key[:3] == (t.case, t.phase, t.dtype) and key[3] != session.ours]
+        if t.backend == session.op.ours:
+            peers = [key for key in median if key[:3] == (t.case, t.phase, t.dtype) and key[3] != t.backend]
             record["versus"] = {key[3]: median[key] / p50 for key in peers}
         records.append(record)
     return records

@@ -1,43 +1,49 @@
-"""The benchmark's cases under pytest-benchmark: `pytest benchmarks/ --benchmark-only`.
+"""The benchmarks' cases under pytest-benchmark: `pytest benchmarks/ --benchmark-only`.
 
 `ofakern bench` is the one that compares in turn and knows the roofline; this is for a single case while working on a
-kernel (`-k ofa_base_enc_1024-bf16`) and for pytest-benchmark's own --benchmark-compare.
+kernel (`-k "attention and ofa_base_enc_1024-bf16"`) and for pytest-benchmark's own --benchmark-compare.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from benchmarks import run
-from benchmarks.core import PHASES, Phase, Unavailable
+from benchmarks import catalogue, run
+from benchmarks.core import OpBench, Phase, Unavailable
 
-_OP = run.load_op("attention")
-_CASES = [spec for spec in _OP.CASES.values() if spec.default]
-
-
-@pytest.fixture(scope="module")
-def harness() -> Any:
-    return run.load_harness()
+_OPS = {name: catalogue.load(name) for name in catalogue.names()}
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("spec", _CASES, ids=lambda spec: spec.name)
-def test_right_before_timed(spec: Any, dtype: str, harness: Any) -> None:
-    run.check(_OP, spec, dtype, harness)
+def _cases() -> Iterator[Any]:
+    for op in _OPS.values():
+        for spec in (spec for spec in op.cases.values() if spec.default):
+            for dtype in op.dtypes:
+                yield pytest.param(op, spec, dtype, id=f"{op.name}-{spec.name}-{dtype}")
 
 
-@pytest.mark.parametrize("contender", [name for name in _OP.CONTENDERS if name not in _OP.SLOW_CONTENDERS])
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("spec", _CASES, ids=lambda spec: spec.name)
-def test_attention(spec: Any, dtype: str, phase: Phase, contender: str, benchmark: Any, harness: Any) -> None:
-    if contender == next(iter(_OP.CONTENDERS)):
-        run.check(_OP, spec, dtype, harness)
+def _timed() -> Iterator[Any]:
+    for case in _cases():
+        op, spec, dtype = case.values
+        for phase in op.phases:
+            for contender in (name for name in op.contenders if name not in op.slow):
+                yield pytest.param(op, spec, dtype, phase, contender, id=f"{case.id}-{phase}-{contender}")
+
+
+@pytest.mark.parametrize(("op", "spec", "dtype"), _cases())
+def test_right_before_timed(op: OpBench, spec: Any, dtype: str) -> None:
+    run.check(op, spec, dtype, catalogue.load_harness(op.harness))
+
+
+@pytest.mark.parametrize(("op", "spec", "dtype", "phase", "contender"), _timed())
+def test_time(op: OpBench, spec: Any, dtype: str, phase: Phase, contender: str, benchmark: Any) -> None:
+    if contender == op.ours:
+        run.check(op, spec, dtype, catalogue.load_harness(op.harness))
     try:
-        call = _OP.CONTENDERS[contender](_OP.make(spec, dtype)).call(phase)
+        call = op.contenders[contender](op.make(spec, dtype)).call(phase)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    benchmark.group = f"attention {spec.name} {dtype} {phase}"
+    benchmark.group = f"{op.name} {spec.name} {dtype} {phase}"
     benchmark.pedantic(call, rounds=5, warmup_rounds=1)

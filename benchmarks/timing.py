@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor
+from benchmarks.core import Output
 
-Call = Callable[[], Tensor]
+Call = Callable[[], Output]
 _SHORTEST = 1e-3  # seconds of one sample: quicker calls are repeated within it
 
 
@@ -33,11 +33,11 @@ def quantiles(samples: Sequence[float]) -> dict[str, float]:
     return {f"p{p}": ordered[min(len(ordered) - 1, round(p / 100 * (len(ordered) - 1)))] for p in (20, 50, 80)}
 
 
-def in_turn(calls: Mapping[str, Call], budget: Budget) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+def in_turn(calls: Mapping[str, Call], budget: Budget) -> tuple[dict[str, list[float]], dict[str, Output]]:
     """Seconds per call of each contender, and each one's last result. Untimed calls come first."""
     repeats = {name: _repeats(call) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    last: dict[str, Tensor] = {}
+    last: dict[str, Output] = {}
     end = time.perf_counter() + budget.seconds
     with _without_gc():
         for done in range(budget.most):

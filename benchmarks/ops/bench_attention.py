@@ -77,7 +77,16 @@ CASES: dict[str, Spec] = {
         _ofa("long_16384", "B1, 126 x 126 image and 508 text tokens", 1, 126, 508, default=False),
     )
 }
+HARNESS = "harness"
 SLOW_CONTENDERS = frozenset({"flex"})
+MEMORY_PEER = "sdpa_mask"
+ABOUT = {
+    "sdpa_plain": "SDPA on q, k, v alone: no bias, so not the same function",
+    "sdpa_mask": "SDPA with the dense bias built from q_pos, k_pos and the table in the timed region, gradients to all",
+    "sdpa_concat": "SDPA on concatenated (q, q_pos) and (k, k_pos), v padded, the table as a mask",
+    "flex": "compiled FlexAttention, forward only on CPU",
+    "ofasys": "OFASys' formula",
+}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""`ofakern bench OP`: time an op against its peers. The benchmarks live in the repository, not in the package."""
+"""`ofakern bench OP...`: time ops against their peers. The benchmarks live in the repository, not in the package."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _EPILOG = """examples:
   ofakern bench attention --case ofa_base_enc_1024 --dtype bf16 --threads 1
   ofakern bench attention --case long_16384 --dtype f32
   ofakern bench attention --quick --compare old.json
+  ofakern bench all --quick --json now.json
 
 Needs a checkout of the repository (benchmarks/ and tests/ops/): the op's own tests decide whether it may be timed."""
 
@@ -23,15 +24,15 @@ Needs a checkout of the repository (benchmarks/ and tests/ops/): the op's own te
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "bench",
-        help="time an op against its peers",
+        help="time ops against their peers",
         description="Check an op on its benchmark cases, then time it and its peers in turn in one process: time, "
         "peak memory, FLOP/s, GB/s and the share of this machine's measured roofline.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("op", metavar="OP", help="attention")
+    parser.add_argument("ops", nargs="+", metavar="OP", help="ops (benchmarks/ops/bench_OP.py), or all")
     parser.add_argument("--device", default="cpu", help="cpu (default)")
-    parser.add_argument("--dtype", nargs="+", default=["f32", "bf16"], metavar="D", help="f32 bf16 f16")
+    parser.add_argument("--dtype", nargs="+", metavar="D", help="f32 bf16 f16 (default: f32 and bf16)")
     parser.add_argument("--case", nargs="+", metavar="NAME", help="only these cases (default: all but the longest)")
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds, no compiled peer: under a minute")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and of ofakern")
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             f"bench: {error.name} must be installed, got none\nTry: pip install 'ofakern[bench]'"
         ) from error
     old = None if args.compare is None else tables.load(args.compare)
-    options = runner.Options(args.op, tuple(args.dtype), args.case, args.quick, args.threads)
+    options = runner.Options(args.ops, args.dtype, args.case, args.quick, args.threads)
     results = runner.run(options)
     print(tables.render(results))
     if args.json is not None:

@@ -21,7 +21,7 @@ COMMANDS = {
     "generate": "follow an instruction with a saved model",
     "convert": "turn a checkpoint of OFASys or OFA into a saved model, or back",
     "parity": "recompute recorded cases of OFASys and compare",
-    "bench": "time an op against its peers",
+    "bench": "time ops against their peers",
 }
 
 _EPILOG = """examples:

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 import ofakern
-from benchmarks import memory, plots, report, roofline, run, tables, timing
-from benchmarks.core import Unavailable
+from benchmarks import catalogue, memory, plots, report, roofline, run, tables, timing
+from benchmarks.core import Contender, OpBench, Unavailable, Work
 from benchmarks.ops import bench_attention
 from benchmarks.ops.bench_attention import CASES, CONTENDERS, make, reduced, work
 from ofakern.cli import bench
 from ofakern.cli import main as cli
-from ofakern.errors import OfakernRuntimeError
+from ofakern.errors import OfakernRuntimeError, OfakernValueError
 from ofakern.ops.attention import attention
 
-RECORD = {"op", "case", "phase", "dtype", "device", "backend", "ms", "peak_mib", "tflops", "gbps", "roofline_pct"}
+RECORD = {"op", "case", "phase", "dtype", "device", "backend", "ms", "peak_mib", "tflops", "gbps", "bound"}
+RECORD |= {"roofline_pct"}
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +54,53 @@ def test_records_have_the_stated_form(results: dict[str, Any]) -> None:
 def test_roofline_share_is_least_time_over_time(results: dict[str, Any]) -> None:
     record = results["records"][0]
     job = work(CASES["small_16"], "f32", "fwd")
-    band = results["roofline"]["bandwidth"][f"{job.bytes / 2**20:.3g} MiB"]
-    least = roofline.least_seconds(job, results["roofline"]["gemm_tflops"]["f32"]["best"], band)
-    assert record["roofline_pct"] == pytest.approx(100 * least / (record["ms"]["p50"] / 1e3))
+    band = results["roofline"]["bandwidth"][run.band_of(job)]
+    bounds = roofline.bounds(job, "f32", results["roofline"], band)
+    assert record["bound"] == max(bounds, key=lambda kind: bounds[kind])
+    assert record["roofline_pct"] == pytest.approx(100 * max(bounds.values()) / (record["ms"]["p50"] / 1e3))
+
+
+def test_the_floor_is_the_largest_part_of_the_work() -> None:
+    roof = {"gemm_tflops": {"bf16": {"best": 2.0}}, "other_gops": {"erf": 4.0}}
+    band = {"copy_gbps": 10.0, "read_gbps": 8.0}
+    job = Work(flops=2e12, bytes=30e9, other={"erf": 2e9})
+    assert roofline.bounds(job, "bf16", roof, band) == {"gemm": 1.0, "bytes": 3.0, "erf": 0.5}
+
+
+def test_rates_of_other_work() -> None:
+    assert roofline.other("erf", 0.01) > 0.01
+    with pytest.raises(OfakernValueError, match="must be one of vector, erf, exp, got 'sin'"):
+        roofline.other("sin")
+
+
+def test_a_contender_has_the_phases_it_can() -> None:
+    x = torch.ones(3, requires_grad=True)
+    entry = Contender("mine", lambda: (2 * x, x + 1), (x,), (torch.ones(3), torch.ones(3)), steps={"step": lambda: x})
+    first, second = entry.call("fwd+bwd")()
+    assert not first.requires_grad and torch.equal(second, torch.full((3,), 2.0))
+    assert torch.equal(entry.comparable((first, second)), first)
+    assert entry.call("step")() is x
+    with pytest.raises(Unavailable, match="no phase other"):
+        entry.call("other")
+
+
+@pytest.mark.parametrize("name", catalogue.names())
+def test_every_benchmark_fits_the_seam(name: str) -> None:
+    op = catalogue.load(name)
+    assert op.name == name
+    assert all(key == spec.name and spec.description for key, spec in op.cases.items())
+    assert [spec for spec in op.cases.values() if spec.quick] and set(op.dtypes) <= {"f32", "bf16", "f16"}
+    assert set(op.about) <= set(op.contenders) and op.slow <= set(op.contenders)
+    assert op.memory_peer is None or op.memory_peer in op.contenders
+    for spec in op.cases.values():
+        for phase in op.phases:
+            job = op.work(spec, op.dtypes[0], phase)
+            assert job.flops >= 0 and job.bytes > 0 and set(job.other) <= set(roofline.KINDS)
+
+
+def test_a_module_that_lacks_a_part_is_told() -> None:
+    with pytest.raises(OfakernRuntimeError, match="must offer OP, CASES.*got no OP"):
+        OpBench.of(timing)
 
 
 def test_flops_of_the_base_case_are_384_and_1024_per_pair() -> None:
@@ -97,10 +142,10 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dance"], "OP must be one of attention, got 'dance'"),
+        (["dance"], "OP must be one of attention"),
         (["attention", "--device", "cuda"], "--device must be cpu"),
         (["attention", "--dtype", "f8"], "--dtype must be one of f32, bf16, f16, got 'f8'"),
-        (["attention", "--case", "x"], "--case must be one of ofa_base_enc_1024"),
+        (["attention", "--case", "x"], "--case must be one of ofa_base_enc_1024, "),
         (["attention", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["attention", "--compare", "pyproject.toml"], "pyproject.toml must be JSON"),
     ],
@@ -117,16 +162,31 @@ def test_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         bench._checkout()
 
 
-def test_page_plots_and_comparison(results: dict[str, Any], tmp_path: Path) -> None:
+def test_page_and_plots(results: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "small.json"
     run.write_json(results, path)
     page = report.page([path])
-    assert "## small.json" in page and "| small_16 |" in page and "flex" in page
+    assert "## attention" in page and "(`small.json`)" in page and "| small_16 |" in page and "flex" in page
+    assert page.index("GEMM f32:") < page.index("## attention")
     assert {p.suffix for p in plots.plot(results, tmp_path)} == {".svg", ".png"}
-    slower = json.loads(json.dumps(results))
-    for record in slower["records"]:
-        record["ms"]["p50"] *= 2
-    assert all(line.split()[6] == "2.00" for line in tables.compare(results, slower).splitlines()[1:])
+    for record in results["records"]:
+        record["bound"] = "bytes"
+    assert plots.plot(results, tmp_path / "other")
+
+
+def test_comparison_tells_noise_from_change(results: dict[str, Any]) -> None:
+    now = json.loads(json.dumps(results))
+    for record in now["records"]:
+        record["ms"] = {"p20": 0.9, "p50": 1.0, "p80": 1.1}
+    old = json.loads(json.dumps(now))
+    for n, record in enumerate(old["records"]):
+        record["ms"] = {p: ms * (2.0 if n % 2 else 1.1) for p, ms in record["ms"].items()}
+    lines = tables.compare(now, old).splitlines()[2:]
+    assert [line.split()[6] for line in lines[:2]] == ["1.10", "2.00"]
+    assert not lines[0].endswith("faster") and lines[1].endswith("faster")
+    assert tables.compare(old, now).splitlines()[3].endswith("slower")
+    old["records"] = []
+    assert "no record of this run is in the old file" in tables.compare(now, old)
 
 
 def test_quantiles() -> None:
