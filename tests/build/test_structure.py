@@ -25,6 +25,7 @@ RANKS = {
     "nn": 2,
     "text": 2,
     "modality": 3,
+    "integrations": 3,
     "patch": 3,
     "model": 4,
     "generate": 5,
