@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ofakern.checkpoint.golden import read_json
 from ofakern.checkpoint.ofasys import PAD
-from ofakern.data.batch import IGNORE_LABEL, Example, PackedBatch, Segment
+from ofakern.data.batch import IGNORE_LABEL, Example, PackedBatch, PackedSide, Segment
 from ofakern.errors import DataError
 from ofakern.instruction.modality import Modality
 from ofakern.modality.audio.adaptor import tokens_in_ofasys
 from ofakern.model import OFAPlus
+from ofakern.ops.attention import AttentionLayout
 
 _TEXTUAL = {Modality.TEXT, Modality.BOX, Modality.PHONE, Modality.STRUCT, Modality.CATEGORY}
 
@@ -27,7 +28,8 @@ Arrays = Mapping[str, np.ndarray]
 @dataclass(frozen=True)
 class Slot:
     """A recorded slot: values int64 `[B, n]`, images f32 `[B, 3, S, S]` or filter banks f32 `[B, t, 80]`; padded:
-    positions it takes in the recording; frames: of each sample's filter banks, the rest is padding."""
+    positions it takes in the recording; frames: of each sample's filter banks, the rest is padding. written: a target's
+    frames, each a token; the recording's padding stays there, because its post-net has seen it."""
 
     number: int
     modality: Modality
@@ -35,6 +37,7 @@ class Slot:
     values: np.ndarray
     padded: int
     frames: tuple[int, ...] = ()
+    written: bool = False
 
     def segment(self, sample: int) -> Segment:
         value = torch.from_numpy(np.ascontiguousarray(self.values[sample]))
@@ -43,7 +46,9 @@ class Slot:
         return Segment(self.number, self.adaptor, int(self.modality), value, self.kept(sample))
 
     def kept(self, sample: int) -> int:
-        """Positions of a sample that are not padding."""
+        """Positions of a sample that are not padding (of written frames: all)."""
+        if self.written:
+            return self.padded
         if self.frames:
             return tokens_in_ofasys(self.frames[sample], self.values.shape[1])
         if self.values.ndim != 2:
@@ -66,6 +71,7 @@ class Case:
             raise DataError(f"parity: case must have a file {path}, got none")
         with np.load(path) as arrays:
             self.arrays: Arrays = {key: arrays[key] for key in arrays.files}
+        self._model = model
         self.unavailable = _unavailable(self.arrays, model)
         if self.unavailable is None:
             slots = _slots(self.arrays, model)
@@ -80,7 +86,10 @@ class Case:
 
     def batch(self, samples: Sequence[int]) -> PackedBatch:
         """The packed batch of these samples, in this order."""
-        return PackedBatch.collate([self._example(sample) for sample in samples])
+        batch = PackedBatch.collate([self._example(sample) for sample in samples])
+        if self.target.written:
+            hide_padding(self._model, batch.target, [self.target.frames[sample] for sample in samples])
+        return batch
 
     def rows(self, samples: Sequence[int], source: bool) -> tuple[np.ndarray, np.ndarray]:
         """(sample, padded position) of every packed row of `batch(samples)`."""
@@ -108,6 +117,8 @@ class Case:
         return [(f"{side}.adaptor_call{k}.{slot.adaptor}", slot) for k, slot in enumerate(ordered)]
 
     def _example(self, sample: int) -> Example:
+        if self.target.written:
+            return self._written(sample)
         kept = self.target.kept(sample)
         target = torch.from_numpy(self.arrays["target"][sample, :kept].astype(np.int64))
         allowed: list[Tensor] | None = None
@@ -121,6 +132,27 @@ class Case:
             allowed=allowed,
         )
 
+    def _written(self, sample: int) -> Example:
+        real = self.target.frames[sample]
+        labels = torch.zeros(self.target.padded, dtype=torch.int64)
+        labels[real - 1] = 1
+        labels[real:] = IGNORE_LABEL
+        source = [slot.segment(sample) for slot in self.source]
+        frames = torch.from_numpy(self.arrays["target"][sample])
+        return Example(source, [self.target.segment(sample)], labels, frames=frames)
+
+
+def hide_padding(model: OFAPlus, side: PackedSide, lengths: Sequence[int]) -> None:
+    """Keeps all tokens of a target, of which only each sample's first `lengths` are seen as keys: as OFASys has it."""
+    plan = model.decoder.adaptor.plan(side)
+    layout = plan.layout
+    ends = side.offsets[:-1] + torch.tensor(lengths, dtype=torch.int32)
+    visible = layout.visible.clone()
+    visible[:, 1] = visible[:, 1].minimum(ends.repeat_interleave(side.offsets.diff()))
+    layout = AttentionLayout.build(visible, side.lengths_cpu, side.lengths_cpu, list(layout.terms))
+    for key in [key for key, value in side.cache.items() if value is plan]:
+        side.cache[key] = replace(plan, layout=layout)
+
 
 def _slots(arrays: Arrays, model: OFAPlus) -> list[Slot]:
     found: list[Slot] = []
@@ -131,14 +163,16 @@ def _slots(arrays: Arrays, model: OFAPlus) -> list[Slot]:
             continue
         values = arrays[key]
         frames: tuple[int, ...] = ()
+        written = False
         if modality in _TEXTUAL:
             adaptor = "text"
         elif modality is Modality.AUDIO:
             adaptor, frames = "audio_fbank", tuple(int(n) for n in arrays[f"{key}_lengths"])
+            written = _slot_number(key) == _slot_number(names[-1])
         else:
             adaptor = _image_adaptor(arrays, "decoder" if key == names[-1] else "encoder")
-        padded = values.shape[1] if values.ndim == 2 else _recorded_positions(arrays, adaptor)
-        found.append(Slot(_slot_number(key), modality, adaptor, values, padded, frames))
+        padded = values.shape[1] if values.ndim == 2 or written else _recorded_positions(arrays, adaptor)
+        found.append(Slot(_slot_number(key), modality, adaptor, values, padded, frames, written))
     return found
 
 

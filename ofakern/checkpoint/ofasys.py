@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ofakern.checkpoint.ledger import Ledger
 from ofakern.errors import CheckpointError
-from ofakern.modality.audio.adaptor import AudioFbankConfig
+from ofakern.modality.audio.adaptor import AudioFbankConfig, AudioTargetConfig
 from ofakern.modality.image.adaptor import ImagePatchEmbedConfig, ImageResnetConfig, ImageVitConfig
 from ofakern.modality.image.codes import ImageCodesConfig
 from ofakern.modality.text.adaptor import TextAdaptorConfig
@@ -23,6 +23,18 @@ from ofakern.nn.adaptor import AdaptorConfig
 PAD = 1
 EMBEDDING = "encoder.adaptor.embed_tokens.weight"
 
+_AUDIO_OPTIONS = (
+    "max_position",
+    "output_frame_dim",
+    "n_frames_per_step",
+    "prenet_layers",
+    "prenet_dim",
+    "prenet_dropout",
+    "postnet_conv_dim",
+    "postnet_conv_kernel_size",
+    "postnet_layers",
+    "postnet_dropout",
+)
 # Adaptor option names of OFASys -> ours, per adaptor.
 ADAPTOR_OPTIONS: dict[str, tuple[type[AdaptorConfig], dict[str, str]]] = {
     "text": (TextAdaptorConfig, {"max_position": "max_position", "token_bucket_size": "bucket_size"}),
@@ -50,7 +62,8 @@ ADAPTOR_OPTIONS: dict[str, tuple[type[AdaptorConfig], dict[str, str]]] = {
         },
     ),
     "image_vqgan": (ImageCodesConfig, {"code_bucket_size": "bucket_size"}),
-    "audio_fbank": (AudioFbankConfig, {"max_position": "max_position"}),
+    "audio_fbank": (AudioFbankConfig, {name: name for name in _AUDIO_OPTIONS}),
+    "audio_tgt_fbank": (AudioTargetConfig, {name: name for name in _AUDIO_OPTIONS}),
 }
 SAME_NAME = (
     "dropout",
@@ -67,11 +80,13 @@ SAME_NAME = (
     "modal_ffn",
 )
 _DERIVED = re.compile(r"(_rp_bucket|_position_idx|\.version)$")
-# The half of the audio adaptor that writes speech, and the embedding of masked spans in audio training.
-_AUDIO_TARGET = re.compile(
-    r"^((encoder|decoder)\.adaptor\.audio_fbank\.(prenet|postnet|feat_proj|eos_proj|mask_emb|pos_emb_alpha)|"
-    r"decoder\.adaptor\.audio_fbank\.)"
+# OFASys builds both halves of an audio adaptor on both sides, and each side uses one; nothing reads the scale of
+# positions. The embedding of masked spans is of its audio pretraining.
+_AUDIO_UNUSED = re.compile(
+    r"^(encoder\.adaptor\.audio_fbank\.(prenet|postnet|feat_proj|eos_proj)\.|encoder\.adaptor\.audio_tgt_fbank\.|"
+    r"decoder\.adaptor\.audio_fbank\.subsample\.|.*\.pos_emb_alpha$)"
 )
+_AUDIO_MASK = re.compile(r"^(encoder|decoder)\.adaptor\.audio_fbank\.mask_emb$")
 
 
 def config_from_ofasys(
@@ -162,8 +177,10 @@ def load_ofasys_weights(
             ledger.drop([key], f"of an adaptor that does not exist here ({key.split('.')[2]})")
         elif model.config.entangle_position_embedding and key.startswith("decoder.cross_pos_"):
             ledger.drop([key], "built but never used with entangled positions")
-        elif _AUDIO_TARGET.match(key):
-            ledger.drop([key], "of writing speech, which does not exist here")
+        elif _AUDIO_UNUSED.match(key):
+            ledger.drop([key], "of the audio adaptor's other half, which this side never uses")
+        elif _AUDIO_MASK.match(key):
+            ledger.drop([key], "of masked audio pretraining, which does not exist here")
     ledger.finish(own, found)
     with torch.no_grad():
         for key, tensor in own.items():

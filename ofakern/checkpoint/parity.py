@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ofakern.checkpoint.golden_case import Case, Slot
 from ofakern.data.batch import PackedBatch
-from ofakern.model import OFAPlus
+from ofakern.modality.audio.adaptor import AudioFrameAdaptor
+from ofakern.modality.audio.criterion import speech_loss
+from ofakern.model import Memory, OFAPlus
 from ofakern.model.adaptors import AdaptorGroup
-from ofakern.nn.loss import label_smoothed_cross_entropy
+from ofakern.nn.loss import LossSums, label_smoothed_cross_entropy
 
 TOLERANCE = 1e-4
 # Gradients inside the vision backbone: the recording's own float32 rounding is up to 2.6e-4 there (against float64,
@@ -83,7 +85,6 @@ def run_case(model: OFAPlus, case: Case) -> CaseResult:
     with traced(model) as traces:
         memory = model.encode(batch.source)
         hidden = model.decode(batch.target, memory)
-        logits = model.logits(hidden)
     add = result.checks.append
     for source, trace in ((True, traces[0]), (False, traces[1])):
         for check in _adaptor_checks(model, case, batch, source, trace):
@@ -93,7 +94,7 @@ def run_case(model: OFAPlus, case: Case) -> CaseResult:
     for key, value, source in (
         ("encoder.out", memory.states, True),
         ("decoder.last_hidden_state", hidden, False),
-        ("decoder.output", logits, False),
+        *((key, value, False) for key, value in outputs(model, case, hidden, case.samples).items()),
     ):
         group = "logits" if key == "decoder.output" else key.split(".")[0]
         for check in _packed_check(case, group, key, value, everyone, source):
@@ -101,6 +102,24 @@ def run_case(model: OFAPlus, case: Case) -> CaseResult:
     result.checks += _loss_and_gradient_checks(model, case, batch, hidden)
     result.checks += _order_checks(model, case)
     return result
+
+
+def outputs(model: OFAPlus, case: Case, hidden: Tensor, samples: int) -> dict[str, Tensor]:
+    """The recorded results of the decoder's states by their keys: logits, or frames and stop signal."""
+    if not case.target.written:
+        return {"decoder.output": model.logits(hidden)}
+    speech = _writer(model, case).outputs(hidden, [case.target.padded] * samples)
+    return {
+        "decoder.output": speech.post,
+        "decoder.feature_out": speech.feature,
+        "decoder.eos_out": speech.stop[:, None],
+    }
+
+
+def _writer(model: OFAPlus, case: Case) -> AudioFrameAdaptor:
+    adaptor = model.decoder.adaptor.adaptors[case.target.adaptor]
+    assert isinstance(adaptor, AudioFrameAdaptor)
+    return adaptor
 
 
 def compare(
@@ -273,17 +292,14 @@ def _loss_and_gradient_checks(model: OFAPlus, case: Case, batch: PackedBatch, hi
     meta = case.meta
     if "loss" not in meta:
         return []
-    epsilon = float(meta.get("label_smoothing", 0.0))
-    sums = label_smoothed_cross_entropy(hidden, model.output_weight, batch.labels, epsilon, batch.allowed)
-    scalars = {"loss": sums.loss, "nll_loss": sums.nll, "sample_size": sums.tokens}
-    if batch.allowed is None:
-        scalars["cross_entropy_sum"] = sums.nll
-    checks = [compare("loss", k, v.detach(), np.array(meta[k])) for k, v in scalars.items() if k in meta]
+    sums, scalars = _loss(model, case, batch, hidden)
+    told = {**(meta.get("loss_parts") or {}), **meta}
+    checks = [compare("loss", k, v.detach(), np.array(told[k])) for k, v in scalars.items() if k in told]
     norms: dict[str, float] = meta.get("grad_norms") or {}
     recorded = {key.removeprefix("grad."): key for key in case.arrays if key.startswith("grad.")}
     if not norms and not recorded:
         return checks
-    (sums.loss / float(meta.get("sample_size", 1))).backward()  # type: ignore[no-untyped-call]
+    (sums.loss / float(sums.tokens)).backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     noise = 1e-7 * max([*norms.values(), *(float(np.abs(case.arrays[k]).max()) for k in recorded.values())])
     for name, key in recorded.items():
@@ -293,6 +309,20 @@ def _loss_and_gradient_checks(model: OFAPlus, case: Case, batch: PackedBatch, hi
     checks += _norm_checks(norms, gradients, noise)
     model.zero_grad(set_to_none=True)
     return checks
+
+
+def _loss(model: OFAPlus, case: Case, batch: PackedBatch, hidden: Tensor) -> tuple[LossSums, dict[str, Tensor]]:
+    """The case's loss, and what the recording has of it by name."""
+    if batch.frames is not None:
+        speech = _writer(model, case).outputs(hidden, [case.target.padded] * case.samples)
+        sums = speech_loss(speech, batch.frames, batch.labels)
+        means = {"l1_loss": "l1", "mse_loss": "mse", "eos_loss": "stop"}
+        found = {name: sums.parts[ours] / sums.tokens for name, ours in means.items()}
+        return sums, {**found, "loss": sums.loss / sums.tokens, "ntokens": sums.tokens}
+    epsilon = float(case.meta.get("label_smoothing", 0.0))
+    sums = label_smoothed_cross_entropy(hidden, model.output_weight, batch.labels, epsilon, batch.allowed)
+    scalars = {"loss": sums.loss, "nll_loss": sums.nll, "sample_size": sums.tokens}
+    return sums, scalars if batch.allowed is not None else {**scalars, "cross_entropy_sum": sums.nll}
 
 
 def gradient_check(group: str, name: str, ours: Tensor | np.ndarray, recorded: np.ndarray, noise: float) -> Check:
@@ -328,11 +358,13 @@ def _order_checks(model: OFAPlus, case: Case) -> list[Check]:
     for label, samples in orders.items():
         batch = case.batch(samples)
         memory = model.encode(batch.source)
-        logits = model.logits(model.decode(batch.target, memory))
+        hidden = model.decode(batch.target, memory)
         group = "any order"
         checks += _packed_check(case, group, "encoder.out", memory.states, samples, True, f"encoder.out, {label}")
-        checks += _packed_check(case, group, "decoder.output", logits, samples, False, f"logits, {label}")
-    if case.target.values.ndim == 2 and "decoder.output" in case.arrays:
+        for key, value in outputs(model, case, hidden, len(samples)).items():
+            name = "logits" if key == "decoder.output" else key
+            checks += _packed_check(case, group, key, value, samples, False, f"{name}, {label}")
+    if (case.target.values.ndim == 2 or case.target.written) and "decoder.output" in case.arrays:
         checks.append(_incremental_check(model, case))
     return checks
 
@@ -340,9 +372,24 @@ def _order_checks(model: OFAPlus, case: Case) -> list[Check]:
 def _incremental_check(model: OFAPlus, case: Case) -> Check:
     samples = range(case.samples)
     memory = model.encode(case.batch(samples).source)
+    if case.target.written:
+        return _incremental_frames_check(model, case, memory)
     tokens = torch.from_numpy(case.target.values)
     longest = max(case.target.kept(b) for b in samples)
     state = model.begin_decode(memory, 1, longest, modality=int(case.target.modality), adaptor=case.target.adaptor)
     steps = torch.stack([model.decode_step(state, tokens[:, t]) for t in range(longest)], dim=1)
     owner, position = case.rows(samples, source=False)
     return compare("incremental", "logits", steps[owner, position], case.arrays["decoder.output"][owner, position])
+
+
+def _incremental_frames_check(model: OFAPlus, case: Case, memory: Memory) -> Check:
+    """Up to each sample's own last frame: the recording's padding is no key of a later step."""
+    values = torch.from_numpy(case.target.values)
+    longest = max(case.target.frames)
+    state = model.begin_decode(memory, 1, longest, modality=int(case.target.modality), adaptor=case.target.adaptor)
+    writer = _writer(model, case)
+    steps = torch.stack([writer.frames(state.step(values[:, t]))[0] for t in range(longest)], dim=1)
+    owner = np.repeat(np.arange(case.samples), case.target.frames)
+    position = np.concatenate([np.arange(n) for n in case.target.frames])
+    recorded = case.arrays["decoder.feature_out"][owner, position]
+    return compare("incremental", "frames", steps[owner, position], recorded)

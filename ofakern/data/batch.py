@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ofakern.errors import DataError
 
@@ -24,10 +25,10 @@ class Segment:
     """One run of tokens of one sample: the value of one slot (or of one merged group of text slots).
 
     plan_segment: index of the plan's segment; adaptor: the adaptor's name (`text`, `image_resnet`, ...);
-    modality: `int(Modality)`; value: int64 `[n]` token ids for text, float32 `[3, S, S]` for an image;
-    positions: int64 `[length]`, for an image of which only some patches are taken: their places in the grid, in the
-    order of the tokens. length: packed tokens the value takes. None: `n` for text, ceil(S/16)^2 for `image_resnet`;
-    other adaptors need it.
+    modality: `int(Modality)`; value: int64 `[n]` token ids for text, float32 `[3, S, S]` for an image, `[frames, F]`
+    for sound (in a target a token each); positions: int64 `[length]`, for an image of which only some patches are
+    taken: their places in the grid, in the order of the tokens. length: packed tokens the value takes. None: `n` for
+    text, ceil(S/16)^2 for `image_resnet`; other adaptors need it.
     """
 
     plan_segment: int
@@ -61,6 +62,8 @@ class Example:
     labels: int64 `[L]`, L = target tokens, -100 where there is no loss. prefix_length: leading decoder inputs after the
     begin token that generation forces. allowed: per label position the allowed ids (an empty tensor allows all).
     columns: the row's other values, kept for metrics and output. target_slot: int32 `[L]`, a token's target slot.
+    frames: f32 `[L, F]`, what each target token should become where tokens are frames of sound; labels are then 1 at
+    the last frame and 0 before it.
     """
 
     source: list[Segment]
@@ -70,6 +73,7 @@ class Example:
     allowed: list[Tensor] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     target_slot: Tensor | None = None
+    frames: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class Allowed:
 class AdaptorInput:
     """The values of all segments of one side that use one adaptor (and, for images, have one size).
 
-    value: text int64 `[n_tokens]`; images float32 `[n, 3, S, S]`. lengths: int32 `[n]` tokens per segment.
+    value: text int64 `[n_tokens]`; images float32 `[n, 3, S, S]`; frames, each a token, `[n_tokens, F]`; other frames
+    `[n, longest, F]`, zero behind a segment's own. lengths: int32 `[n]` tokens per segment.
     plan_segment, sample: int32 `[n]`. rows: int64 `[n_tokens]` packed rows, contiguous and increasing inside a segment;
     positions: int64 `[n_tokens]`, counted from 0 inside the segment. starts: int32 `[n]`, a segment's first row.
     partial: the positions are places in each image's grid, of which only these patches are taken.
@@ -168,8 +173,7 @@ class PackedSide:
             for order, segment in enumerate(segments):
                 count = segment.tokens()
                 _check_segment(segment, sample, count)
-                shape = () if segment.value.dim() == 1 else tuple(segment.value.shape)
-                key = (segment.adaptor, shape, segment.positions is not None)
+                key = (segment.adaptor, *_stacking(segment.value, count), segment.positions is not None)
                 groups.setdefault(key, []).append((segment, sample, row, count))
                 for name, value in zip(
                     _TOKEN_COLUMNS, (sample, segment.plan_segment, order, segment.modality), strict=True
@@ -194,7 +198,10 @@ _TOKEN_COLUMNS = ("sample_id", "segment_id", "segment_order", "modality_id")
 
 @dataclass
 class PackedBatch:
-    """A batch: two sides, labels int64 `[Nt]`, prefix_lengths int32 `[B]`, allowed ids and columns (lists of B)."""
+    """A batch: two sides, labels int64 `[Nt]`, prefix_lengths int32 `[B]`, allowed ids, columns (lists of B), frames.
+
+    frames: f32 `[Nt, F]`, what the target's tokens should become where they are frames of sound, or None.
+    """
 
     source: PackedSide
     target: PackedSide
@@ -202,6 +209,7 @@ class PackedBatch:
     prefix_lengths: Tensor
     allowed: Allowed | None = None
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    frames: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -216,6 +224,7 @@ class PackedBatch:
             prefix_lengths=self.prefix_lengths.to(device, non_blocking=non_blocking),
             allowed=None if self.allowed is None else self.allowed.to(device, non_blocking),
             columns=self.columns,
+            frames=None if self.frames is None else self.frames.to(device, non_blocking=non_blocking),
         )
 
     @classmethod
@@ -233,7 +242,25 @@ class PackedBatch:
             prefix_lengths=torch.tensor([e.prefix_length for e in examples], dtype=torch.int32),
             allowed=_collate_allowed(examples),
             columns={name: [e.columns.get(name) for e in examples] for name in sorted(names)},
+            frames=_collate_frames(examples),
         )
+
+
+def _stacking(value: Tensor, tokens: int) -> tuple[Any, ...]:
+    """Values that agree in this stand in one input: how they are joined, and the shape that must agree."""
+    if value.dim() == 1:
+        return "join", ()
+    if value.dim() == 2:  # frames: a token each, or several to a token
+        return "join" if value.shape[0] == tokens else "pad", tuple(value.shape[1:])
+    return "stack", tuple(value.shape)
+
+
+def _joined(values: list[Tensor], tokens: int) -> Tensor:
+    """The values of segments that agree in their stacking; tokens: of the first one."""
+    how = _stacking(values[0], tokens)[0]
+    if how == "pad":
+        return pad_sequence(values, batch_first=True)
+    return torch.cat(values) if how == "join" else torch.stack(values)
 
 
 def _adaptor_input(adaptor: str, entries: list[tuple[Segment, int, int, int]]) -> AdaptorInput:
@@ -242,7 +269,7 @@ def _adaptor_input(adaptor: str, entries: list[tuple[Segment, int, int, int]]) -
     return AdaptorInput(
         adaptor=adaptor,
         plan_segment=torch.tensor([s.plan_segment for s, _, _, _ in entries], dtype=torch.int32),
-        value=torch.cat(values) if values[0].dim() == 1 else torch.stack(values),
+        value=_joined(values, entries[0][3]),
         lengths=torch.tensor([count for _, _, _, count in entries], dtype=torch.int32),
         rows=torch.cat(rows),
         positions=torch.cat([torch.arange(n) if s.positions is None else s.positions for s, _, _, n in entries]),
@@ -273,6 +300,13 @@ def _collate_allowed(examples: Sequence[Example]) -> Allowed | None:
     return Allowed(offsets=counts.cumsum(0), ids=torch.cat(rows) if rows else empty)
 
 
+def _collate_frames(examples: Sequence[Example]) -> Tensor | None:
+    frames = [example.frames for example in examples if example.frames is not None]
+    if frames and len(frames) < len(examples):
+        raise DataError(f"PackedBatch.collate: frames must be there for all examples or none, got {len(frames)}")
+    return torch.cat(frames) if frames else None
+
+
 def _check_segment(segment: Segment, sample: int, count: int) -> None:
     where = f"PackedSide.pack: sample {sample}, segment {segment.plan_segment}"
     if segment.value.dim() == 1 and segment.value.dtype != torch.int64:
@@ -294,6 +328,10 @@ def _check_example(example: Example, index: int) -> None:
     if example.labels.shape != (tokens,):
         raise DataError(
             f"{where}: labels must have one entry per target token ({tokens}), got {tuple(example.labels.shape)}"
+        )
+    if example.frames is not None and example.frames.shape[:-1] != (tokens,):
+        raise DataError(
+            f"{where}: frames must have one row per target token ({tokens}), got {tuple(example.frames.shape)}"
         )
     if example.allowed is not None and len(example.allowed) != tokens:
         raise DataError(f"{where}: allowed must have one entry per target token ({tokens}), got {len(example.allowed)}")

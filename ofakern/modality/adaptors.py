@@ -6,7 +6,12 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from ofakern.errors import OfakernValueError
-from ofakern.modality.audio.adaptor import AudioFbankAdaptor, AudioFbankConfig
+from ofakern.modality.audio.adaptor import (
+    AudioFbankAdaptor,
+    AudioFbankConfig,
+    AudioFrameAdaptor,
+    AudioTargetConfig,
+)
 from ofakern.modality.image.adaptor import (
     ImagePatchEmbedAdaptor,
     ImagePatchEmbedConfig,
@@ -26,9 +31,10 @@ _CONFIGS: dict[str, type[AdaptorConfig]] = {
     "image_patch_embed": ImagePatchEmbedConfig,
     "image_vqgan": ImageCodesConfig,
     "audio_fbank": AudioFbankConfig,
+    "audio_tgt_fbank": AudioTargetConfig,
 }
-_SOURCE_ONLY = {"image_resnet", "image_vit", "audio_fbank"}
-_TARGET_ONLY = {"image_vqgan"}
+_SOURCE_ONLY = {"image_resnet", "image_vit"}
+_TARGET_ONLY = {"image_vqgan", "audio_tgt_fbank"}
 
 
 def build_adaptor(config: AdaptorConfig, side: SideShape) -> Adaptor | None:
@@ -44,7 +50,7 @@ def build_adaptor(config: AdaptorConfig, side: SideShape) -> Adaptor | None:
     if isinstance(config, ImagePatchEmbedConfig):
         return ImagePatchEmbedAdaptor(config, side)
     if isinstance(config, AudioFbankConfig):
-        return AudioFbankAdaptor(config, side)
+        return AudioFbankAdaptor(config, side) if side.source else AudioFrameAdaptor(config, side)
     if isinstance(config, ImageCodesConfig):
         return ImageCodesAdaptor(config, side)
     raise OfakernValueError(f"build_adaptor: config must be of a known adaptor, got {type(config).__name__}")

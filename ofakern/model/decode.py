@@ -108,10 +108,11 @@ class DecodeState:
             self._cross_layout = self._plan_cross()
 
     def step(self, tokens: Tensor) -> Tensor:
-        """tokens int64 `[rows]` at the next position; returns the decoder's output `[rows, D]`."""
-        if tuple(tokens.shape) != (self.rows,):
+        """tokens int64 `[rows]` (frames `[rows, F]`) at the next position; returns the decoder's output `[rows, D]`."""
+        wanted = [self.rows, *self._adaptor.step_shape]
+        if list(tokens.shape) != wanted:
             raise OfakernValueError(
-                f"OFAPlus.decode_step: tokens must have shape [{self.rows}] (the rows), got {list(tokens.shape)}"
+                f"OFAPlus.decode_step: tokens must have shape {wanted} (the rows), got {list(tokens.shape)}"
             )
         if self.length >= self.max_length:
             raise OfakernValueError(

@@ -20,6 +20,10 @@ def initialise(model: nn.Module, pad_id: int, seed: int | None, std: float = 0.0
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std, generator=generator)
+        elif isinstance(module, nn.Conv1d):  # of the post-net, whose tanh units want Glorot's width
+            nn.init.xavier_uniform_(module.weight, nn.init.calculate_gain("tanh"), generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
             if module.bias is not None:

@@ -113,7 +113,9 @@ class Adaptor(nn.Module, ABC):
 
 
 class TokenAdaptor(Adaptor):
-    """An adaptor of tokens that the decoder can write one by one."""
+    """An adaptor of tokens that the decoder can write one by one. step_shape: of one token's value."""
+
+    step_shape: tuple[int, ...] = ()
 
     @abstractmethod
     def block_of_length(self, length: int, causal: bool) -> RelativeBlock:
@@ -122,6 +124,18 @@ class TokenAdaptor(Adaptor):
     @abstractmethod
     def step_coordinates(self, length: int) -> tuple[Tensor, Tensor]:
         """Coordinates of the tokens 0 .. length-1 of such a segment, as queries and as keys, `[length]` each."""
+
+
+class FrameAdaptor(TokenAdaptor):
+    """An adaptor whose target tokens are frames: it has output layers of its own."""
+
+    @abstractmethod
+    def frames(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(frame `[N, F]`, logit `[N]` that it is the last) of the decoder's states `[N, D]`."""
+
+    @abstractmethod
+    def refine(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Whole segments' frames, end to end `[N, F]`, made better by what stands before and behind them."""
 
 
 def relative_tables(count: int, rows: int, heads: int) -> nn.ModuleList:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -26,11 +27,15 @@ class AllowedIds(Protocol):
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over the labelled tokens. loss: smoothed, differentiable; nll: plain, detached; tokens: int64 `[]`."""
+    """Sums over the labelled tokens. loss: smoothed, differentiable; nll: plain, detached; tokens: int64 `[]`.
+
+    parts: detached sums by name, of a loss that has several.
+    """
 
     loss: Tensor
     nll: Tensor
     tokens: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def label_smoothed_cross_entropy(

@@ -35,6 +35,7 @@ CASES = [
     "region_caption_box_in",
     "image_gen",
     "asr",
+    "tts",
     "struct_table",
     "multi_image_interleaved",
 ]
@@ -137,11 +138,11 @@ def test_a_changed_recording_fails_the_command(directory: Path, capsys: pytest.C
 
 def test_an_unknown_adaptor_is_not_available_yet(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with np.load(directory / "text_b1.npz") as arrays:
-        renamed = {name.replace("adaptor_call0.text", "adaptor_call0.audio_fbank"): arrays[name] for name in arrays}
+        renamed = {name.replace("adaptor_call0.text", "adaptor_call0.audio_vocoder"): arrays[name] for name in arrays}
     np.savez(directory / "text_b1.npz", **renamed)
     command = ["parity", str(directory), "--backend", "reference"]
     assert main(command) == 0
-    assert "not available yet: AUDIO (audio_fbank)" in capsys.readouterr().out
+    assert "not available yet: AUDIO (audio_vocoder)" in capsys.readouterr().out
     assert main([*command, "--case", "text_b1"]) == 1
 
 
