@@ -1,1 +1,8 @@
-"""Layers built on the ops: attention on packed tokens, NormFormer layers, relative-position blocks, losses."""
+"""Layers built on the ops: attention on packed tokens, NormFormer layers, relative-position blocks, losses.
+
+The names here are the drop-in layers (README.md lists them); the packed layers of our own model are in the modules.
+"""
+
+from ofakern.nn.dropin import CannotReplace, T5Attention, UMT5Attention
+
+__all__ = ["CannotReplace", "T5Attention", "UMT5Attention"]
