@@ -27,9 +27,11 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Slot:
-    """A recorded slot: values int64 `[B, n]`, images f32 `[B, 3, S, S]` or filter banks f32 `[B, t, 80]`; padded:
-    positions it takes in the recording; frames: of each sample's filter banks, the rest is padding. written: a target's
-    frames, each a token; the recording's padding stays there, because its post-net has seen it."""
+    """A recorded slot: values int64 `[B, n]`, images f32 `[B, 3, S, S]`, filter banks f32 `[B, t, 80]`, videos f32
+    `[B, 3, frames, S, S]` or motions f32 `[B, frames, D]`; padded: positions it takes in the recording; frames: of each
+    sample's filter banks, the rest is padding; lengths: positions of each sample where the values do not tell; levels:
+    of noise, of each sample's motion. written: a target's frames, each a token; the recording's padding stays there,
+    because its post-net has seen it."""
 
     number: int
     modality: Modality
@@ -38,19 +40,26 @@ class Slot:
     padded: int
     frames: tuple[int, ...] = ()
     written: bool = False
+    lengths: tuple[int, ...] = ()
+    levels: tuple[int, ...] = ()
 
     def segment(self, sample: int) -> Segment:
-        value = torch.from_numpy(np.ascontiguousarray(self.values[sample]))
+        value, kept = torch.from_numpy(np.ascontiguousarray(self.values[sample])), self.kept(sample)
         if value.dim() == 1:
-            value = value[: self.kept(sample)]
-        return Segment(self.number, self.adaptor, int(self.modality), value, self.kept(sample))
+            value = value[:kept]
+        if self.modality is Modality.VIDEO:
+            value = value.transpose(0, 1)[: kept * value.shape[1] // self.padded]
+        if self.modality is Modality.MOTION:
+            levels = torch.full((kept,), self.levels[sample] + 1) if self.levels else None
+            return Segment(self.number, self.adaptor, int(self.modality), value[:kept], levels=levels)
+        return Segment(self.number, self.adaptor, int(self.modality), value, kept)
 
     def kept(self, sample: int) -> int:
         """Positions of a sample that are not padding (of written frames: all)."""
         if self.written:
             return self.padded
-        if self.frames:
-            return tokens_in_ofasys(self.frames[sample], self.values.shape[1])
+        if self.lengths:
+            return self.lengths[sample]
         if self.values.ndim != 2:
             return self.padded
         real = self.values[sample] != PAD
@@ -120,7 +129,9 @@ class Case:
         if self.target.written:
             return self._written(sample)
         kept = self.target.kept(sample)
-        target = torch.from_numpy(self.arrays["target"][sample, :kept].astype(np.int64))
+        target = torch.zeros(kept, dtype=torch.int64)
+        if "target" in self.arrays:
+            target = torch.from_numpy(self.arrays["target"][sample, :kept].astype(np.int64))
         allowed: list[Tensor] | None = None
         if "constraint_masks" in self.arrays:
             masks = torch.from_numpy(self.arrays["constraint_masks"][sample, :kept])
@@ -155,25 +166,42 @@ def hide_padding(model: OFAPlus, side: PackedSide, lengths: Sequence[int]) -> No
 
 
 def _slots(arrays: Arrays, model: OFAPlus) -> list[Slot]:
-    found: list[Slot] = []
-    names = sorted((key for key in arrays if key.startswith("input.slot")), key=_slot_number)
-    for key in names:
-        modality = Modality[key.split(".")[2]]
-        if key.endswith("_lengths"):
-            continue
-        values = arrays[key]
-        frames: tuple[int, ...] = ()
-        written = False
-        if modality in _TEXTUAL:
-            adaptor = "text"
-        elif modality is Modality.AUDIO:
-            adaptor, frames = "audio_fbank", tuple(int(n) for n in arrays[f"{key}_lengths"])
-            written = _slot_number(key) == _slot_number(names[-1])
-        else:
-            adaptor = _image_adaptor(arrays, "decoder" if key == names[-1] else "encoder")
-        padded = values.shape[1] if values.ndim == 2 or written else _recorded_positions(arrays, adaptor)
-        found.append(Slot(_slot_number(key), modality, adaptor, values, padded, frames, written))
-    return found
+    names = sorted({".".join(key.split(".")[:3]) for key in arrays if key.startswith("input.slot")}, key=_slot_number)
+    return [_slot(arrays, name, "decoder" if name == names[-1] else "encoder") for name in names]
+
+
+def _slot(arrays: Arrays, name: str, side: str) -> Slot:
+    number, modality = _slot_number(name), Modality[name.split(".")[2]]
+    if modality is Modality.AUDIO:
+        values = arrays[f"{name}.fbank"]
+        frames = tuple(int(n) for n in arrays[f"{name}.fbank_lengths"])
+        if side == "decoder":
+            return Slot(number, modality, "audio_fbank", values, values.shape[1], frames, written=True)
+        padded = _recorded_positions(arrays, "audio_fbank")
+        kept = tuple(tokens_in_ofasys(n, values.shape[1]) for n in frames)
+        return Slot(number, modality, "audio_fbank", values, padded, frames, lengths=kept)
+    if modality is Modality.MOTION:
+        noised = "diffusion_input.slot0.MOTION"
+        values = arrays[f"{noised}.value"]
+        kept = tuple(int(n) for n in (~arrays[f"{noised}.masks"]).sum(1))
+        levels = tuple(int(t) for t in arrays[f"{noised}.noise_level"])
+        return Slot(number, modality, "motion_6d", values, values.shape[1], lengths=kept, levels=levels)
+    values = arrays[f"{name}.value"]
+    if modality in _TEXTUAL:
+        return Slot(number, modality, "text", values, values.shape[1])
+    if modality is Modality.VIDEO:
+        adaptor, padded = "video_image_sequence", _recorded_positions(arrays, "video_image_sequence")
+        kept = tuple(padded // len(shown) * int(shown.sum()) for shown in _shown_frames(values))
+        return Slot(number, modality, adaptor, values, padded, lengths=kept)
+    adaptor = _image_adaptor(arrays, side)
+    padded = values.shape[1] if values.ndim == 2 else _recorded_positions(arrays, adaptor)
+    return Slot(number, modality, adaptor, values, padded)
+
+
+def _shown_frames(videos: np.ndarray) -> np.ndarray:
+    """bool `[B, frames]`: that implementation takes frames that are zero everywhere for padding."""
+    shown: np.ndarray = np.abs(videos).mean(axis=(1, 3, 4)) != 0
+    return shown
 
 
 def _slot_number(key: str) -> int:

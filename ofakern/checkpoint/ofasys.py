@@ -15,7 +15,9 @@ from ofakern.errors import CheckpointError
 from ofakern.modality.audio.adaptor import AudioFbankConfig, AudioTargetConfig
 from ofakern.modality.image.adaptor import ImagePatchEmbedConfig, ImageResnetConfig, ImageVitConfig
 from ofakern.modality.image.codes import ImageCodesConfig
+from ofakern.modality.motion.adaptor import MotionConfig
 from ofakern.modality.text.adaptor import TextAdaptorConfig
+from ofakern.modality.video.adaptor import VideoConfig
 from ofakern.model import TIED_KEYS, OFAConfig, OFAPlus
 from ofakern.model.config import SIZES
 from ofakern.nn.adaptor import AdaptorConfig
@@ -64,6 +66,16 @@ ADAPTOR_OPTIONS: dict[str, tuple[type[AdaptorConfig], dict[str, str]]] = {
     "image_vqgan": (ImageCodesConfig, {"code_bucket_size": "bucket_size"}),
     "audio_fbank": (AudioFbankConfig, {name: name for name in _AUDIO_OPTIONS}),
     "audio_tgt_fbank": (AudioTargetConfig, {name: name for name in _AUDIO_OPTIONS}),
+    "video_image_sequence": (VideoConfig, {"token_bucket_size": "bucket_size"}),
+    "motion_6d": (
+        MotionConfig,
+        {
+            "max_position": "max_position",
+            "token_bucket_size": "bucket_size",
+            "max_data_dim": "max_data_dim",
+            "max_noise_levels": "max_noise_levels",
+        },
+    ),
 }
 SAME_NAME = (
     "dropout",

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from ofakern.checkpoint.golden_case import Case, Slot
 from ofakern.data.batch import PackedBatch
+from ofakern.instruction.modality import Modality
 from ofakern.modality.audio.adaptor import AudioFrameAdaptor
 from ofakern.modality.audio.criterion import speech_loss
+from ofakern.modality.motion.adaptor import MotionAdaptor
+from ofakern.modality.motion.diffusion import diffusion_distance, per_motion_mean
 from ofakern.model import Memory, OFAPlus
 from ofakern.model.adaptors import AdaptorGroup
 from ofakern.nn.loss import LossSums, label_smoothed_cross_entropy
@@ -96,7 +99,7 @@ def run_case(model: OFAPlus, case: Case) -> CaseResult:
         ("decoder.last_hidden_state", hidden, False),
         *((key, value, False) for key, value in outputs(model, case, hidden, case.samples).items()),
     ):
-        group = "logits" if key == "decoder.output" else key.split(".")[0]
+        group = _output_name(case) if key == "decoder.output" else key.split(".")[0]
         for check in _packed_check(case, group, key, value, everyone, source):
             add(check)
     result.checks += _loss_and_gradient_checks(model, case, batch, hidden)
@@ -105,7 +108,11 @@ def run_case(model: OFAPlus, case: Case) -> CaseResult:
 
 
 def outputs(model: OFAPlus, case: Case, hidden: Tensor, samples: int) -> dict[str, Tensor]:
-    """The recorded results of the decoder's states by their keys: logits, or frames and stop signal."""
+    """The recorded results of the decoder's states by their keys: logits, frames of a motion, or frames of sound and
+    the stop signal."""
+    adaptor = model.decoder.adaptor.adaptors[case.target.adaptor]
+    if isinstance(adaptor, MotionAdaptor):
+        return {"decoder.output": adaptor.output(hidden, case.target.values.shape[2])}
     if not case.target.written:
         return {"decoder.output": model.logits(hidden)}
     speech = _writer(model, case).outputs(hidden, [case.target.padded] * samples)
@@ -114,6 +121,10 @@ def outputs(model: OFAPlus, case: Case, hidden: Tensor, samples: int) -> dict[st
         "decoder.feature_out": speech.feature,
         "decoder.eos_out": speech.stop[:, None],
     }
+
+
+def _output_name(case: Case) -> str:
+    return "frames" if case.target.modality is Modality.MOTION else "logits"
 
 
 def _writer(model: OFAPlus, case: Case) -> AudioFrameAdaptor:
@@ -205,18 +216,19 @@ def _bias_checks(
     """The dense bias that coordinates, tables and factored positions stand for, against the recorded matrices."""
     side = batch.source if source else batch.target
     plan = group.plan(side)
-    tables = group.tables(plan.blocks)
+    tables = group.tables(plan.blocks, plan.second_blocks)
     q_pos, k_pos = group.factored(positions)
     stack = model.encoder if source else model.decoder
     scale = float(stack.get_submodule("layers.0.self_attn").scale)  # type: ignore[arg-type]
     prefix = "encoder" if source else "decoder"
     owner, position = case.rows(range(case.samples), source)
+    everything = source or not group.adaptors[case.target.adaptor].ordered
     for layer, layer_tables in enumerate(tables):
         relative = RelativeBias(plan.layout, layer_tables)
         for key, slot in case.calls(source):
             name = f"{key}.self_attn_bias.{layer}"
             if name in case.arrays:
-                yield _slot_bias_check(case, name, slot, source, relative)
+                yield _slot_bias_check(case, name, slot, source, relative, everything)
         name = f"{prefix}.concat.self_attn_bias.{layer}"
         if name not in case.arrays:
             continue
@@ -227,7 +239,7 @@ def _bias_checks(
             bias = relative.dense(slice(int(rows[0]), int(rows[-1]) + 1))
             if q_pos is not None and k_pos is not None:
                 bias = bias + scale * torch.einsum("ihp,jhp->hij", q_pos[rows], k_pos[rows])
-            seen = _seen(len(rows), source)
+            seen = _seen(len(rows), everything)
             ours.append(bias[:, seen].flatten())
             recorded.append(case.arrays[name][b][:, at[:, None], at[None, :]][:, seen].ravel())
         yield compare("adaptors", name, torch.cat(ours), np.concatenate(recorded))
@@ -253,21 +265,23 @@ class RelativeBias:
         return total if total.dim() else torch.zeros(1, count, count)
 
 
-def _slot_bias_check(case: Case, name: str, slot: Slot, source: bool, relative: RelativeBias) -> Check:
+def _slot_bias_check(
+    case: Case, name: str, slot: Slot, source: bool, relative: RelativeBias, everything: bool
+) -> Check:
     ours, recorded = [], []
     for b in range(case.samples):
         array = case.arrays[name]
         kept = slot.kept(b)
-        seen = _seen(kept, source)
+        seen = _seen(kept, everything)
         ours.append(relative.dense(case.slot_rows(slot, source, b))[:, seen].flatten())
         recorded.append(array[b % array.shape[0]][:, :kept, :kept][:, seen].ravel())
     return compare("adaptors", name, torch.cat(ours), np.concatenate(recorded))
 
 
-def _seen(count: int, source: bool) -> np.ndarray:
-    """Pairs whose bias can matter: all of the source's, the causal half of the target's."""
+def _seen(count: int, everything: bool) -> np.ndarray:
+    """Pairs whose bias can matter: all, or the causal half of a target that is written in order."""
     pairs = np.ones((count, count), dtype=bool)
-    return pairs if source else np.tril(pairs)
+    return pairs if everything else np.tril(pairs)
 
 
 def _state_checks(case: Case, source: bool, trace: Trace) -> Iterator[Check]:
@@ -313,6 +327,8 @@ def _loss_and_gradient_checks(model: OFAPlus, case: Case, batch: PackedBatch, hi
 
 def _loss(model: OFAPlus, case: Case, batch: PackedBatch, hidden: Tensor) -> tuple[LossSums, dict[str, Tensor]]:
     """The case's loss, and what the recording has of it by name."""
+    if case.target.modality is Modality.MOTION:
+        return _motion_loss(model, case, hidden)
     if batch.frames is not None:
         speech = _writer(model, case).outputs(hidden, [case.target.padded] * case.samples)
         sums = speech_loss(speech, batch.frames, batch.labels)
@@ -323,6 +339,16 @@ def _loss(model: OFAPlus, case: Case, batch: PackedBatch, hidden: Tensor) -> tup
     sums = label_smoothed_cross_entropy(hidden, model.output_weight, batch.labels, epsilon, batch.allowed)
     scalars = {"loss": sums.loss, "nll_loss": sums.nll, "sample_size": sums.tokens}
     return sums, scalars if batch.allowed is not None else {**scalars, "cross_entropy_sum": sums.nll}
+
+
+def _motion_loss(model: OFAPlus, case: Case, hidden: Tensor) -> tuple[LossSums, dict[str, Tensor]]:
+    """Per sample the mean distance of the frames, predicted from a noised motion, to the clean ones."""
+    owner, position = case.rows(range(case.samples), source=False)
+    clean = torch.from_numpy(case.arrays["diffusion_input.slot0.MOTION.value_0"][owner, position])
+    predicted = outputs(model, case, hidden, case.samples)["decoder.output"]
+    distance = diffusion_distance(predicted, clean, torch.ones(clean.shape[0]))
+    loss = per_motion_mean(distance, [case.target.kept(b) for b in range(case.samples)]).mean()
+    return LossSums(loss, loss.detach(), torch.ones(())), {"loss": loss}
 
 
 def gradient_check(group: str, name: str, ours: Tensor | np.ndarray, recorded: np.ndarray, noise: float) -> Check:
@@ -362,7 +388,7 @@ def _order_checks(model: OFAPlus, case: Case) -> list[Check]:
         group = "any order"
         checks += _packed_check(case, group, "encoder.out", memory.states, samples, True, f"encoder.out, {label}")
         for key, value in outputs(model, case, hidden, len(samples)).items():
-            name = "logits" if key == "decoder.output" else key
+            name = _output_name(case) if key == "decoder.output" else key
             checks += _packed_check(case, group, key, value, samples, False, f"{name}, {label}")
     if (case.target.values.ndim == 2 or case.target.written) and "decoder.output" in case.arrays:
         checks.append(_incremental_check(model, case))

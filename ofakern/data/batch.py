@@ -26,9 +26,10 @@ class Segment:
 
     plan_segment: index of the plan's segment; adaptor: the adaptor's name (`text`, `image_resnet`, ...);
     modality: `int(Modality)`; value: int64 `[n]` token ids for text, float32 `[3, S, S]` for an image, `[frames, F]`
-    for sound (in a target a token each); positions: int64 `[length]`, for an image of which only some patches are
-    taken: their places in the grid, in the order of the tokens. length: packed tokens the value takes. None: `n` for
-    text, ceil(S/16)^2 for `image_resnet`; other adaptors need it.
+    for sound and motion (in a target a token each), `[frames, 3, S, S]` for a video; positions: int64 `[length]`, for
+    an image of which only some patches are taken: their places in the grid, in the order of the tokens. length: packed
+    tokens the value takes. None: `n` for text, ceil(S/16)^2 for `image_resnet`, `frames` for `motion_6d`; other
+    adaptors need it. levels: int64 `[length]`, noise levels of a motion's frames (0: none).
     """
 
     plan_segment: int
@@ -37,6 +38,7 @@ class Segment:
     value: Tensor
     length: int | None = None
     positions: Tensor | None = None
+    levels: Tensor | None = None
 
     def tokens(self) -> int:
         """The number of packed tokens. Raises DataError when it cannot be known."""
@@ -44,7 +46,7 @@ class Segment:
             return self.length
         if self.positions is not None:
             return self.positions.shape[0]
-        if self.value.dim() == 1:
+        if self.value.dim() == 1 or self.adaptor == "motion_6d":
             return self.value.shape[0]
         if self.adaptor == "image_resnet" and self.value.dim() == 3:
             return -(-self.value.shape[1] // 16) * -(-self.value.shape[2] // 16)
@@ -94,8 +96,9 @@ class Allowed:
 class AdaptorInput:
     """The values of all segments of one side that use one adaptor (and, for images, have one size).
 
-    value: text int64 `[n_tokens]`; images float32 `[n, 3, S, S]`; frames, each a token, `[n_tokens, F]`; other frames
-    `[n, longest, F]`, zero behind a segment's own. lengths: int32 `[n]` tokens per segment.
+    value: text int64 `[n_tokens]`; images float32 `[n, 3, S, S]`; videos `[n, frames, 3, S, S]`; frames, each a token,
+    `[n_tokens, F]`; other frames `[n, longest, F]`, zero behind a segment's own. levels: int64 `[n_tokens]`, noise
+    levels of a motion's frames. lengths: int32 `[n]` tokens per segment.
     plan_segment, sample: int32 `[n]`. rows: int64 `[n_tokens]` packed rows, contiguous and increasing inside a segment;
     positions: int64 `[n_tokens]`, counted from 0 inside the segment. starts: int32 `[n]`, a segment's first row.
     partial: the positions are places in each image's grid, of which only these patches are taken.
@@ -110,6 +113,7 @@ class AdaptorInput:
     sample: Tensor
     starts: Tensor
     partial: bool = False
+    levels: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AdaptorInput:
         return _moved(self, _mover(device, non_blocking))
@@ -173,7 +177,8 @@ class PackedSide:
             for order, segment in enumerate(segments):
                 count = segment.tokens()
                 _check_segment(segment, sample, count)
-                key = (segment.adaptor, *_stacking(segment.value, count), segment.positions is not None)
+                joining = _stacking(segment.value, count)
+                key = (segment.adaptor, *joining, segment.positions is not None, segment.levels is not None)
                 groups.setdefault(key, []).append((segment, sample, row, count))
                 for name, value in zip(
                     _TOKEN_COLUMNS, (sample, segment.plan_segment, order, segment.modality), strict=True
@@ -276,6 +281,9 @@ def _adaptor_input(adaptor: str, entries: list[tuple[Segment, int, int, int]]) -
         sample=torch.tensor([sample for _, sample, _, _ in entries], dtype=torch.int32),
         starts=torch.tensor([row for _, _, row, _ in entries], dtype=torch.int32),
         partial=entries[0][0].positions is not None,
+        levels=None
+        if entries[0][0].levels is None
+        else torch.cat([s.levels for s, _, _, _ in entries if s.levels is not None]),
     )
 
 
@@ -313,6 +321,8 @@ def _check_segment(segment: Segment, sample: int, count: int) -> None:
         raise DataError(f"{where}: value must be int64 for token ids, got {segment.value.dtype}")
     if segment.value.dim() == 1 and segment.value.shape[0] != count:
         raise DataError(f"{where}: length must equal the number of token ids ({segment.value.shape[0]}), got {count}")
+    if segment.levels is not None and tuple(segment.levels.shape) != (count,):
+        raise DataError(f"{where}: levels must be int64 [{count}], got {list(segment.levels.shape)}")
     chosen = segment.positions
     if chosen is not None and (chosen.dtype != torch.int64 or tuple(chosen.shape) != (count,)):
         raise DataError(f"{where}: positions must be int64 [{count}], got {chosen.dtype} {list(chosen.shape)}")

@@ -21,7 +21,9 @@ from ofakern.modality.image.adaptor import (
     ImageVitConfig,
 )
 from ofakern.modality.image.codes import ImageCodesAdaptor, ImageCodesConfig
+from ofakern.modality.motion.adaptor import MotionAdaptor, MotionConfig
 from ofakern.modality.text.adaptor import TextAdaptor, TextAdaptorConfig
+from ofakern.modality.video.adaptor import VideoAdaptor, VideoConfig
 from ofakern.nn.adaptor import Adaptor, AdaptorConfig, SideShape
 
 _CONFIGS: dict[str, type[AdaptorConfig]] = {
@@ -32,8 +34,10 @@ _CONFIGS: dict[str, type[AdaptorConfig]] = {
     "image_vqgan": ImageCodesConfig,
     "audio_fbank": AudioFbankConfig,
     "audio_tgt_fbank": AudioTargetConfig,
+    "video_image_sequence": VideoConfig,
+    "motion_6d": MotionConfig,
 }
-_SOURCE_ONLY = {"image_resnet", "image_vit"}
+_SOURCE_ONLY = {"image_resnet", "image_vit", "video_image_sequence"}
 _TARGET_ONLY = {"image_vqgan", "audio_tgt_fbank"}
 
 
@@ -51,6 +55,10 @@ def build_adaptor(config: AdaptorConfig, side: SideShape) -> Adaptor | None:
         return ImagePatchEmbedAdaptor(config, side)
     if isinstance(config, AudioFbankConfig):
         return AudioFbankAdaptor(config, side) if side.source else AudioFrameAdaptor(config, side)
+    if isinstance(config, VideoConfig):
+        return VideoAdaptor(config, side)
+    if isinstance(config, MotionConfig):
+        return MotionAdaptor(config, side)
     if isinstance(config, ImageCodesConfig):
         return ImageCodesAdaptor(config, side)
     raise OfakernValueError(f"build_adaptor: config must be of a known adaptor, got {type(config).__name__}")

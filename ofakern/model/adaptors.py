@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ofakern.data.batch import PackedSide
 from ofakern.errors import OfakernValueError
 from ofakern.modality.adaptors import build_adaptor
+from ofakern.modality.video.adaptor import VideoAdaptor
 from ofakern.model.config import OFAConfig
 from ofakern.model.side import SidePlan, find_adaptor, plan_side
 from ofakern.nn.adaptor import Adaptor, SideShape
@@ -40,6 +41,9 @@ class AdaptorGroup(nn.Module):
             if adaptor is not None:
                 self.add_module(options.name, adaptor)
                 self.names.append(options.name)
+        for adaptor in self.adaptors.values():
+            if isinstance(adaptor, VideoAdaptor):
+                adaptor.bind(self.adaptors)
         factored = not config.entangle_position_embedding
         self.pos_q_linear = nn.Linear(config.dim, config.dim) if factored else None
         self.pos_k_linear = nn.Linear(config.dim, config.dim) if factored else None
@@ -58,7 +62,8 @@ class AdaptorGroup(nn.Module):
         plan = side.cache.get(key)
         if not isinstance(plan, SidePlan):
             relative = self.config.use_self_attn_bias
-            plan = plan_side(side, self.adaptors, causal=not self.source, relative=relative, experts=experts)
+            causal = not self.source and self._is_ordered(side)
+            plan = plan_side(side, self.adaptors, causal=causal, relative=relative, experts=experts)
             side.cache[key] = plan
         return plan
 
@@ -83,16 +88,31 @@ class AdaptorGroup(nn.Module):
         heads = self.config.heads
         return split_heads(self.pos_q_linear(positions), heads), split_heads(self.pos_k_linear(positions), heads)
 
-    def tables(self, blocks: Sequence[tuple[str, RelativeBlock]]) -> list[tuple[Tensor, ...]]:
-        """Per layer the tables for attention: one `[H, R]`, or none at all. One entry only when layers share it."""
+    def _is_ordered(self, side: PackedSide) -> bool:
+        """Whether the target is written token by token, not all of it at once."""
+        adaptors = self.adaptors
+        ordered = {find_adaptor(adaptors, values).ordered for values in side.segments}
+        if len(ordered) > 1:
+            names = sorted({values.adaptor for values in side.segments})
+            raise OfakernValueError(f"OFAPlus: target must be written in order or all at once, got both: {names}")
+        return ordered != {False}
+
+    def tables(
+        self, blocks: Sequence[tuple[str, RelativeBlock]], second: Sequence[tuple[str, RelativeBlock]] = ()
+    ) -> list[tuple[Tensor, ...]]:
+        """Per layer the tables for attention, `[H, R]` each, one per relative term; shared ones are built once."""
         layers = self.config.encoder_layers if self.source else self.config.decoder_layers
         if not blocks:
             return [()] * layers
         adaptors = self.adaptors
-        weights = [adaptors[name].tables() for name, _ in blocks]
-        unfolded = [b for _, b in blocks]
         count = 1 if self.config.share_attn_bias else layers
-        tables: list[tuple[Tensor, ...]] = [(unfold([w[layer] for w in weights], unfolded),) for layer in range(count)]
+        terms = [([adaptors[name].tables() for name, _ in blocks], [block for _, block in blocks])]
+        if second:
+            terms.append(([adaptors[name].second_tables() for name, _ in second], [block for _, block in second]))
+        tables = [
+            tuple(unfold([w[layer] for w in weights], unfolded) for weights, unfolded in terms)
+            for layer in range(count)
+        ]
         return tables * layers if self.config.share_attn_bias else tables
 
     def _order(self, side: PackedSide) -> Tensor:

@@ -33,6 +33,7 @@ class _Step:
     lengths: Tensor
     positions: Tensor
     partial: bool = False
+    levels: Tensor | None = None
 
 
 class DecodeState:

@@ -30,7 +30,7 @@ def initialise(model: nn.Module, pad_id: int, seed: int | None, std: float = 0.0
                 nn.init.zeros_(module.bias)
     for module in model.modules():
         if isinstance(module, Adaptor):
-            for table in module.tables():
+            for table in module.zero_at_start():
                 nn.init.zeros_(table)
     with torch.no_grad():
         embed_tokens = model.get_parameter("encoder.adaptor.embed_tokens.weight")

@@ -21,7 +21,8 @@ from ofakern.ops.attention.intervals import full as full_intervals
 
 @dataclass(frozen=True)
 class SidePlan:
-    """layout: of self-attention. blocks: (adaptor's name, block) in table order. order: int64 `[N]`, the row of the
+    """layout: of self-attention. blocks: (adaptor's name, block) in table order, second_blocks: those of the second
+    relative term. order: int64 `[N]`, the row of the
     concatenated adaptor outputs that each packed token takes; None when that is the identity. routing: of the tokens to
     feed-forward experts, where the model has them."""
 
@@ -29,12 +30,14 @@ class SidePlan:
     blocks: tuple[tuple[str, RelativeBlock], ...]
     order: Tensor | None
     routing: Routing | None = None
+    second_blocks: tuple[tuple[str, RelativeBlock], ...] = ()
 
     def to(self, device: torch.device | str) -> SidePlan:
         return replace(
             self,
             layout=self.layout.to(device),
             blocks=tuple((name, block.to(device)) for name, block in self.blocks),
+            second_blocks=tuple((name, block.to(device)) for name, block in self.second_blocks),
             order=None if self.order is None else self.order.to(device),
             routing=None if self.routing is None else self.routing.to(device),
         )
@@ -47,24 +50,17 @@ def plan_side(
 
     experts: "": none; "modality": a token's expert is its modality; "ofasys": as that implementation routes.
     """
-    blocks: list[tuple[str, RelativeBlock]] = []
-    q_coord = torch.zeros(side.tokens, dtype=torch.int32)
-    k_coord = torch.zeros(side.tokens, dtype=torch.int32)
-    same = torch.zeros(side.tokens, 2, dtype=torch.int32)
-    base = 0
+    first, second = _TermBuilder(side.tokens), _TermBuilder(side.tokens)
     for values in side.segments:
         adaptor = find_adaptor(adaptors, values)
         block = adaptor.block(values, causal) if relative else None
-        if block is None:
-            continue
-        rows = values.rows.cpu()
-        coordinates = adaptor.coordinates(values).to(torch.int32)
-        q_coord[rows] = coordinates + block.origin(base)
-        k_coord[rows] = adaptor.key_coordinates(values).to(torch.int32)
-        same[rows] = _own_segments(values)
-        blocks.append((values.adaptor, block))
-        base += block.rows
-    terms = [RelativeTerm(q_coord, k_coord, same, base)] if blocks else []
+        if block is not None:
+            first.add(values, block, adaptor.coordinates(values), adaptor.key_coordinates(values))
+        block = adaptor.second_block(values) if relative else None
+        if block is not None:
+            coordinates = adaptor.second_coordinates(values)
+            second.add(values, block, coordinates, coordinates)
+    terms = [builder.term() for builder in (first, second) if builder.blocks]
     lengths = side.lengths_cpu
     visible = causal_intervals(lengths) if causal else full_intervals(lengths)
     layout = AttentionLayout.build(visible, lengths, lengths, terms)
@@ -72,7 +68,30 @@ def plan_side(
     if experts:
         modality = side.modality_id.cpu() if experts == "modality" else _misplaced_modality(side)
         routing = Routing.build(modality - 1)
-    return SidePlan(layout, tuple(blocks), _packing_order(side), routing).to(side.device)
+    order = _packing_order(side)
+    return SidePlan(layout, tuple(first.blocks), order, routing, tuple(second.blocks)).to(side.device)
+
+
+class _TermBuilder:
+    """One relative term of a side: the blocks of all segments that have it, one after the other in one table."""
+
+    def __init__(self, tokens: int) -> None:
+        self.blocks: list[tuple[str, RelativeBlock]] = []
+        self._q_coord = torch.zeros(tokens, dtype=torch.int32)
+        self._k_coord = torch.zeros(tokens, dtype=torch.int32)
+        self._same = torch.zeros(tokens, 2, dtype=torch.int32)
+        self._rows = 0
+
+    def add(self, values: AdaptorInput, block: RelativeBlock, queries: Tensor, keys: Tensor) -> None:
+        rows = values.rows.cpu()
+        self._q_coord[rows] = queries.to(torch.int32) + block.origin(self._rows)
+        self._k_coord[rows] = keys.to(torch.int32)
+        self._same[rows] = _own_segments(values)
+        self.blocks.append((values.adaptor, block))
+        self._rows += block.rows
+
+    def term(self) -> RelativeTerm:
+        return RelativeTerm(self._q_coord, self._k_coord, self._same, self._rows)
 
 
 def _misplaced_modality(side: PackedSide) -> Tensor:

@@ -63,7 +63,7 @@ class Encoder(nn.Module):
         prefixes, prefix_layout = prefixes_of(self.encoder_prompt_encoder, side.tokens, len(self.layers), x.device)
         shared = Positions(plan.layout, q_pos, k_pos, self.backend, prefix_layout)
         samples = Samples(side.sample_id, side.samples)
-        tables = self.adaptor.tables(plan.blocks)
+        tables = self.adaptor.tables(plan.blocks, plan.second_blocks)
         for layer, own_tables, prefix in zip(self.layers, tables, prefixes, strict=True):
             call = partial(layer, positions=shared, samples=samples, routing=plan.routing, prefix=prefix)
             x = run_layer(self, call, x, tables=own_tables)
@@ -121,7 +121,7 @@ class Decoder(nn.Module):
             self.backend,
         )
         samples = Samples(side.sample_id, side.samples)
-        tables = self.adaptor.tables(plan.blocks)
+        tables = self.adaptor.tables(plan.blocks, plan.second_blocks)
         for layer, own_tables, prefix in zip(self.decoder_layers(), tables, prefixes, strict=True):
             call = partial(_decoder_layer, layer, own, cross, memory.states, samples, plan.routing, prefix)
             x = run_layer(self, call, x, tables=own_tables)

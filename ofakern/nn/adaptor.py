@@ -25,6 +25,8 @@ class SegmentValues(Protocol):
     def positions(self) -> Tensor: ...
     @property
     def partial(self) -> bool: ...
+    @property
+    def levels(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,12 @@ class SideShape:
 
 
 class Adaptor(nn.Module, ABC):
-    """Turns all segments of one kind into embeddings and position embeddings, `[n_tokens, D]` each."""
+    """Turns all segments of one kind into embeddings and position embeddings, `[n_tokens, D]` each.
+
+    ordered: as a target its tokens are written one after the other, so each sees the earlier ones only.
+    """
+
+    ordered: ClassVar[bool] = True
 
     def __init__(self, config: AdaptorConfig, side: SideShape) -> None:
         super().__init__()
@@ -91,6 +98,22 @@ class Adaptor(nn.Module, ABC):
     @abstractmethod
     def tables(self) -> Sequence[Tensor]:
         """The relative parameters `[P, H]`, one per layer (one in all when shared)."""
+
+    def second_block(self, values: SegmentValues) -> RelativeBlock | None:
+        """The block of a second relative term (a video's frames beside its patches); None: there is none."""
+        return None
+
+    def second_coordinates(self, values: SegmentValues) -> Tensor:
+        """Integer coordinates `[n_tokens]` of the second term, on the CPU."""
+        return torch.zeros(values.positions.shape[0], dtype=torch.int64)
+
+    def second_tables(self) -> Sequence[Tensor]:
+        """The relative parameters of the second term, as `tables`."""
+        return ()
+
+    def zero_at_start(self) -> Sequence[Tensor]:
+        """Parameters that are zero in a new model: it starts without relative bias."""
+        return (*self.tables(), *self.second_tables())
 
     def forward(self, values: SegmentValues, embed_tokens: nn.Embedding) -> tuple[Tensor, Tensor]:
         """(embedding, position embedding), `[n_tokens, D]` each, after scale, type embedding, norms and dropout."""

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ CASES = [
     "image_gen",
     "asr",
     "tts",
+    "video_caption",
+    "motion_diffusion",
     "struct_table",
     "multi_image_interleaved",
 ]
@@ -60,7 +63,8 @@ def test_the_command_passes(report: dict[str, Any]) -> None:
 def test_recorded_case(case: str, report: dict[str, Any]) -> None:
     checks = report["cases"][case]["checks"]
     assert [c["name"] for c in checks if not c["passed"]] == []
-    groups = {"adaptors", "encoder", "decoder", "logits", "loss", "gradients", "any order", "incremental"}
+    groups = {"adaptors", "encoder", "decoder", "loss", "gradients", "any order"}
+    groups |= {"frames"} if case == "motion_diffusion" else {"logits", "incremental"}
     assert {c["group"] for c in checks} >= groups
 
 
@@ -108,6 +112,21 @@ def test_a_broken_model_is_noticed(break_it: Callable[[OFAPlus], None], golden_m
     result = run_case(model, Case(GOLDEN, "text_b1", model))
     groups = {check.group for check in result.checks if not check.passed}
     assert not result.passed and "logits" in groups
+
+
+def test_a_video_needs_its_frames_table(golden_model: OFAPlus) -> None:
+    model = copy.deepcopy(golden_model)
+    for name, parameter in model.named_parameters():
+        if "video_rel_pos_table" in name:
+            nn.init.zeros_(parameter)
+    result = run_case(model, Case(GOLDEN, "video_caption", model))
+    assert {"encoder", "logits"} <= {check.group for check in result.checks if not check.passed}
+
+
+def test_a_motion_needs_its_noise_level(golden_model: OFAPlus) -> None:
+    case = Case(GOLDEN, "motion_diffusion", golden_model)
+    case.target = replace(case.target, levels=(3, 16))
+    assert "frames" in {check.group for check in run_case(golden_model, case).checks if not check.passed}
 
 
 def test_a_bucket_off_by_one_is_noticed(monkeypatch: pytest.MonkeyPatch, golden_model: OFAPlus) -> None:
