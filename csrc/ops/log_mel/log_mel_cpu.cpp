@@ -160,25 +160,36 @@ OFAKERN_LOCAL void spectrum(const Mel& p, const std::int32_t* places, const floa
   }
 }
 
+// Of one lane's values: the largest that is a number, and their sum, which is NaN when one of them is.
+struct Range {
+  Vec largest, sum;
+};
+
 // mel [n_mels, kWidth]: the logarithm of each filter's sum.
-OFAKERN_LOCAL void filter(const Mel& p, const float* power, float* mel) {
-  const Vec floor = vset(p.floor);
+OFAKERN_LOCAL Range filter(const Mel& p, const float* power, float* mel) {
+  const Vec floor = vset(p.floor), base = vset(p.whisper ? kLog10 : 1.0f);
+  Range range = {vset(-INFINITY), vzero()};
   for (i64 m = 0; m < p.mels; ++m) {
     const float *w = p.weights + p.offsets[m], *x = power + i64{p.first[m]} * kWidth;
     const i64 bins = p.offsets[m + 1] - p.offsets[m];
     Vec sum = vzero();
     for (i64 k = 0; k < bins; ++k) sum = vfma(vset(w[k]), vload(x + k * kWidth), sum);
-    const Vec logarithm = vlog(vmax(floor, sum));
-    vstore(mel + m * kWidth, p.whisper ? vmul(logarithm, vset(kLog10)) : logarithm);
+    const Vec logarithm = vmul(vlog(vmax(floor, sum)), base);
+    vstore(mel + m * kWidth, logarithm);
+    range = {vmax(logarithm, range.largest), vadd(range.sum, logarithm)};
   }
+  return range;
 }
 
-// NaN counts as the largest, as torch's max has it.
-float largest_of(const float* values, i64 count) {
-  float largest = values[0];
-  for (i64 n = 1; n < count; ++n)
-    if (!(values[n] <= largest)) largest = values[n];
-  return largest;
+// NaN counts as larger than all, as in torch's max.
+float larger(float a, float b) { return a != a || a > b ? a : b; }
+
+float largest_of(const Range& range, i64 lanes) {
+  float largest[kWidth], sum[kWidth], result = -INFINITY;
+  vstore(largest, range.largest);
+  vstore(sum, range.sum);
+  for (i64 l = 0; l < lanes; ++l) result = larger(sum[l] != sum[l] ? sum[l] : largest[l], result);
+  return result;
 }
 
 struct Task {
@@ -195,22 +206,28 @@ Task task_at(const Mel& p, const Memory& m, i64 task) {
   return {low, begin, min_of(begin + kFramesPerTask, p.frames[low + 1] - p.frames[low])};
 }
 
-OFAKERN_LOCAL void run_task(const Mel& p, const Memory& m, const Task& t, const Scratch& s, float* out) {
+// Returns the task's largest value.
+OFAKERN_LOCAL float run_task(const Mel& p, const Memory& m, const Task& t, const Scratch& s, float* out) {
   const float* wave = p.wave + p.samples[t.waveform];
   const i64 length = p.samples[t.waveform + 1] - p.samples[t.waveform];
+  float largest = -INFINITY;
   for (i64 f = t.begin; f < t.end; f += kWidth) {
+    const i64 lanes = min_of<i64>(kWidth, t.end - f);
     make_frames(p, frame_samples(p, wave, length, p.first_sample + f * p.hop, s.samples), s.signal);
     fft(p.plan, s.signal, p.roots);
     spectrum(p, m.places, s.signal, s.power);
-    filter(p, s.power, s.mel);
-    transpose_units(as_units(s.mel), kWidth, p.mels, min_of<i64>(kWidth, t.end - f),
-                    as_units(out + (p.frames[t.waveform] + f) * p.mels), p.mels);
+    largest = larger(largest_of(filter(p, s.power, s.mel), lanes), largest);
+    transpose_units(as_units(s.mel), kWidth, p.mels, lanes, as_units(out + (p.frames[t.waveform] + f) * p.mels),
+                    p.mels);
   }
+  return largest;
 }
 
 // Whisper's range: at least the waveform's largest less 8, then (x + 4) / 4.
 OFAKERN_LOCAL void limit_range(const Mel& p, const Memory& m, const Task& t, float* out) {
-  const float largest = largest_of(m.largest + m.tasks[t.waveform], m.tasks[t.waveform + 1] - m.tasks[t.waveform]);
+  float largest = -INFINITY;
+  for (i64 task = m.tasks[t.waveform]; task < m.tasks[t.waveform + 1]; ++task)
+    largest = larger(m.largest[task], largest);
   const Vec least = vset(largest - 8.0f), quarter = vset(0.25f), one = vset(1.0f);
   float* x = out + (p.frames[t.waveform] + t.begin) * p.mels;
   const i64 count = (t.end - t.begin) * p.mels;
@@ -233,9 +250,7 @@ void log_mel(const LogMelInputs& in, const TensorView& result, const TensorView&
   const i64 tasks = p.mels == 0 ? 0 : m.tasks[p.waveforms];
   parallel_for(tasks, threads, [&](i64 task, int thread) {
     const Task t = task_at(p, m, task);
-    run_task(p, m, t, scratch_of(p, m, thread), out);
-    if (p.whisper)
-      m.largest[task] = largest_of(out + (p.frames[t.waveform] + t.begin) * p.mels, (t.end - t.begin) * p.mels);
+    m.largest[task] = run_task(p, m, t, scratch_of(p, m, thread), out);
   });
   if (p.whisper) parallel_for(tasks, threads, [&](i64 task, int) { limit_range(p, m, task_at(p, m, task), out); });
 }
