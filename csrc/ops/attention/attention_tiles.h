@@ -3,6 +3,7 @@
 
 #include "core/pack.h"
 #include "core/parallel.h"
+#include "core/philox.h"
 #include "ops/attention/attention.h"
 
 namespace ofakern::OFAKERN_ISA {
@@ -425,20 +426,6 @@ OFAKERN_HOT Vec score_lanes(const TilePlan<T>& plan, const RowTables& row, const
   return score;
 }
 
-OFAKERN_HOT void philox(std::uint32_t c[4], std::uint64_t seed) {
-  std::uint32_t key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t a = std::uint64_t{0xD2511F53u} * c[0], b = std::uint64_t{0xCD9E8D57u} * c[2];
-    const std::uint32_t c1 = c[1], c3 = c[3];
-    c[0] = static_cast<std::uint32_t>(b >> 32) ^ c1 ^ key0;
-    c[1] = static_cast<std::uint32_t>(b);
-    c[2] = static_cast<std::uint32_t>(a >> 32) ^ c3 ^ key1;
-    c[3] = static_cast<std::uint32_t>(a);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-}
-
 // Dropout factors (0 or 1 / (1 - p)) of keys [first_key, first_key + count) for query i; README.md in
 // ofakern/ops/attention says which bits these are.
 template <class T>
@@ -446,17 +433,16 @@ OFAKERN_LOCAL void dropout_factors(const Problem<T>& p, i64 sample, i64 head, i6
                                    float* out) {
   const std::uint32_t row = static_cast<std::uint32_t>(i - p.q_offsets[sample]);
   const std::uint32_t start = static_cast<std::uint32_t>(first_key - p.k_offsets[sample]);
-  std::uint32_t words[4];
-  for (i64 x = 0; x < count; ++x) {
-    const std::uint32_t j = start + static_cast<std::uint32_t>(x);
-    if (x == 0 || (j & 3u) == 0) {
-      words[0] = j >> 2;
-      words[1] = row;
-      words[2] = static_cast<std::uint32_t>(head);
-      words[3] = static_cast<std::uint32_t>(sample);
-      philox(words, p.dropout_key);
-    }
-    out[x] = words[j & 3u] >= p.dropout_threshold ? p.dropout_scale : 0.0f;
+  std::uint32_t words[4 * kPhiloxCounters];
+  float factors[4 * kPhiloxCounters];
+  for (i64 x = 0; x < count;) {
+    const std::uint32_t j = start + static_cast<std::uint32_t>(x);  // modulo 2^32, and so a quarter of it modulo 2^30
+    philox(words, j >> 2, 0x3FFFFFFFu, row, static_cast<std::uint32_t>(head), static_cast<std::uint32_t>(sample),
+           p.dropout_key);
+    for (int n = 0; n < 4 * kPhiloxCounters; ++n) factors[n] = words[n] >= p.dropout_threshold ? p.dropout_scale : 0.0f;
+    const i64 skipped = j & 3u, taken = min_of(count - x, i64{4 * kPhiloxCounters} - skipped);
+    for (i64 y = 0; y < taken; ++y) out[x + y] = factors[skipped + y];
+    x += taken;
   }
 }
 
