@@ -26,7 +26,7 @@ RANKS = {
     "text": 2,
     "modality": 3,
     "integrations": 3,
-    "patch": 3,
+    "patching": 3,
     "model": 4,
     "generate": 5,
     "plan": 5,

@@ -1,0 +1,82 @@
+"""What a patched model must keep: outputs and gradients within the tolerance rule, the same bits after undo."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import ofakern
+from tests.ops.rule import assert_kept
+
+Forward = Callable[[nn.Module], Tensor]
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Every dropout rate of the model set to 0, so that training mode is deterministic."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attn_dropout_p", "hidden_dropout", "attention_dropout", "drop_prob", "dropout_p"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def outcome(model: nn.Module, forward: Forward) -> dict[str, Tensor]:
+    """The output that `forward` gives (real tokens only) and the gradient of every parameter that gets one."""
+    model.zero_grad()
+    out = forward(model)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
+    (out * weights).sum().backward()
+    found = {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": out.detach().clone()} | found
+
+
+def assert_patch_keeps(
+    model: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32
+) -> ofakern.patching.PatchReport:
+    """Patches (and restores) the model in dtype: errors at most twice the unpatched model's own, beside float64.
+
+    Half precision is judged by the root mean square of all tensors' relative errors: one rounding more or less moves a
+    ReLU, and with it single tensors of a small model by more than a factor of two either way.
+    """
+    exact = outcome(_cast(model, torch.float64), forward)
+    mine = _cast(model, dtype)
+    peer = outcome(mine, forward)
+    with ofakern.patch(mine) as report:
+        assert report.replaced, str(report)
+        have = outcome(mine, forward)
+    assert have.keys() == peer.keys() == exact.keys()
+    if dtype == torch.float32:
+        _assert_each_kept(have, peer, exact)
+    else:
+        found, bound = _relative_error(have, exact), 2 * _relative_error(peer, exact) + torch.finfo(dtype).eps
+        assert found <= bound, f"relative error {found:.3e} above {bound:.3e}"
+    again = outcome(mine, forward)
+    assert all(torch.equal(again[name], value) for name, value in peer.items()), "undo must restore the very same bits"
+    return report
+
+
+def _assert_each_kept(have: dict[str, Tensor], peer: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    for name, want in exact.items():
+        # What a gradient adds up is not known from outside: one rounding of its largest entry.
+        size = want.abs().max().expand_as(want).clamp(min=_noise(exact))
+        assert_kept(name, have[name], want, peer[name], size, torch.float32)
+
+
+def _relative_error(have: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    off = [float((have[name].double() - want).norm() / want.norm()) for name, want in exact.items() if want.any()]
+    return float(torch.tensor(off).square().mean().sqrt())
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(model).to(dtype)
+
+
+def _noise(exact: dict[str, Tensor]) -> float:
+    """Gradients that cancel to nothing (a key's bias under the softmax) are judged by the size of the others."""
+    sizes = sorted(float(value.abs().max()) for value in exact.values())
+    return 1e-2 * sizes[len(sizes) // 2]
