@@ -17,6 +17,7 @@ _EXPORTS = {
     "attention": "ofakern.ops.attention",
     "scaled_dot_product_attention": "ofakern.ops.attention",
     "explain": "ofakern.ops",
+    "log_mel": "ofakern.ops.log_mel",
     "parse": "ofakern.instruction",
     "build_plan": "ofakern.plan",
     "patch": "ofakern.patching",
@@ -34,6 +35,7 @@ __all__ = [
     "attention",
     "build_plan",
     "explain",
+    "log_mel",
     "parse",
     "patch",
     "scaled_dot_product_attention",
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from ofakern.instruction import parse
     from ofakern.ops import explain
     from ofakern.ops.attention import AttentionLayout, RelativeTerm, attention, scaled_dot_product_attention
+    from ofakern.ops.log_mel import log_mel
     from ofakern.patching import patch
     from ofakern.plan import build_plan
     from ofakern.tasks import Task

@@ -7,6 +7,7 @@
 
 namespace ofakern {
 void bind_attention(pybind11::module_& m);
+void bind_log_mel(pybind11::module_& m);
 }
 
 PYBIND11_MODULE(_cpu, m) {
@@ -18,4 +19,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("describe",
         [](pybind11::handle tensor) { return ofakern::describe(ofakern::view_of("describe", "tensor", tensor)); });
   ofakern::bind_attention(m);
+  ofakern::bind_log_mel(m);
 }

@@ -13,6 +13,7 @@ import torch
 from ofakern.checkpoint.golden import load_model, read_json
 from ofakern.checkpoint.golden_answers import answer_checks
 from ofakern.checkpoint.golden_case import Case
+from ofakern.checkpoint.golden_extra import EXTRA_CASES, extra_runner, is_extra
 from ofakern.checkpoint.golden_hf import case_names, is_hf, load_hf_model, run_hf_case
 from ofakern.checkpoint.golden_variants import is_variants, run_variant
 from ofakern.checkpoint.parity import TOLERANCE, CaseResult, run_case
@@ -25,7 +26,8 @@ _EPILOG = """examples:
   ofakern parity tests/golden/ofasys/variants tests/golden/ofa_hf --markdown parity.md
 
 A folder holds cases of one OFASys model (config.json, state_dict.*, index.json), variants of its flags (inputs.npz,
-index.json) or cases of OFA's Hugging Face port (model.fp16.safetensors, config.json, generate.json).
+index.json), OFASys's parts beside its model (vqgan.npz, ...; `main` stands beside the folder) or cases of OFA's Hugging
+Face port (model.fp16.safetensors, config.json, generate.json).
 exit code 0: everything agrees; 1: something differs, or a case named with --case cannot run; 2: unreadable input."""
 
 
@@ -43,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         nargs="+",
         metavar="DIR",
-        help="folder of recorded cases, in any of the three layouts",
+        help="folder of recorded cases, in any of the four layouts",
     )
     parser.add_argument("--case", action="append", metavar="NAME", help="only this case (may be repeated)")
     parser.add_argument(
@@ -84,6 +86,8 @@ def _runner(directory: Path, backend: str) -> tuple[Callable[[str], CaseResult],
     """What recomputes one case of a folder, whichever layout it has, and the adaptors that are missing here."""
     if is_variants(directory):
         return lambda name: run_variant(directory, name, backend), []
+    if is_extra(directory):
+        return extra_runner(directory, backend), []
     if is_hf(directory):
         port = load_hf_model(directory, backend)
         return lambda name: run_hf_case(directory, name, port), []
@@ -113,6 +117,8 @@ def _case_names(directory: Path, wanted: list[str] | None) -> list[str]:
             for name, entry in read_json(index).items()
             if keep or not isinstance(entry, dict) or entry.get("ok", True)
         ]
+    elif is_extra(directory):
+        names = list(EXTRA_CASES)
     elif is_hf(directory):
         names = case_names(directory)
     else:

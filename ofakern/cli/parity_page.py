@@ -50,6 +50,18 @@ _QUIRKS = (
         "generate:text_b3_pad.beam5_ngram3_min3",
     ),
     (
+        "OFASys: frames of a video that are zero everywhere are padding",
+        "such frames at the end are left out",
+        "a frame is a frame",
+        "video_caption",
+    ),
+    (
+        "OFASys: an image's codes are drawn with Gumbel noise even outside training, so they differ from call to call",
+        "nothing",
+        "the most likely codes",
+        "vqgan (`noiseless_argmax`)",
+    ),
+    (
         "OFASys: a generated box may be any four tokens, text any tokens",
         '`inference(compat="ofasys")`',
         "the target's grammar",

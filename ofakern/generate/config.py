@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ofakern.errors import OfakernTypeError, OfakernValueError
 
@@ -23,6 +23,8 @@ OFASYS_NAMES: Mapping[str, str] = {
     "sampling_topk": "top_k",
     "sampling_topp": "top_p",
     "return_n_best": "num_return_sequences",
+    "guidance_weight": "guidance",
+    "num_inference_steps": "diffusion_steps",
 }
 
 _INTEGERS = {
@@ -33,6 +35,8 @@ _INTEGERS = {
     "top_k": 0,
     "num_return_sequences": 1,
     "seed": 0,
+    "diffusion_steps": 1,
+    "frames": 1,
 }
 
 
@@ -54,6 +58,9 @@ class GenerationConfig:
         early_stopping: True: a sample is done with its num_beams-th finished answer (fairseq, OFASys). False: it goes
             on until no running beam can still beat the worst of them.
         unk_penalty: subtracted from the log-probability of the unknown token.
+        diffusion_steps: denoising steps of a motion. sampler: "ddim" (nothing random after the first noise) or "ddpm".
+        guidance: w of (1 + w) * prediction - w * prediction for empty text; 0 is off.
+        frames: of a generated motion. None: the slot's `max_length`, else 120.
         compat: "ofasys": forced prefixes and free text exactly as OFASys treats them (see `search`).
     """
 
@@ -70,12 +77,16 @@ class GenerationConfig:
     early_stopping: bool = True
     unk_penalty: float = 0.0
     seed: int = 0
+    diffusion_steps: int = 50
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    guidance: float = 0.0
+    frames: int | None = None
     compat: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
-            if value is None and name in ("num_beams", "no_repeat_ngram_size"):
+            if value is None and name in ("num_beams", "no_repeat_ngram_size", "frames"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OfakernValueError(f"{_WHERE}: {name} must be an integer of at least {least}, got {value!r}")
@@ -83,6 +94,10 @@ class GenerationConfig:
             raise OfakernValueError(f"{_WHERE}: temperature must be above 0, got {self.temperature!r}")
         if not 0 < self.top_p <= 1:
             raise OfakernValueError(f"{_WHERE}: top_p must be in (0, 1], got {self.top_p!r}")
+        if self.sampler not in ("ddim", "ddpm"):
+            raise OfakernValueError(f"{_WHERE}: sampler must be 'ddim' or 'ddpm', got {self.sampler!r}")
+        if not self.guidance >= 0:
+            raise OfakernValueError(f"{_WHERE}: guidance must not be negative, got {self.guidance!r}")
         if self.compat not in (None, "ofasys"):
             raise OfakernValueError(f"{_WHERE}: compat must be None or 'ofasys', got {self.compat!r}")
         beams = self.num_beams

@@ -3,6 +3,26 @@
 The names here are the drop-in layers (README.md lists them); the packed layers of our own model are in the modules.
 """
 
-from ofakern.nn.dropin import CannotReplace, T5Attention, UMT5Attention
+from ofakern.nn.dropin import (
+    BeitAttention,
+    BeitRelativePositionBias,
+    BloomAttention,
+    CannotReplace,
+    MptAttention,
+    MultiheadAttention,
+    T5Attention,
+    TimmBeitAttention,
+    UMT5Attention,
+)
 
-__all__ = ["CannotReplace", "T5Attention", "UMT5Attention"]
+__all__ = [
+    "BeitAttention",
+    "BeitRelativePositionBias",
+    "BloomAttention",
+    "CannotReplace",
+    "MptAttention",
+    "MultiheadAttention",
+    "T5Attention",
+    "TimmBeitAttention",
+    "UMT5Attention",
+]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ofakern.errors import OfakernValueError
 from ofakern.ops.attention import api as attention_api
 from ofakern.ops.attention import backends as attention_backends
+from ofakern.ops.log_mel import api as log_mel_api
 
 
 class _Op(NamedTuple):
@@ -15,7 +16,10 @@ class _Op(NamedTuple):
     refusals: Callable[..., tuple[str, dict[str, str | None]]]
 
 
-_OPS: dict[str, _Op] = {"attention": _Op(attention_backends.UNAVAILABLE, attention_api.refusals)}
+_OPS: dict[str, _Op] = {
+    "attention": _Op(attention_backends.UNAVAILABLE, attention_api.refusals),
+    "log_mel": _Op(log_mel_api.BACKENDS.unavailable, log_mel_api.refusals),
+}
 
 
 def ops() -> tuple[str, ...]:

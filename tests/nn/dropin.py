@@ -8,14 +8,32 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ofakern.nn.dropin import DropIn
 
 Call = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+
+@contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Originals take scores to float32 for their softmax, even in float64; for the truth they must not."""
+    softmax, narrow = F.softmax, torch.Tensor.float
+
+    def keep(x: Tensor, dim: int, dtype: torch.dtype | None = None, **rest: object) -> Tensor:
+        return softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype)
+
+    with (
+        mock.patch.object(F, "softmax", keep),
+        mock.patch.object(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else narrow(x)),
+    ):
+        yield
 
 
 def results(module: nn.Module, call: Call, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -53,7 +71,8 @@ def assert_replaces(
     rounded = {name: tensor.to(dtype) for name, tensor in inputs.items()}
     truth = copy.deepcopy(original).double()
     wide = {name: tensor.double() for name, tensor in rounded.items()}
-    exact = results(truth, call, wide)
+    with float64_throughout():
+        exact = results(truth, call, wide)
     ours_wide = results(cls.replacing(copy.deepcopy(truth)), call, wide)
     ours = results(cls.replacing(copy.deepcopy(original)), call, rounded)
     peer = results(original, call, rounded)
@@ -85,3 +104,26 @@ def assert_shares(original: nn.Module, ours: nn.Module) -> None:
     for mine, theirs in zip(ours.children(), original.children(), strict=True):
         assert mine is theirs
     assert ours.training == original.training
+
+
+def replace_all(model: nn.Module, *classes: type[DropIn]) -> nn.Module:
+    """A copy of `model` in which every module that one of `classes` names is replaced."""
+    model = copy.deepcopy(model)
+    by_name = {name: cls for cls in classes for name in cls.replaced_names}
+    found = 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ in by_name:
+                setattr(module, name, by_name[type(child).__name__].replacing(child))
+                found += 1
+    assert found, "nothing was replaced"
+    return model
+
+
+def randomize(module: nn.Module, std: float = 0.3) -> nn.Module:
+    """Every parameter drawn anew, so that no initial zero hides a wrong use."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return module

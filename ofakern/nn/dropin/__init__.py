@@ -1,6 +1,20 @@
 """Layers that take the place of other libraries' attention: README.md in `ofakern/nn` lists what replaces what."""
 
+from ofakern.nn.dropin.alibi import BloomAttention, MptAttention
 from ofakern.nn.dropin.base import CannotReplace, DropIn
+from ofakern.nn.dropin.beit import BeitAttention, BeitRelativePositionBias, TimmBeitAttention
 from ofakern.nn.dropin.t5 import T5Attention, UMT5Attention
+from ofakern.nn.dropin.torch_attention import MultiheadAttention
 
-__all__ = ["CannotReplace", "DropIn", "T5Attention", "UMT5Attention"]
+__all__ = [
+    "BeitAttention",
+    "BeitRelativePositionBias",
+    "BloomAttention",
+    "CannotReplace",
+    "DropIn",
+    "MptAttention",
+    "MultiheadAttention",
+    "T5Attention",
+    "TimmBeitAttention",
+    "UMT5Attention",
+]

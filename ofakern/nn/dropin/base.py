@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from ofakern.errors import OfakernValueError
+from ofakern.nn.relative import RelativeBlock, unfold
 from ofakern.ops.attention import AttentionLayout, attention
 
 MAX_WIDTH = 256
@@ -127,3 +129,20 @@ def attend(
         backend=backend,
     )
     return out.reshape(batch, length, -1)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`[..., H * K]` to `[..., H, K]`, a view."""
+    return x.view(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+def unfold_table(weight: Tensor, index: Callable[[torch.device], Tensor], block: Callable[[], RelativeBlock]) -> Tensor:
+    """f32 (float64 for float64) `[H, R]`: the rows of a parameter `[P, H]` that the differences read.
+
+    index: int64 `[R]`, made on a device; block: the same as a block, whose gradient is a sum of fixed order. The block
+    is built on the CPU and cached by the caller; it is asked for only outside of graphs and when there is a gradient.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
+        wide = weight if weight.dtype == torch.float64 else weight.float()
+        return wide.index_select(0, index(weight.device)).t().contiguous()
+    return unfold([weight], [block()])

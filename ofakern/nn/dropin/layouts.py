@@ -12,15 +12,19 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ofakern.errors import OfakernValueError
 from ofakern.nn.dropin.masks import Kind, Mask, runs
+from ofakern.nn.relative import grid_extent, special_coordinates
 from ofakern.ops.attention import AttentionLayout, RelativeTerm
 from ofakern.ops.library import LIBRARY, refuse_vmap
+
+T = TypeVar("T")
 
 _ENTRIES = 64
 _CONTENT_ENTRIES = 8
@@ -75,29 +79,60 @@ def padded_layout(
     *,
     masks: Sequence[Mask] = (),
     causal: bool = False,
+    front: int = 0,
     term: Term | None = None,
 ) -> AttentionLayout:
     """The layout of B samples of T queries and S keys, on `device`, with at most one relative term.
 
-    masks: all must let a key pass; causal: query i sees keys `j <= i`. The term applies to every visible pair.
-    Raises as `ofakern.nn.dropin.masks.runs`.
+    masks: all must let a key pass; causal: query i sees keys `j <= i`. front: how many of a sample's first keys every
+    query sees; masks and causality are about the others. The term applies to every visible pair.
+    Raises as `ofakern.nn.dropin.masks.runs`, and OfakernValueError when front and masked keys are not one run.
     """
+    sizes = _Sizes(batch, queries, keys, front, causal)
     if torch.compiler.is_compiling():
-        return _traced(batch, queries, keys, device, masks, causal, term)
+        return _traced(sizes, device, masks, term)
     trusted = all(not mask.tensor.is_inference() for mask in masks)
-    return (_by_identity if trusted else _by_content).get(batch, queries, keys, device, masks, causal, term)
+    cache = _by_identity if trusted else _by_content
+    return cache.get((sizes, device, term), masks, lambda: _build(sizes, device, masks, term))
 
 
-def _build(
-    batch: int,
-    queries: int,
-    keys: int,
-    device: torch.device,
-    masks: Sequence[Mask],
-    causal: bool,
-    term: Term | None,
-) -> AttentionLayout:
-    visible = torch.from_numpy(_visible(batch, queries, keys, masks, causal))
+@dataclass(frozen=True)
+class Grid:
+    """A grid of height x width tokens, row-major, after one special token where `special`. Row `d + M` of the table is
+    the difference d of coordinates; with the special token 5M + 4 rows (`ofakern.nn.relative.with_special`)."""
+
+    height: int
+    width: int
+    special: bool
+
+    def rows(self, batch: int, queries: int, keys: int) -> int:
+        extent = grid_extent(self.height, self.width)
+        return 5 * extent + 4 if self.special else 2 * extent + 1
+
+    def coordinates(self, batch: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        extent = grid_extent(self.height, self.width)
+        down = torch.arange(self.height, dtype=torch.int32, device=device)[:, None] * (2 * self.width - 1)
+        k_coord = (down + torch.arange(self.width, dtype=torch.int32, device=device)).reshape(-1)
+        q_coord = k_coord + extent
+        if self.special:
+            query, key = special_coordinates(extent)
+            origin = 2 * extent + 1
+            q_coord = torch.cat([q_coord.new_full((1,), query + origin), k_coord + origin])
+            k_coord = torch.cat([k_coord.new_full((1,), key), k_coord])
+        return q_coord.repeat(batch), k_coord.repeat(batch)
+
+
+class _Sizes(NamedTuple):
+    batch: int
+    queries: int
+    keys: int
+    front: int
+    causal: bool
+
+
+def _build(sizes: _Sizes, device: torch.device, masks: Sequence[Mask], term: Term | None) -> AttentionLayout:
+    batch, queries, keys = sizes[:3]
+    visible = torch.from_numpy(_visible(sizes, masks))
     terms = []
     if term is not None:
         coordinates = term.coordinates(batch, queries, keys, torch.device("cpu"))
@@ -105,22 +140,27 @@ def _build(
     return AttentionLayout.build(visible, [queries] * batch, [keys] * batch, terms).to(device)
 
 
-def _visible(batch: int, queries: int, keys: int, masks: Sequence[Mask], causal: bool) -> np.ndarray:
+def _visible(sizes: _Sizes, masks: Sequence[Mask]) -> np.ndarray:
+    batch, queries, keys, front, causal = sizes
+    own = keys - front
     lo = np.zeros((batch, queries), np.int64)
-    end = np.full((batch, queries), keys, np.int64)
+    end = np.full((batch, queries), own, np.int64)
     if causal:
         end = np.minimum(end, np.arange(queries) + 1)
     for mask in masks:
-        first, last = runs(mask, batch, queries, keys)
+        first, last = runs(mask, batch, queries, own)
         lo, end = np.maximum(lo, first), np.minimum(end, last)
     empty = end <= lo
-    start = np.arange(batch)[:, None] * keys
-    pairs = np.stack([np.where(empty, 0, lo + start), np.where(empty, 0, end + start)], axis=-1)
-    result: np.ndarray = pairs.reshape(-1, 2).astype(np.int32)
+    lo, end = np.where(empty, 0, lo), np.where(empty, 0, end) + front
+    if front and lo.any():
+        where = masks[0].where if masks else "attention"
+        raise OfakernValueError(
+            f"{where}: mask must leave out keys at the end only beside keys that all queries see, got a sample whose "
+            "first keys are left out\nTry: padding at the end."
+        )
+    start = np.where(end > lo, np.arange(batch)[:, None] * keys, 0)
+    result: np.ndarray = np.stack([lo + start, end + start], axis=-1).reshape(-1, 2).astype(np.int32)
     return result
-
-
-_Signature = tuple[tuple[Any, ...], ...]
 
 
 def _identity(mask: Mask) -> tuple[Any, ...]:
@@ -139,8 +179,8 @@ def _same_content(mark: tuple[Any, ...], mask: Mask) -> bool:
     return bool(torch.equal(mark[0], mask.tensor))
 
 
-class _Cache:
-    """The last layouts, by sizes and masks. `mark` notes a mask, `same` tells whether a noted mask is this one."""
+class MaskCache(Generic[T]):
+    """The last results that follow from masks. `mark` notes a mask, `same` tells whether a noted mask is this one."""
 
     def __init__(
         self,
@@ -150,32 +190,24 @@ class _Cache:
         same: Callable[[tuple[Any, ...], Mask], bool],
     ) -> None:
         self.size, self.key, self.mark, self.same = size, key, mark, same
-        self.entries: OrderedDict[Any, tuple[_Signature, AttentionLayout]] = OrderedDict()
+        self.entries: OrderedDict[Any, tuple[tuple[tuple[Any, ...], ...], T]] = OrderedDict()
         self.lock = threading.Lock()
 
-    def get(
-        self,
-        batch: int,
-        queries: int,
-        keys: int,
-        device: torch.device,
-        masks: Sequence[Mask],
-        causal: bool,
-        term: Term | None,
-    ) -> AttentionLayout:
-        key = (batch, queries, keys, device, causal, term, tuple(self.key(mask) for mask in masks))
+    def get(self, what: Any, masks: Sequence[Mask], build: Callable[[], T]) -> T:
+        """The result kept for `what` (hashable) and these masks, or `build()`."""
+        key = (what, tuple(self.key(mask) for mask in masks))
         with self.lock:
             entry = self.entries.get(key)
             if entry is not None and all(self.same(mark, mask) for mark, mask in zip(entry[0], masks, strict=True)):
                 self.entries.move_to_end(key)
                 return entry[1]
-        layout = _build(batch, queries, keys, device, masks, causal, term)
+        result = build()
         with self.lock:
-            self.entries[key] = (tuple(self.mark(mask) for mask in masks), layout)
+            self.entries[key] = (tuple(self.mark(mask) for mask in masks), result)
             self.entries.move_to_end(key)
             while len(self.entries) > self.size:
                 self.entries.popitem(last=False)
-        return layout
+        return result
 
 
 def _identity_key(mask: Mask) -> Any:
@@ -186,42 +218,36 @@ def _content_key(mask: Mask) -> Any:
     return (tuple(mask.tensor.shape), mask.tensor.dtype, mask.kind, mask.left_out)
 
 
-_by_identity = _Cache(_ENTRIES, _identity_key, _identity, _same_identity)
-_by_content = _Cache(_CONTENT_ENTRIES, _content_key, _content, _same_content)
+def content_cache() -> MaskCache[Any]:
+    """A cache for masks that are made anew with equal content."""
+    return MaskCache(_CONTENT_ENTRIES, _content_key, _content, _same_content)
 
 
-def _traced(
-    batch: int,
-    queries: int,
-    keys: int,
-    device: torch.device,
-    masks: Sequence[Mask],
-    causal: bool,
-    term: Term | None,
-) -> AttentionLayout:
+_by_identity: MaskCache[AttentionLayout] = MaskCache(_ENTRIES, _identity_key, _identity, _same_identity)
+_by_content: MaskCache[AttentionLayout] = content_cache()
+
+
+def _traced(sizes: _Sizes, device: torch.device, masks: Sequence[Mask], term: Term | None) -> AttentionLayout:
     """The same inside a graph: the op gives what depends on values, coordinates are plain arithmetic."""
     visible, q_offsets, k_offsets, key_seen, k_range = torch.ops.ofakern.padded_intervals(
         torch.empty(0, device=device),
         [mask.tensor for mask in masks],
         [f"{mask.kind} {int(mask.left_out)} {mask.where}" for mask in masks],
-        batch,
-        queries,
-        keys,
-        causal,
+        *sizes,
     )
     terms: tuple[RelativeTerm, ...] = ()
     if term is not None:
+        batch, queries, keys = sizes[:3]
         coordinates = term.coordinates(batch, queries, keys, device)
         # A copy: tracing an autograd.Function refuses the same tensor twice.
         terms = (RelativeTerm(*coordinates, visible.clone(), term.rows(batch, queries, keys)),)
     return AttentionLayout(visible, q_offsets, k_offsets, key_seen, k_range, terms)
 
 
-def _padded_intervals(
-    like: Tensor, masks: list[Tensor], readings: list[str], batch: int, queries: int, keys: int, causal: bool
-) -> tuple[Tensor, ...]:
+def _padded_intervals(like: Tensor, masks: list[Tensor], readings: list[str], *sizes: Any) -> tuple[Tensor, ...]:
     read = [_read_mask(tensor, reading) for tensor, reading in zip(masks, readings, strict=True)]
-    layout = _by_content.get(batch, queries, keys, like.device, read, causal, None)
+    made, device = _Sizes(*sizes), like.device
+    layout = _by_content.get((made, device, None), read, lambda: _build(made, device, read, None))
     # Copies: a compiler may write into what an op returned, and the cache's layout is shared.
     return tuple(
         tensor.clone()
@@ -235,9 +261,8 @@ def _read_mask(tensor: Tensor, reading: str) -> Mask:
     return Mask(tensor, kinds[kind], left_out == "1", where)
 
 
-def _padded_intervals_fake(
-    like: Tensor, masks: list[Tensor], readings: list[str], batch: int, queries: int, keys: int, causal: bool
-) -> tuple[Tensor, ...]:
+def _padded_intervals_fake(like: Tensor, masks: list[Tensor], readings: list[str], *sizes: Any) -> tuple[Tensor, ...]:
+    batch, queries, keys = sizes[:3]
     return (
         like.new_empty((batch * queries, 2), dtype=torch.int32),
         like.new_empty((batch + 1,), dtype=torch.int32),
@@ -249,7 +274,7 @@ def _padded_intervals_fake(
 
 LIBRARY.define(
     "padded_intervals(Tensor like, Tensor[] masks, str[] readings, SymInt batch, SymInt queries, SymInt keys, "
-    "bool causal) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "SymInt front, bool causal) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 for _device in ("CPU", "CUDA"):
     LIBRARY.impl("padded_intervals", _padded_intervals, _device)

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ofakern.errors import OfakernValueError
-from ofakern.nn.dropin.base import DropIn, attend, check_width, refuse_arguments, width_refusal
+from ofakern.nn.dropin.base import (
+    DropIn,
+    attend,
+    check_width,
+    refuse_arguments,
+    split_heads,
+    unfold_table,
+    width_refusal,
+)
 from ofakern.nn.dropin.layouts import Shift, padded_layout
 from ofakern.nn.dropin.masks import Mask
-from ofakern.nn.relative import RelativeBlock, unfold
+from ofakern.nn.relative import RelativeBlock
 
 _UNSUPPORTED = ("output_attentions", "head_mask", "layer_head_mask", "cross_attn_layer_head_mask")
 _BIAS = Shift()
@@ -133,11 +141,11 @@ class _T5Base(DropIn):
     def table(self, queries: int, keys: int, past: int | Tensor) -> Tensor:
         """f32 `[H, T+S]`: the bias of query minus key position, row `i - j + S - 1`."""
         weight = self.relative_attention_bias.weight
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
-            index = _index(torch.tensor(self._line, device=weight.device), queries, keys, past)
-            wide = weight if weight.dtype == torch.float64 else weight.float()
-            return wide.index_select(0, index).t().contiguous()
-        return unfold([weight], [_block(self._line, queries, keys, int(past), weight.device)])
+        return unfold_table(
+            weight,
+            lambda device: _index(torch.tensor(self._line, device=device), queries, keys, past),
+            lambda: _block(self._line, queries, keys, int(past), weight.device),
+        )
 
     def _attend(
         self, hidden: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, table: Tensor | None, cross: bool
@@ -154,7 +162,7 @@ class _T5Base(DropIn):
             term=None if table is None else _BIAS,
         )
         out = attend(
-            self.q(hidden).unflatten(-1, (self.n_heads, self.key_value_proj_dim)),
+            split_heads(self.q(hidden), self.n_heads),
             key.transpose(1, 2),
             value.transpose(1, 2),
             layout,
@@ -181,9 +189,8 @@ class _T5Base(DropIn):
             kept = own.layers[self.layer_idx]
             return kept.keys, kept.values
         states = hidden if source is None else source
-        shape = (self.n_heads, self.key_value_proj_dim)
-        key = self.k(states).unflatten(-1, shape).transpose(1, 2)
-        value = self.v(states).unflatten(-1, shape).transpose(1, 2)
+        key = split_heads(self.k(states), self.n_heads).transpose(1, 2)
+        value = split_heads(self.v(states), self.n_heads).transpose(1, 2)
         if cache is not None:
             key, value = own.update(key, value, self.layer_idx)
             if source is not None and split is not None:

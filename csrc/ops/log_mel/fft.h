@@ -1,0 +1,159 @@
+// A complex transform of M = 2^a 3^b 5^c points over kWidth signals at once: lane l of every vector is signal l, so
+// that no shuffle is needed and a twiddle factor is one number for all.
+//
+// In place, decimation in frequency: the result of frequency k stands at `place_of(k)`.
+#pragma once
+
+#include "core/vec.h"
+
+namespace ofakern::OFAKERN_ISA {
+namespace {
+
+constexpr int kMostFactors = 16;
+
+struct FftPlan {
+  i64 size = 0;  // M
+  int factors = 0;
+  int radix[kMostFactors] = {};
+};
+
+OFAKERN_LOCAL FftPlan make_fft_plan(i64 size) {
+  FftPlan plan;
+  plan.size = size;
+  constexpr int kRadices[5] = {8, 4, 2, 5, 3};
+  for (const int radix : kRadices)
+    for (; size % radix == 0 && size > 1; size /= radix) plan.radix[plan.factors++] = radix;
+  return plan;
+}
+
+OFAKERN_LOCAL i64 place_of(const FftPlan& plan, i64 frequency) {
+  i64 length = plan.size, place = 0;
+  for (int f = 0; f < plan.factors; ++f) {
+    length /= plan.radix[f];
+    place += frequency % plan.radix[f] * length;
+    frequency /= plan.radix[f];
+  }
+  return place;
+}
+
+struct Complex {
+  Vec re, im;
+};
+
+OFAKERN_HOT Complex load_complex(const float* x, i64 k) {
+  return {vload(x + 2 * k * kWidth), vload(x + (2 * k + 1) * kWidth)};
+}
+OFAKERN_HOT void store_complex(float* x, i64 k, Complex z) {
+  vstore(x + 2 * k * kWidth, z.re);
+  vstore(x + (2 * k + 1) * kWidth, z.im);
+}
+OFAKERN_HOT Complex add(Complex a, Complex b) { return {vadd(a.re, b.re), vadd(a.im, b.im)}; }
+OFAKERN_HOT Complex sub(Complex a, Complex b) { return {vsub(a.re, b.re), vsub(a.im, b.im)}; }
+OFAKERN_HOT Complex add_i(Complex a, Complex b) { return {vsub(a.re, b.im), vadd(a.im, b.re)}; }  // a + i b
+OFAKERN_HOT Complex sub_i(Complex a, Complex b) { return {vadd(a.re, b.im), vsub(a.im, b.re)}; }  // a - i b
+OFAKERN_HOT Complex scale(Complex a, float by) { return {vmul(a.re, vset(by)), vmul(a.im, vset(by))}; }
+OFAKERN_HOT Complex fma(Complex a, float by, Complex c) {
+  return {vfma(a.re, vset(by), c.re), vfma(a.im, vset(by), c.im)};
+}
+// a * (cosine - i sine)
+OFAKERN_HOT Complex rotate(Complex a, float cosine, float sine) {
+  const Vec c = vset(cosine), s = vset(sine);
+  return {vfma(a.im, s, vmul(a.re, c)), vsub(vmul(a.im, c), vmul(a.re, s))};
+}
+
+// z[q] becomes the sum over p of z[p] exp(-2 pi i p q / R).
+OFAKERN_HOT void transform(Complex (&z)[2]) {
+  const Complex a = z[0];
+  z[0] = add(a, z[1]);
+  z[1] = sub(a, z[1]);
+}
+
+OFAKERN_HOT void transform(Complex (&z)[3]) {
+  constexpr float kSine = 0.866025403784438647f;
+  const Complex both = add(z[1], z[2]), turn = scale(sub(z[1], z[2]), kSine), middle = fma(both, -0.5f, z[0]);
+  z[0] = add(z[0], both);
+  z[1] = sub_i(middle, turn);
+  z[2] = add_i(middle, turn);
+}
+
+OFAKERN_HOT void transform(Complex (&z)[4]) {
+  const Complex a = add(z[0], z[2]), b = sub(z[0], z[2]), c = add(z[1], z[3]), d = sub(z[1], z[3]);
+  z[0] = add(a, c);
+  z[1] = sub_i(b, d);
+  z[2] = sub(a, c);
+  z[3] = add_i(b, d);
+}
+
+OFAKERN_HOT void transform(Complex (&z)[5]) {
+  constexpr float kCos1 = 0.309016994374947424f, kCos2 = -0.809016994374947424f;
+  constexpr float kSin1 = 0.951056516295153572f, kSin2 = 0.587785252292473129f;
+  const Complex a = add(z[1], z[4]), b = add(z[2], z[3]), c = sub(z[1], z[4]), d = sub(z[2], z[3]);
+  const Complex one = fma(b, kCos2, fma(a, kCos1, z[0])), two = fma(b, kCos1, fma(a, kCos2, z[0]));
+  const Complex turn1 = fma(d, kSin2, scale(c, kSin1)), turn2 = fma(d, -kSin1, scale(c, kSin2));
+  z[0] = add(z[0], add(a, b));
+  z[1] = sub_i(one, turn1);
+  z[2] = sub_i(two, turn2);
+  z[3] = add_i(two, turn2);
+  z[4] = add_i(one, turn1);
+}
+
+OFAKERN_HOT void transform(Complex (&z)[8]) {
+  constexpr float kHalf = 0.707106781186547524f;
+  Complex even[4] = {z[0], z[2], z[4], z[6]}, odd[4] = {z[1], z[3], z[5], z[7]};
+  transform(even);
+  transform(odd);
+  const Complex one = scale({vadd(odd[1].re, odd[1].im), vsub(odd[1].im, odd[1].re)}, kHalf);
+  const Complex three = scale({vsub(odd[3].im, odd[3].re), vadd(odd[3].re, odd[3].im)}, kHalf);
+  z[0] = add(even[0], odd[0]);
+  z[4] = sub(even[0], odd[0]);
+  z[1] = add(even[1], one);
+  z[5] = sub(even[1], one);
+  z[2] = sub_i(even[2], odd[2]);
+  z[6] = add_i(even[2], odd[2]);
+  // three is -(re + im) in its imaginary part: added and subtracted part by part instead of negated
+  z[3] = {vadd(even[3].re, three.re), vsub(even[3].im, three.im)};
+  z[7] = {vsub(even[3].re, three.re), vadd(even[3].im, three.im)};
+}
+
+// One pass over x: every block of `length` points becomes R blocks. roots: cosine and sine of 2 pi k / (2 size).
+template <int R>
+OFAKERN_LOCAL void fft_stage(float* x, i64 size, i64 length, const float* roots) {
+  const i64 part = length / R, step = 2 * (2 * size / length);
+  for (i64 j = 0; j < part; ++j)
+    for (i64 block = j; block < size; block += length) {
+      Complex z[R];
+      for (int q = 0; q < R; ++q) z[q] = load_complex(x, block + q * part);
+      transform(z);
+      store_complex(x, block, z[0]);
+      for (int q = 1; q < R; ++q) {
+        const float* root = roots + j * q * step;
+        store_complex(x, block + q * part, j == 0 ? z[q] : rotate(z[q], root[0], root[1]));
+      }
+    }
+}
+
+OFAKERN_LOCAL void fft(const FftPlan& plan, float* x, const float* roots) {
+  i64 length = plan.size;
+  for (int f = 0; f < plan.factors; ++f) {
+    switch (plan.radix[f]) {
+      case 8:
+        fft_stage<8>(x, plan.size, length, roots);
+        break;
+      case 5:
+        fft_stage<5>(x, plan.size, length, roots);
+        break;
+      case 4:
+        fft_stage<4>(x, plan.size, length, roots);
+        break;
+      case 3:
+        fft_stage<3>(x, plan.size, length, roots);
+        break;
+      default:
+        fft_stage<2>(x, plan.size, length, roots);
+    }
+    length /= plan.radix[f];
+  }
+}
+
+}  // namespace
+}  // namespace ofakern::OFAKERN_ISA

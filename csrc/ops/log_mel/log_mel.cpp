@@ -1,0 +1,112 @@
+// Checks every argument against the contract in log_mel.h, then calls the active instruction set's kernel.
+#include "ops/log_mel/log_mel.h"
+
+#include <string>
+
+#include "core/check.h"
+#include "core/isa.h"
+
+namespace ofakern {
+
+OFAKERN_DECLARE_FOR_EACH_ISA(std::int64_t log_mel_scratch(const LogMelInputs& in, int threads);
+                             void log_mel(const LogMelInputs& in, const TensorView& out, const TensorView& workspace,
+                                          int threads);)
+
+namespace {
+
+constexpr std::int64_t kLargestFft = 1 << 16;
+
+const Checker& checker() {
+  static const Checker check("log_mel");
+  return check;
+}
+
+void check_plain(const char* argument, const TensorView& x, const char* letters,
+                 std::initializer_list<std::int64_t> sizes, DType dtype) {
+  const Checker& check = checker();
+  check.given(argument, x);
+  check.dtype(argument, x, {dtype});
+  check.shape(argument, x, letters, sizes);
+  check.device(argument, x, Device::cpu);
+  check.contiguous(argument, x);
+}
+
+// Rises from 0 to `last` (-1: to anything).
+template <class Index>
+void check_rising(const char* argument, const TensorView& x, std::int64_t last) {
+  const Index* o = x.as<const Index>();
+  const std::int64_t count = x.shape[0] - 1;
+  bool rising = o[0] == 0 && (last < 0 || o[count] == last);
+  for (std::int64_t n = 0; n < count; ++n) rising = rising && o[n] <= o[n + 1];
+  checker().that(rising, argument, "rise from 0" + (last < 0 ? std::string() : " to " + std::to_string(last)),
+                 "first " + std::to_string(o[0]) + ", last " + std::to_string(o[count]));
+}
+
+void check_waveforms(const LogMelInputs& in) {
+  const Checker& check = checker();
+  check_plain("wave", in.wave, "[N]", {-1}, DType::f32);
+  check_plain("samples", in.samples, "[B + 1]", {-1}, DType::i64);
+  const std::int64_t entries = in.samples.shape[0];
+  check.that(entries >= 1, "samples", "have B + 1 entries", "none");
+  check_plain("frames", in.frames, "[B + 1]", {entries}, DType::i64);
+  check_rising<std::int64_t>("samples", in.samples, in.wave.shape[0]);
+  check_rising<std::int64_t>("frames", in.frames, -1);
+  const std::int64_t *s = in.samples.as<const std::int64_t>(), *f = in.frames.as<const std::int64_t>();
+  for (std::int64_t n = 0; n + 1 < entries; ++n)
+    check.that(s[n] < s[n + 1] || f[n] == f[n + 1], "frames", "be none of a waveform without samples",
+               std::to_string(f[n + 1] - f[n]));
+}
+
+void check_transform(const LogMelInputs& in) {
+  const Checker& check = checker();
+  check_plain("roots", in.roots, "[n_fft, 2]", {-1, 2}, DType::f32);
+  const std::int64_t n_fft = in.roots.shape[0];
+  std::int64_t rest = n_fft / 2;
+  for (const std::int64_t factor : {2, 3, 5})
+    while (rest > 0 && rest % factor == 0) rest /= factor;
+  check.that(n_fft % 2 == 0 && rest == 1 && n_fft <= kLargestFft, "n_fft",
+             "be twice a product of 2, 3 and 5, at most " + std::to_string(kLargestFft), std::to_string(n_fft));
+  check_plain("window", in.window, "[frame]", {-1}, DType::f32);
+  check.that(in.window.shape[0] >= 1 && in.window.shape[0] <= n_fft, "frame", "lie in 1..n_fft",
+             std::to_string(in.window.shape[0]));
+  check.that(in.hop >= 1 && in.hop <= kLargestFft, "hop", "lie in 1.." + std::to_string(kLargestFft),
+             std::to_string(in.hop));
+  check.that(in.first_sample >= -n_fft && in.first_sample <= in.hop, "first_sample", "lie in -n_fft..hop",
+             std::to_string(in.first_sample));
+  check.that(in.power == 1 || in.power == 2, "power", "be 1 or 2", std::to_string(in.power));
+}
+
+void check_filters(const LogMelInputs& in) {
+  check_plain("first", in.first, "[n_mels]", {-1}, DType::i32);
+  const std::int64_t mels = in.first.shape[0], bins = in.roots.shape[0] / 2 + 1;
+  check_plain("offsets", in.offsets, "[n_mels + 1]", {mels + 1}, DType::i32);
+  check_plain("weights", in.weights, "[offsets[n_mels]]", {-1}, DType::f32);
+  check_rising<std::int32_t>("offsets", in.offsets, in.weights.shape[0]);
+  const std::int32_t *first = in.first.as<const std::int32_t>(), *offsets = in.offsets.as<const std::int32_t>();
+  for (std::int64_t m = 0; m < mels; ++m)
+    checker().that(first[m] >= 0 && first[m] + std::int64_t{offsets[m + 1]} - offsets[m] <= bins, "first",
+                   "keep a filter inside the " + std::to_string(bins) + " bins", std::to_string(first[m]));
+}
+
+void check_inputs(const LogMelInputs& in) {
+  check_waveforms(in);
+  check_transform(in);
+  check_filters(in);
+}
+
+}  // namespace
+
+std::int64_t log_mel_workspace(const LogMelInputs& inputs, int threads) {
+  check_inputs(inputs);
+  return OFAKERN_DISPATCH(log_mel_scratch, inputs, threads);
+}
+
+void log_mel_cpu(const LogMelInputs& inputs, const TensorView& out, const TensorView& workspace, int threads) {
+  check_inputs(inputs);
+  const std::int64_t rows = inputs.frames.as<const std::int64_t>()[inputs.frames.shape[0] - 1];
+  check_plain("out", out, "[F, n_mels]", {rows, inputs.first.shape[0]}, DType::f32);
+  checker().workspace("workspace", workspace, OFAKERN_DISPATCH(log_mel_scratch, inputs, threads));
+  OFAKERN_DISPATCH(log_mel, inputs, out, workspace, threads);
+}
+
+}  // namespace ofakern

@@ -1,0 +1,45 @@
+// Log-mel spectrograms of packed waveforms; README.md here has the algorithm and what it costs.
+//
+//   s[i]     = the waveform, mirrored outside its ends (about the edge sample, or with the edge repeated)
+//   x[f, n]  = s[first_sample + f * hop + n], n < frame; less its mean when remove_dc
+//   y[f, n]  = (x[f, n] - preemphasis * x[f, max(n - 1, 0)]) * window[n], 0 for n >= frame
+//   P[f, k]  = |sum over n of y[f, n] exp(-2 pi i k n / n_fft)|^power, k = 0 .. n_fft / 2
+//   m[f, b]  = max(floor, sum over k of filter[b, k] P[f, k])
+//   out[f,b] = ln m, or whisper: (max(log10 m, largest log10 m of the waveform - 8) + 4) / 4
+//
+// Source: Kaldi's feat/feature-fbank; Whisper's audio.py; librosa's mel filters.
+#pragma once
+
+#include <cstdint>
+
+#include "core/tensor_view.h"
+
+namespace ofakern {
+
+struct LogMelInputs {
+  TensorView wave;     // f32 [N]
+  TensorView samples;  // i64 [B + 1]: where each waveform starts in `wave`
+  TensorView frames;   // i64 [B + 1]: where each one's rows start in `out`
+  TensorView window;   // f32 [frame]
+  TensorView roots;    // f32 [n_fft, 2]: cosine and sine of 2 pi k / n_fft
+  TensorView first;    // i32 [n_mels]: a filter's first bin
+  TensorView offsets;  // i32 [n_mels + 1]: where its weights start
+  TensorView weights;  // f32 [offsets[n_mels]]
+  std::int64_t hop = 0;
+  std::int64_t first_sample = 0;
+  bool mirror_repeats_edge = false;
+  bool remove_dc = false;
+  double preemphasis = 0;
+  int power = 2;  // or 1
+  bool whisper = false;
+  double floor = 0;
+};
+
+// Bytes of scratch that log_mel_cpu needs. Both throw ValueError or TypeError for arguments that break the contract;
+// n_fft / 2 must be a product of 2, 3 and 5.
+std::int64_t log_mel_workspace(const LogMelInputs& inputs, int threads);
+
+// out f32 [frames[B], n_mels]: every element is written. The same bits for any number of threads.
+void log_mel_cpu(const LogMelInputs& inputs, const TensorView& out, const TensorView& workspace, int threads);
+
+}  // namespace ofakern

@@ -1,0 +1,258 @@
+// Compiled once per instruction set; see core/isa.h. kWidth frames are one task's unit: lane l of a vector is frame l.
+#include "core/pack.h"
+#include "core/parallel.h"
+#include "core/vec_log.h"
+#include "ops/log_mel/fft.h"
+#include "ops/log_mel/log_mel.h"
+
+namespace ofakern::OFAKERN_ISA {
+namespace {
+
+constexpr i64 kFramesPerTask = 64;  // a multiple of every kWidth: tasks are the same for every instruction set
+constexpr float kLog10 = 0.434294481903251828f;
+
+struct Mel {
+  const float* wave;
+  const i64 *samples, *frames;
+  const float *window, *roots, *weights;
+  const std::int32_t *first, *offsets;
+  i64 waveforms, frame, hop, first_sample, n_fft, mels;
+  bool repeats_edge, remove_dc, whisper;
+  int power;
+  float preemphasis, floor;
+  FftPlan plan;
+};
+
+Mel read(const LogMelInputs& in) {
+  Mel p;
+  p.wave = in.wave.as<const float>();
+  p.samples = in.samples.as<const i64>();
+  p.frames = in.frames.as<const i64>();
+  p.window = in.window.as<const float>();
+  p.roots = in.roots.as<const float>();
+  p.weights = in.weights.as<const float>();
+  p.first = in.first.as<const std::int32_t>();
+  p.offsets = in.offsets.as<const std::int32_t>();
+  p.waveforms = in.samples.shape[0] - 1;
+  p.frame = in.window.shape[0];
+  p.hop = in.hop;
+  p.first_sample = in.first_sample;
+  p.n_fft = in.roots.shape[0];
+  p.mels = in.first.shape[0];
+  p.repeats_edge = in.mirror_repeats_edge;
+  p.remove_dc = in.remove_dc;
+  p.whisper = in.whisper;
+  p.power = in.power;
+  p.preemphasis = static_cast<float>(in.preemphasis);
+  p.floor = static_cast<float>(in.floor);
+  p.plan = make_fft_plan(p.n_fft / 2);
+  return p;
+}
+
+// One thread's buffers, all [.., kWidth] but the last.
+struct Scratch {
+  float *signal, *power, *mel, *samples;
+};
+
+// The workspace: places of frequencies, first task of each waveform, largest value of each task, then the threads' own.
+struct Memory {
+  std::int32_t* places;
+  i64* tasks;
+  float* largest;
+  char* threads;
+  i64 bytes_per_thread;
+  i64 bytes;
+};
+
+i64 span_of(const Mel& p) { return (kWidth - 1) * p.hop + p.frame; }
+
+i64 task_count(const Mel& p) {
+  i64 count = 0;
+  for (i64 w = 0; w < p.waveforms; ++w) count += ceil_div(p.frames[w + 1] - p.frames[w], kFramesPerTask);
+  return count;
+}
+
+Memory lay_out(const Mel& p, int threads, void* base) {
+  char* at = static_cast<char*>(base);
+  i64 used = 0;
+  const auto take = [&](i64 bytes) {
+    char* taken = at == nullptr ? nullptr : at + used;
+    used += round_up(bytes, 64);
+    return taken;
+  };
+  Memory m;
+  m.places = reinterpret_cast<std::int32_t*>(take(p.plan.size * 4));
+  m.tasks = reinterpret_cast<i64*>(take((p.waveforms + 1) * 8));
+  m.largest = reinterpret_cast<float*>(take(task_count(p) * 4));
+  const i64 vectors = p.n_fft + p.n_fft / 2 + 1 + p.mels;
+  m.bytes_per_thread = round_up((vectors * kWidth + span_of(p)) * 4, 64);
+  m.threads = take(m.bytes_per_thread * threads);
+  m.bytes = used;
+  return m;
+}
+
+Scratch scratch_of(const Mel& p, const Memory& m, int thread) {
+  Scratch s;
+  s.signal = reinterpret_cast<float*>(m.threads + m.bytes_per_thread * thread);
+  s.power = s.signal + p.n_fft * kWidth;
+  s.mel = s.power + (p.n_fft / 2 + 1) * kWidth;
+  s.samples = s.mel + p.mels * kWidth;
+  return s;
+}
+
+// The place that sample i of a waveform of `length` > 0 is read from, mirrored as often as it takes.
+i64 mirrored(i64 i, i64 length, bool repeats_edge) {
+  const i64 period = repeats_edge ? 2 * length : max_of<i64>(2 * length - 2, 1);
+  i %= period;
+  if (i < 0) i += period;
+  return i < length ? i : (repeats_edge ? 2 * length - 1 : period) - i;
+}
+
+// The samples of kWidth frames from `begin` on: the waveform's own where they lie inside, else a mirrored copy.
+const float* frame_samples(const Mel& p, const float* wave, i64 length, i64 begin, float* copy) {
+  const i64 span = span_of(p);
+  if (begin >= 0 && begin + span <= length) return wave + begin;
+  for (i64 i = 0; i < span; ++i) {
+    const i64 at = begin + i;
+    copy[i] = wave[at >= 0 && at < length ? at : mirrored(at, length, p.repeats_edge)];
+  }
+  return copy;
+}
+
+// signal [n_fft, kWidth]: frames less their mean, preemphasised, times the window, then zeros.
+OFAKERN_LOCAL void make_frames(const Mel& p, const float* samples, float* signal) {
+  transpose_units(as_units(samples), p.hop, kWidth, p.frame, as_units(signal), kWidth);
+  Vec mean = vzero();
+  if (p.remove_dc) {
+    // Four partial sums: one chain of additions would wait for each.
+    Vec sum[4] = {vzero(), vzero(), vzero(), vzero()};
+    for (i64 n = 0; n < p.frame; ++n) sum[n % 4] = vadd(sum[n % 4], vload(signal + n * kWidth));
+    mean = vmul(vadd(vadd(sum[0], sum[1]), vadd(sum[2], sum[3])), vset(1.0f / static_cast<float>(p.frame)));
+  }
+  const Vec factor = vset(-p.preemphasis);
+  Vec before = vsub(vload(signal), mean);
+  for (i64 n = 0; n < p.frame; ++n) {
+    const Vec x = vsub(vload(signal + n * kWidth), mean);
+    vstore(signal + n * kWidth, vmul(vfma(before, factor, x), vset(p.window[n])));
+    before = x;
+  }
+  std::memset(signal + p.frame * kWidth, 0, static_cast<std::size_t>((p.n_fft - p.frame) * kWidth) * sizeof(float));
+}
+
+OFAKERN_HOT void store_power(const Mel& p, float* to, Vec power) { vstore(to, p.power == 2 ? power : vsqrt(power)); }
+
+// The real signal went through the transform as pairs, z[n] = x[2n] + i x[2n + 1]. With E and O the transforms of the
+// even and odd samples: X[k] = E[k] + w^k O[k], X[M - k] = conj(E[k] - w^k O[k]), 2 E[k] = Z[k] + conj Z[M - k],
+// 2i O[k] = Z[k] - conj Z[M - k].
+OFAKERN_LOCAL void spectrum(const Mel& p, const std::int32_t* places, const float* z, float* power) {
+  const i64 half = p.plan.size;
+  const Complex zero = load_complex(z, places[0]);
+  const Vec low = vadd(zero.re, zero.im), high = vsub(zero.re, zero.im), quarter = vset(0.25f);
+  store_power(p, power, vmul(low, low));
+  store_power(p, power + half * kWidth, vmul(high, high));
+  for (i64 k = 1; 2 * k <= half; ++k) {
+    const Complex a = load_complex(z, places[k]), b = load_complex(z, places[half - k]);
+    const Complex even = {vadd(a.re, b.re), vsub(a.im, b.im)}, odd = {vadd(a.im, b.im), vsub(b.re, a.re)};
+    const Complex turned = rotate(odd, p.roots[2 * k], p.roots[2 * k + 1]);
+    const Complex x = add(even, turned), y = sub(even, turned);
+    store_power(p, power + k * kWidth, vmul(quarter, vfma(x.re, x.re, vmul(x.im, x.im))));
+    store_power(p, power + (half - k) * kWidth, vmul(quarter, vfma(y.re, y.re, vmul(y.im, y.im))));
+  }
+}
+
+// Of one lane's values: the largest that is a number, and their sum, which is NaN when one of them is.
+struct Range {
+  Vec largest, sum;
+};
+
+// mel [n_mels, kWidth]: the logarithm of each filter's sum.
+OFAKERN_LOCAL Range filter(const Mel& p, const float* power, float* mel) {
+  const Vec floor = vset(p.floor), base = vset(p.whisper ? kLog10 : 1.0f);
+  Range range = {vset(-INFINITY), vzero()};
+  for (i64 m = 0; m < p.mels; ++m) {
+    const float *w = p.weights + p.offsets[m], *x = power + i64{p.first[m]} * kWidth;
+    const i64 bins = p.offsets[m + 1] - p.offsets[m];
+    Vec sum = vzero();
+    for (i64 k = 0; k < bins; ++k) sum = vfma(vset(w[k]), vload(x + k * kWidth), sum);
+    const Vec logarithm = vmul(vlog(vmax(floor, sum)), base);
+    vstore(mel + m * kWidth, logarithm);
+    range = {vmax(logarithm, range.largest), vadd(range.sum, logarithm)};
+  }
+  return range;
+}
+
+// NaN counts as larger than all, as in torch's max.
+float larger(float a, float b) { return a != a || a > b ? a : b; }
+
+float largest_of(const Range& range, i64 lanes) {
+  float largest[kWidth], sum[kWidth], result = -INFINITY;
+  vstore(largest, range.largest);
+  vstore(sum, range.sum);
+  for (i64 l = 0; l < lanes; ++l) result = larger(sum[l] != sum[l] ? sum[l] : largest[l], result);
+  return result;
+}
+
+struct Task {
+  i64 waveform, begin, end;  // frames of the waveform
+};
+
+Task task_at(const Mel& p, const Memory& m, i64 task) {
+  i64 low = 0, high = p.waveforms;  // the last waveform whose first task is not after this one
+  while (high - low > 1) {
+    const i64 middle = (low + high) / 2;
+    (m.tasks[middle] <= task ? low : high) = middle;
+  }
+  const i64 begin = (task - m.tasks[low]) * kFramesPerTask;
+  return {low, begin, min_of(begin + kFramesPerTask, p.frames[low + 1] - p.frames[low])};
+}
+
+// Returns the task's largest value.
+OFAKERN_LOCAL float run_task(const Mel& p, const Memory& m, const Task& t, const Scratch& s, float* out) {
+  const float* wave = p.wave + p.samples[t.waveform];
+  const i64 length = p.samples[t.waveform + 1] - p.samples[t.waveform];
+  float largest = -INFINITY;
+  for (i64 f = t.begin; f < t.end; f += kWidth) {
+    const i64 lanes = min_of<i64>(kWidth, t.end - f);
+    make_frames(p, frame_samples(p, wave, length, p.first_sample + f * p.hop, s.samples), s.signal);
+    fft(p.plan, s.signal, p.roots);
+    spectrum(p, m.places, s.signal, s.power);
+    largest = larger(largest_of(filter(p, s.power, s.mel), lanes), largest);
+    transpose_units(as_units(s.mel), kWidth, p.mels, lanes, as_units(out + (p.frames[t.waveform] + f) * p.mels),
+                    p.mels);
+  }
+  return largest;
+}
+
+// Whisper's range: at least the waveform's largest less 8, then (x + 4) / 4.
+OFAKERN_LOCAL void limit_range(const Mel& p, const Memory& m, const Task& t, float* out) {
+  float largest = -INFINITY;
+  for (i64 task = m.tasks[t.waveform]; task < m.tasks[t.waveform + 1]; ++task)
+    largest = larger(m.largest[task], largest);
+  const Vec least = vset(largest - 8.0f), quarter = vset(0.25f), one = vset(1.0f);
+  float* x = out + (p.frames[t.waveform] + t.begin) * p.mels;
+  const i64 count = (t.end - t.begin) * p.mels;
+  for (i64 n = 0; n < count; n += kWidth)
+    vstore_n(x + n, vfma(vmax(vload_n(x + n, count - n), least), quarter, one), count - n);
+}
+
+}  // namespace
+
+i64 log_mel_scratch(const LogMelInputs& in, int threads) { return lay_out(read(in), threads, nullptr).bytes; }
+
+void log_mel(const LogMelInputs& in, const TensorView& result, const TensorView& workspace, int threads) {
+  const Mel p = read(in);
+  const Memory m = lay_out(p, threads, workspace.data);
+  float* out = result.as<float>();
+  for (i64 k = 0; k < p.plan.size; ++k) m.places[k] = static_cast<std::int32_t>(place_of(p.plan, k));
+  m.tasks[0] = 0;
+  for (i64 w = 0; w < p.waveforms; ++w)
+    m.tasks[w + 1] = m.tasks[w] + ceil_div(p.frames[w + 1] - p.frames[w], kFramesPerTask);
+  const i64 tasks = p.mels == 0 ? 0 : m.tasks[p.waveforms];
+  parallel_for(tasks, threads, [&](i64 task, int thread) {
+    const Task t = task_at(p, m, task);
+    m.largest[task] = run_task(p, m, t, scratch_of(p, m, thread), out);
+  });
+  if (p.whisper) parallel_for(tasks, threads, [&](i64 task, int) { limit_range(p, m, task_at(p, m, task), out); });
+}
+
+}  // namespace ofakern::OFAKERN_ISA
