@@ -12,13 +12,14 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks import timing
 from ofakern.cli import info
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 def describe() -> dict[str, Any]:
-    """What stands beside every result: processor, instruction set, threads, versions, commit, date, other load."""
+    """What stands beside every result: processor, instruction set, threads, clock, versions, commit, date, load."""
     cpu = info.collect()["cpu"]
     return {
         "device": "cpu",
@@ -26,6 +27,7 @@ def describe() -> dict[str, Any]:
         "isa": cpu["isa"],
         "cores": cpu["cores"],
         "threads": torch.get_num_threads(),
+        "clock": timing.clock_name(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load": os.getloadavg()[0],
         "os": platform.platform(),

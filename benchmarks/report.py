@@ -32,6 +32,7 @@ in turn in one process on the same random inputs. Shares are of p50 times.
   its other work (`vector`: float32 operations outside matrix products, `erf`, `exp`) at that kind's rate. All rates
   are measured in the same run.
 - *bound*: which of these it is.
+- Time is wall time; with one thread it is the process's CPU time, which other load on the machine hardly touches.
 - *of GEMM without AMX*: our rate over torch's GEMM held to AVX512_BF16 (`ONEDNN_MAX_CPU_ISA`), where the CPU has AMX.
 - *against a peer*: its time over ours, above 1 we are faster. `-`: it did not run, the reason is below the table.
 - *extra memory*: growth of the resident set during the call, in a process of its own, beyond inputs, output and

@@ -131,8 +131,7 @@ def log_mel_forward(
     out: Tensor,
     workspace: Tensor,
     wave: Tensor,
-    samples: Tensor,
-    frames: Tensor,
+    bounds: Tensor,
     window: Tensor,
     roots: Tensor,
     first: Tensor,
@@ -151,8 +150,7 @@ def log_mel_forward(
 ) -> None: ...
 def log_mel_workspace(
     wave: Tensor,
-    samples: Tensor,
-    frames: Tensor,
+    bounds: Tensor,
     window: Tensor,
     roots: Tensor,
     first: Tensor,

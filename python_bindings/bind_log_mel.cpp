@@ -9,7 +9,7 @@ namespace py = pybind11;
 namespace ofakern {
 namespace {
 
-constexpr std::size_t kInputs = 17;  // what read_inputs takes, threads included
+constexpr std::size_t kInputs = 16;  // what read_inputs takes, threads included
 
 struct Call {
   LogMelInputs inputs;
@@ -20,8 +20,7 @@ Call read_inputs(Arguments& args) {
   Call call;
   LogMelInputs& in = call.inputs;
   in.wave = args.tensor("wave");
-  in.samples = args.tensor("samples");
-  in.frames = args.tensor("frames");
+  in.bounds = args.tensor("bounds");
   in.window = args.tensor("window");
   in.roots = args.tensor("roots");
   in.first = args.tensor("first");

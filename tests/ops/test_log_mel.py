@@ -253,24 +253,27 @@ def test_bad_arguments() -> None:
 def test_the_binding_checks_again(cpu: Any) -> None:
     x, c = noise(3000), CONVENTIONS["kaldi"]
     t = c.tables
-    good: list[Any] = [x, torch.tensor([0, 3000]), torch.tensor([0, 17]), t.window_f32, t.roots, t.first, t.offsets]
-    good += [t.weights, 160, 0, 0, 1, 0.97, 2, 0, 1e-7, 1]
+    good: list[Any] = [x, torch.tensor([[0, 3000], [0, 17]]), t.window_f32, t.roots, t.first, t.offsets, t.weights]
+    good += [160, 0, 0, 1, 0.97, 2, 0, 1e-7, 1]
     size = cpu.log_mel_workspace(*good)
     out, scratch = torch.empty(17, 80), torch.empty(size, dtype=torch.uint8)
     cpu.log_mel_forward(out, scratch, *good)
-    wrong = {
-        "wave must": (0, x.double()),
-        "samples must rise": (1, torch.tensor([0, 2999])),
-        "samples must have": (1, torch.tensor([], dtype=torch.int64)),
-        "frames must rise": (2, torch.tensor([3, 2])),
-        "n_fft must": (4, t.roots[:14].contiguous()),
-        "first must keep": (5, t.first + 300),
-        "offsets must rise": (6, t.offsets.flip(0).contiguous()),
-        "hop must": (8, 0),
-        "power must": (13, 3),
-        "threads must": (16, 0),
-    }
-    for message, (place, value) in wrong.items():
+    wrong: list[tuple[str, int, Any]] = [
+        ("wave must", 0, x.double()),
+        ("bounds must have B", 1, torch.zeros(2, 0, dtype=torch.int64)),
+        (r"bounds\[0\] must end at 3000", 1, torch.tensor([[0, 2999], [0, 17]])),
+        (r"bounds\[1\] must rise", 1, torch.tensor([[0, 3000], [3, 2]])),
+        (r"bounds\[1\] must have no frame", 1, torch.tensor([[0, 0, 3000], [0, 1, 2]])),
+        ("n_fft must", 3, t.roots[:14].contiguous()),
+        ("first must keep", 4, t.first + 300),
+        ("offsets must rise", 5, t.offsets.flip(0).contiguous()),
+        ("offsets must end", 5, t.offsets.clamp(max=3)),
+        ("weights must", 6, t.weights[::2]),
+        ("hop must", 7, 0),
+        ("power must", 12, 3),
+        ("threads must", 15, 0),
+    ]
+    for message, place, value in wrong:
         with pytest.raises(OfakernError, match=message):
             cpu.log_mel_workspace(*good[:place], value, *good[place + 1 :])
     with pytest.raises(OfakernError, match="workspace must"):

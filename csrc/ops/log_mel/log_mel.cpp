@@ -31,30 +31,34 @@ void check_plain(const char* argument, const TensorView& x, const char* letters,
   check.contiguous(argument, x);
 }
 
-// Rises from 0 to `last` (-1: to anything).
+// Text is made only where a rule is broken: these checks run over every entry of every call.
 template <class Index>
-void check_rising(const char* argument, const TensorView& x, std::int64_t last) {
-  const Index* o = x.as<const Index>();
-  const std::int64_t count = x.shape[0] - 1;
-  bool rising = o[0] == 0 && (last < 0 || o[count] == last);
-  for (std::int64_t n = 0; n < count; ++n) rising = rising && o[n] <= o[n + 1];
-  checker().that(rising, argument, "rise from 0" + (last < 0 ? std::string() : " to " + std::to_string(last)),
-                 "first " + std::to_string(o[0]) + ", last " + std::to_string(o[count]));
+void check_rising(const char* argument, const Index* offsets, std::int64_t count) {
+  bool rising = offsets[0] == 0;
+  for (std::int64_t n = 0; n < count; ++n) rising = rising && offsets[n] <= offsets[n + 1];
+  if (!rising)
+    checker().fail_value(argument, "rise from 0",
+                         "first " + std::to_string(offsets[0]) + ", last " + std::to_string(offsets[count]));
+}
+
+void check_last(const char* argument, std::int64_t last, std::int64_t expected) {
+  if (last != expected) checker().fail_value(argument, "end at " + std::to_string(expected), std::to_string(last));
 }
 
 void check_waveforms(const LogMelInputs& in) {
   const Checker& check = checker();
   check_plain("wave", in.wave, "[N]", {-1}, DType::f32);
-  check_plain("samples", in.samples, "[B + 1]", {-1}, DType::i64);
-  const std::int64_t entries = in.samples.shape[0];
-  check.that(entries >= 1, "samples", "have B + 1 entries", "none");
-  check_plain("frames", in.frames, "[B + 1]", {entries}, DType::i64);
-  check_rising<std::int64_t>("samples", in.samples, in.wave.shape[0]);
-  check_rising<std::int64_t>("frames", in.frames, -1);
-  const std::int64_t *s = in.samples.as<const std::int64_t>(), *f = in.frames.as<const std::int64_t>();
-  for (std::int64_t n = 0; n + 1 < entries; ++n)
-    check.that(s[n] < s[n + 1] || f[n] == f[n + 1], "frames", "be none of a waveform without samples",
-               std::to_string(f[n + 1] - f[n]));
+  check_plain("bounds", in.bounds, "[2, B + 1]", {2, -1}, DType::i64);
+  const std::int64_t waveforms = in.bounds.shape[1] - 1;
+  check.that(waveforms >= 0, "bounds", "have B + 1 columns", "none");
+  const std::int64_t *samples = in.bounds.as<const std::int64_t>(), *frames = samples + waveforms + 1;
+  check_rising("bounds[0]", samples, waveforms);
+  check_rising("bounds[1]", frames, waveforms);
+  check_last("bounds[0]", samples[waveforms], in.wave.shape[0]);
+  for (std::int64_t n = 0; n < waveforms; ++n)
+    if (samples[n] == samples[n + 1] && frames[n] != frames[n + 1])
+      check.fail_value("bounds[1]", "have no frame of a waveform without samples",
+                       std::to_string(frames[n + 1] - frames[n]) + " of waveform " + std::to_string(n));
 }
 
 void check_transform(const LogMelInputs& in) {
@@ -81,11 +85,13 @@ void check_filters(const LogMelInputs& in) {
   const std::int64_t mels = in.first.shape[0], bins = in.roots.shape[0] / 2 + 1;
   check_plain("offsets", in.offsets, "[n_mels + 1]", {mels + 1}, DType::i32);
   check_plain("weights", in.weights, "[offsets[n_mels]]", {-1}, DType::f32);
-  check_rising<std::int32_t>("offsets", in.offsets, in.weights.shape[0]);
   const std::int32_t *first = in.first.as<const std::int32_t>(), *offsets = in.offsets.as<const std::int32_t>();
+  check_rising("offsets", offsets, mels);
+  check_last("offsets", offsets[mels], in.weights.shape[0]);
   for (std::int64_t m = 0; m < mels; ++m)
-    checker().that(first[m] >= 0 && first[m] + std::int64_t{offsets[m + 1]} - offsets[m] <= bins, "first",
-                   "keep a filter inside the " + std::to_string(bins) + " bins", std::to_string(first[m]));
+    if (first[m] < 0 || first[m] + std::int64_t{offsets[m + 1]} - offsets[m] > bins)
+      checker().fail_value("first", "keep a filter inside the " + std::to_string(bins) + " bins",
+                           std::to_string(first[m]));
 }
 
 void check_inputs(const LogMelInputs& in) {
@@ -103,7 +109,7 @@ std::int64_t log_mel_workspace(const LogMelInputs& inputs, int threads) {
 
 void log_mel_cpu(const LogMelInputs& inputs, const TensorView& out, const TensorView& workspace, int threads) {
   check_inputs(inputs);
-  const std::int64_t rows = inputs.frames.as<const std::int64_t>()[inputs.frames.shape[0] - 1];
+  const std::int64_t rows = inputs.bounds.as<const std::int64_t>()[inputs.bounds.numel() - 1];
   check_plain("out", out, "[F, n_mels]", {rows, inputs.first.shape[0]}, DType::f32);
   checker().workspace("workspace", workspace, OFAKERN_DISPATCH(log_mel_scratch, inputs, threads));
   OFAKERN_DISPATCH(log_mel, inputs, out, workspace, threads);

@@ -18,8 +18,7 @@ namespace ofakern {
 
 struct LogMelInputs {
   TensorView wave;     // f32 [N]
-  TensorView samples;  // i64 [B + 1]: where each waveform starts in `wave`
-  TensorView frames;   // i64 [B + 1]: where each one's rows start in `out`
+  TensorView bounds;   // i64 [2, B + 1]: where each waveform starts in `wave`, and where its rows start in `out`
   TensorView window;   // f32 [frame]
   TensorView roots;    // f32 [n_fft, 2]: cosine and sine of 2 pi k / n_fft
   TensorView first;    // i32 [n_mels]: a filter's first bin
@@ -39,7 +38,7 @@ struct LogMelInputs {
 // n_fft / 2 must be a product of 2, 3 and 5.
 std::int64_t log_mel_workspace(const LogMelInputs& inputs, int threads);
 
-// out f32 [frames[B], n_mels]: every element is written. The same bits for any number of threads.
+// out f32 [bounds[1][B], n_mels]: every element is written. The same bits for any number of threads.
 void log_mel_cpu(const LogMelInputs& inputs, const TensorView& out, const TensorView& workspace, int threads);
 
 }  // namespace ofakern

@@ -26,14 +26,14 @@ struct Mel {
 Mel read(const LogMelInputs& in) {
   Mel p;
   p.wave = in.wave.as<const float>();
-  p.samples = in.samples.as<const i64>();
-  p.frames = in.frames.as<const i64>();
+  p.samples = in.bounds.as<const i64>();
+  p.frames = p.samples + in.bounds.shape[1];
   p.window = in.window.as<const float>();
   p.roots = in.roots.as<const float>();
   p.weights = in.weights.as<const float>();
   p.first = in.first.as<const std::int32_t>();
   p.offsets = in.offsets.as<const std::int32_t>();
-  p.waveforms = in.samples.shape[0] - 1;
+  p.waveforms = in.bounds.shape[1] - 1;
   p.frame = in.window.shape[0];
   p.hop = in.hop;
   p.first_sample = in.first_sample;
@@ -102,20 +102,22 @@ Scratch scratch_of(const Mel& p, const Memory& m, int thread) {
 
 // The place that sample i of a waveform of `length` > 0 is read from, mirrored as often as it takes.
 i64 mirrored(i64 i, i64 length, bool repeats_edge) {
-  const i64 period = repeats_edge ? 2 * length : max_of<i64>(2 * length - 2, 1);
-  i %= period;
-  if (i < 0) i += period;
-  return i < length ? i : (repeats_edge ? 2 * length - 1 : period) - i;
+  const i64 edge = repeats_edge ? 1 : 0, period = max_of<i64>(2 * (length - 1 + edge), 1);
+  if (i <= -length || i >= 2 * length - 1) i = (i % period + period) % period;
+  if (i < 0) i = -i - edge;
+  return i < length ? i : 2 * (length - 1) + edge - i;
 }
 
-// The samples of kWidth frames from `begin` on: the waveform's own where they lie inside, else a mirrored copy.
-const float* frame_samples(const Mel& p, const float* wave, i64 length, i64 begin, float* copy) {
-  const i64 span = span_of(p);
+// The samples of `count` frames from `begin` on: the waveform's own where those of kWidth frames lie inside, else a
+// copy with its mirror image, and zeros for the frames that are none.
+const float* frame_samples(const Mel& p, const float* wave, i64 length, i64 begin, i64 count, float* copy) {
+  const i64 span = span_of(p), used = (count - 1) * p.hop + p.frame;
   if (begin >= 0 && begin + span <= length) return wave + begin;
-  for (i64 i = 0; i < span; ++i) {
-    const i64 at = begin + i;
-    copy[i] = wave[at >= 0 && at < length ? at : mirrored(at, length, p.repeats_edge)];
-  }
+  const i64 inside = min_of(max_of<i64>(-begin, 0), used), outside = max_of(min_of(length - begin, used), inside);
+  for (i64 n = 0; n < inside; ++n) copy[n] = wave[mirrored(begin + n, length, p.repeats_edge)];
+  std::memcpy(copy + inside, wave + begin + inside, static_cast<std::size_t>(outside - inside) * sizeof(float));
+  for (i64 n = outside; n < used; ++n) copy[n] = wave[mirrored(begin + n, length, p.repeats_edge)];
+  std::memset(copy + used, 0, static_cast<std::size_t>(span - used) * sizeof(float));
   return copy;
 }
 
@@ -213,7 +215,7 @@ OFAKERN_LOCAL float run_task(const Mel& p, const Memory& m, const Task& t, const
   float largest = -INFINITY;
   for (i64 f = t.begin; f < t.end; f += kWidth) {
     const i64 lanes = min_of<i64>(kWidth, t.end - f);
-    make_frames(p, frame_samples(p, wave, length, p.first_sample + f * p.hop, s.samples), s.signal);
+    make_frames(p, frame_samples(p, wave, length, p.first_sample + f * p.hop, lanes, s.samples), s.signal);
     fft(p.plan, s.signal, p.roots);
     spectrum(p, m.places, s.signal, s.power);
     largest = larger(largest_of(filter(p, s.power, s.mel), lanes), largest);

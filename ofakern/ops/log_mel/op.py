@@ -61,13 +61,8 @@ def _forward_cpu(wave: Tensor, *inputs: Any) -> Tensor:
     if module is None:
         raise BackendError(f"log_mel: backend 'cpu' cannot run this call: {native.cpu_reason}")
     *tables, lengths, frames = inputs[:7]
-    ready = (
-        kernel_ready(wave),
-        torch.tensor([0, *accumulate(lengths)]),
-        torch.tensor([0, *accumulate(frames)]),
-        *(kernel_ready(table) for table in tables),
-        *inputs[7:],
-    )
+    bounds = torch.tensor([[0, *accumulate(lengths)], [0, *accumulate(frames)]])
+    ready = (kernel_ready(wave), bounds, *tables, *inputs[7:])
     out = torch.empty((sum(frames), tables[2].shape[0]), dtype=torch.float32)
     workspace = torch.empty(module.log_mel_workspace(*ready, threads), dtype=torch.uint8)
     module.log_mel_forward(out, workspace, *ready, threads)
