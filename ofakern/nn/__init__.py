@@ -10,11 +10,15 @@ from ofakern.nn.dropin import (
     CannotReplace,
     MptAttention,
     MultiheadAttention,
+    PatchEmbed,
+    PatchEmbeddings,
     SwinAttention,
+    SwinPatchEmbeddings,
     T5Attention,
     TimmBeitAttention,
     UMT5Attention,
 )
+from ofakern.nn.dropin.patches import PatchConv2d
 
 __all__ = [
     "BeitAttention",
@@ -23,7 +27,11 @@ __all__ = [
     "CannotReplace",
     "MptAttention",
     "MultiheadAttention",
+    "PatchConv2d",
+    "PatchEmbed",
+    "PatchEmbeddings",
     "SwinAttention",
+    "SwinPatchEmbeddings",
     "T5Attention",
     "TimmBeitAttention",
     "UMT5Attention",

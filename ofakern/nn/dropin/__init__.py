@@ -3,6 +3,7 @@
 from ofakern.nn.dropin.alibi import BloomAttention, MptAttention
 from ofakern.nn.dropin.base import CannotReplace, DropIn
 from ofakern.nn.dropin.beit import BeitAttention, BeitRelativePositionBias, TimmBeitAttention
+from ofakern.nn.dropin.patches import PatchEmbed, PatchEmbeddings, SwinPatchEmbeddings
 from ofakern.nn.dropin.swin import SwinAttention
 from ofakern.nn.dropin.t5 import T5Attention, UMT5Attention
 from ofakern.nn.dropin.torch_attention import MultiheadAttention
@@ -15,7 +16,10 @@ __all__ = [
     "DropIn",
     "MptAttention",
     "MultiheadAttention",
+    "PatchEmbed",
+    "PatchEmbeddings",
     "SwinAttention",
+    "SwinPatchEmbeddings",
     "T5Attention",
     "TimmBeitAttention",
     "UMT5Attention",
