@@ -16,9 +16,22 @@ from ofakern.nn.dropin import CannotReplace, DropIn
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 
-# A drop-in layer whose bias only its own kind reads -> the end of the class name of the module inside which all or none
-# are replaced.
-_TOGETHER = {"T5Attention": "Stack"}
+# Layers that hand each other a bias which no other class reads -> its name, and the end of the class name of the module
+# inside which all of them are replaced or none.
+_TOGETHER = {
+    "T5Attention": ("T5 bias", "Stack"),
+    "BeitAttention": ("BEiT bias", "Model"),
+    "BeitRelativePositionBias": ("BEiT bias", "Model"),
+}
+
+# Layers that fit only where the caller is known -> callers that are, and why others are left.
+_KNOWN_CALLERS = {
+    "MultiheadAttention": (
+        ("torch.nn.TransformerEncoderLayer", "torch.nn.TransformerDecoderLayer"),
+        "its caller may ask for attention weights (need_weights=True is torch's default)",
+    ),
+    "TimmBeitAttention": ((), "its model may pass a dense shared bias"),
+}
 
 
 @cache
@@ -29,28 +42,32 @@ def _layers() -> dict[str, type[DropIn]]:
 
 
 def layer_for(module: nn.Module) -> type[DropIn] | None:
-    """The drop-in class for modules of this name; its `replacing` still looks at the attributes."""
+    """The drop-in class for modules of this name; `replacement` still looks at the attributes and the caller."""
     return _layers().get(type(module).__name__)
 
 
-def replacement(module: nn.Module, layer: type[DropIn]) -> DropIn | str:
+def replacement(module: nn.Module, layer: type[DropIn], parent: nn.Module) -> DropIn | str:
     """The layer in the module's place, sharing its parameters; or why there can be none."""
+    callers, why = _KNOWN_CALLERS.get(layer.__name__, (None, ""))
+    kind = type(parent)
+    known = callers is None or f"{kind.__module__.rpartition('.modules')[0]}.{kind.__name__}" in callers
     try:
-        return layer.replacing(module)
+        result = layer.replacing(module)
     except CannotReplace as error:
         return error.reason
+    return result if known else f"{why}; where it does not: ofakern.nn.{layer.__name__}.replacing(module)"
 
 
-def group_of(layer: type[DropIn], ancestors: Sequence[tuple[str, nn.Module]]) -> str | None:
-    """Path of the module inside which all modules of this kind are replaced or none; None: each for itself.
+def group_of(layer: type[DropIn], ancestors: Sequence[tuple[str, nn.Module]]) -> tuple[str, str] | None:
+    """Which modules this one must be replaced together with: those of an equal group; None: it stands for itself.
 
-    ancestors: from the root down, with their paths; the root where no other module fits.
+    ancestors: the modules around it from the root down, with their paths; the root counts where no other one fits.
     """
-    ending = _TOGETHER.get(layer.__name__)
-    if ending is None:
+    if layer.__name__ not in _TOGETHER:
         return None
+    shared, ending = _TOGETHER[layer.__name__]
     inside = [path for path, module in ancestors if type(module).__name__.endswith(ending)]
-    return inside[-1] if inside else ""
+    return shared, inside[-1] if inside else ""
 
 
 def attention_like(module: nn.Module) -> bool:

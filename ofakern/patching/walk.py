@@ -56,7 +56,7 @@ class _Place(NamedTuple):
     parent: nn.Module
     name: str
     module: nn.Module
-    group: str | None
+    group: tuple[str, str] | None
     layer: type[DropIn]
 
 
@@ -75,7 +75,7 @@ def _places(parent: nn.Module, above: tuple[tuple[str, nn.Module], ...] = ()) ->
     path = above[-1][0] if above else ""
     around = above or (("", parent),)
     for name, child in parent._modules.items():
-        if child is None or any(child is module for _, module in around):
+        if child is None or isinstance(child, DropIn) or any(child is module for _, module in around):
             continue
         inner = f"{path}.{name}" if path else name
         layer = rules.layer_for(child)
@@ -90,8 +90,8 @@ def _plan(places: list[_Place]) -> tuple[dict[str, Swap], dict[str, str]]:
     made: dict[int, DropIn | str] = {}
     for place in places:
         if id(place.module) not in made:
-            made[id(place.module)] = rules.replacement(place.module, place.layer)
-    groups: dict[str, list[_Place]] = defaultdict(list)
+            made[id(place.module)] = rules.replacement(place.module, place.layer, place.parent)
+    groups: dict[tuple[str, str], list[_Place]] = defaultdict(list)
     for place in places:
         if place.group is not None:
             groups[place.group].append(place)
@@ -100,8 +100,9 @@ def _plan(places: list[_Place]) -> tuple[dict[str, Swap], dict[str, str]]:
         result = made[id(place.module)]
         if isinstance(result, str):
             refusals[place.path] = result
-            for other in [] if place.group is None else groups[place.group]:
-                refusals.setdefault(other.path, f"shares its position bias with {place.path}, which stays")
+            if place.group is not None:
+                for other in groups[place.group]:
+                    refusals.setdefault(other.path, f"shares the {place.group[0]} with {place.path}, which stays")
     swaps = {}
     for place in places:
         after = made[id(place.module)]

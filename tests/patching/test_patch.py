@@ -128,6 +128,20 @@ def test_hooks_go_with_the_layer() -> None:
     assert len(seen) == 1 and seen[0].startswith("ofakern.nn")
 
 
+def test_torchs_attention_is_replaced_where_its_caller_never_asks_for_weights() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    model = nn.ModuleDict({"layers": nn.TransformerEncoder(layer, 2), "own": nn.MultiheadAttention(16, 2)})
+    x, padding = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    want = model["layers"](x, src_key_padding_mask=padding)
+    with ofakern.patch(model) as report:
+        have = model["layers"](x, src_key_padding_mask=padding)
+    torch.testing.assert_close(have[~padding], want[~padding])
+    assert [row.path for row in report.replaced] == [f"layers.layers.{n}.self_attn" for n in range(2)]
+    (stayed,) = report.left_alone
+    assert stayed.path == "own" and "may ask for attention weights" in stayed.reason
+
+
 def test_only_modules_are_taken() -> None:
     with pytest.raises(OfakernTypeError, match="patch: model must be a torch.nn.Module, got dict"):
         ofakern.patch({})
