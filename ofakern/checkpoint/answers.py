@@ -26,6 +26,7 @@ from ofakern.instruction import Modality
 from ofakern.modality.box.postprocess import decode_box
 from ofakern.modality.box.preprocess import BoxCoder
 from ofakern.modality.output import Output
+from ofakern.modality.phone.preprocess import encode_phones, phone_ids, phone_names
 from ofakern.modality.text.postprocess import decode_text
 from ofakern.plan import Plan, PlanSlot
 from ofakern.text import ClosedSet, Tokenizer
@@ -79,11 +80,16 @@ class TargetReader:
             return RangeTokens(self._bins.start, self._bins.stop, _BOX_TOKENS)
         if slot.modality is Modality.TEXT:
             return FreeTokens(self._text.start, self._text.stop)
-        raise OfakernRuntimeError(f"inference: target slot must be TEXT or BOX so far, got {slot}")
+        if slot.modality is Modality.PHONE:
+            phones = phone_ids(self._tokenizer.vocabulary)
+            return FreeTokens(phones.start, phones.stop)
+        raise OfakernRuntimeError(f"inference: target slot must be TEXT, BOX or PHONE so far, got {slot}")
 
     def _known(self, slot: PlanSlot, row: Mapping[str, Any]) -> list[int]:
         if slot.plain:
             return self._tokenizer.encode(slot.text)
+        if slot.modality is Modality.PHONE and slot.group is None:
+            return encode_phones(row[slot.name], self._tokenizer.vocabulary)
         if slot.modality is not Modality.TEXT or slot.group is not None:
             raise OfakernRuntimeError(f"inference: known text inside a target must be a TEXT slot, got {slot}")
         return self._tokenizer.encode(str(row[slot.name]))
@@ -121,6 +127,8 @@ class TargetReader:
             value = self._box(slot, tokens, columns)
             if value is not None:
                 output.boxes.append(value)
+        elif slot.modality is Modality.PHONE:
+            value = phone_names(tokens, self._tokenizer.vocabulary)
         else:
             value = decode_text(tokens, self._tokenizer, self._closed_sets.get(slot.name))
         if slot.group is None:

@@ -25,10 +25,15 @@ from ofakern.errors import (
     OfakernTypeError,
     OfakernValueError,
 )
-from ofakern.generate import GenerationConfig, SpecialTokens, generate
+from ofakern.generate import GenerationConfig, SpecialTokens, generate, generate_frames
+from ofakern.instruction import Modality
+from ofakern.modality.adaptors import adaptor_config
+from ofakern.modality.audio.adaptor import MEL_BINS, AudioFbankConfig, AudioFrameAdaptor
+from ofakern.modality.audio.criterion import speech_loss
+from ofakern.modality.audio.postprocess import Speech
 from ofakern.modality.image.adaptor import ImagePatchEmbedAdaptor, ImageResnetAdaptor, ImageVitAdaptor
 from ofakern.modality.output import Output
-from ofakern.model import TIED_KEYS, OFAConfig, OFAPlus, SegmentWriter
+from ofakern.model import TIED_KEYS, FrameWriter, OFAConfig, OFAPlus, SegmentWriter
 from ofakern.nn.loss import LossSums, label_smoothed_cross_entropy
 from ofakern.plan import Plan, build_plans
 from ofakern.text import Tokenizer
@@ -51,7 +56,8 @@ class GeneralistModel:
         config: the network; None: that of `size`. Its vocabulary size is set by the tokenizer.
         size: tiny (33M), medium (93M), base (180M), large (470M), huge (930M).
         tokenizer: text <-> vocabulary; None: one is trained on the texts of the tasks, in `Trainer.fit` or `for_tasks`.
-        vocab_size, bins: text ids and box bins of a vocabulary that is trained.
+        vocab_size, bins, phones: text ids, box bins and names of phones of a vocabulary that is trained; phones None:
+            those in the PHONE columns of the tasks.
         preprocess: how rows become tensors; `image_size=` (side of the square images in pixels, 480) is short for it.
         generation: defaults of `inference`. seed: of the first weights. backend: of every attention.
         overrides: single fields of the configuration (`dim=64`, `encoder_layers=2`, ...).
@@ -69,6 +75,7 @@ class GeneralistModel:
         tokenizer: Tokenizer | None = None,
         vocab_size: int = 8192,
         bins: int = 1000,
+        phones: Sequence[str] | None = None,
         preprocess: PreprocessConfig | None = None,
         image_size: int | None = None,
         generation: GenerationConfig | None = None,
@@ -84,6 +91,9 @@ class GeneralistModel:
         self.generation = generation or GenerationConfig()
         self.tasks: dict[str, KnownTask] = {}
         self._vocab_size, self._bins, self._seed, self._backend = vocab_size, bins, seed, backend
+        self._phones = phones
+        # Adaptors that nobody has chosen follow from the tasks, as the vocabulary does.
+        self._adaptors_open = config is None and "adaptors" not in overrides
         self._tokenizer: Tokenizer | None = None
         self._network: OFAPlus | None = None
         if tokenizer is not None:
@@ -111,7 +121,9 @@ class GeneralistModel:
         self.config = dataclasses.replace(self.config, vocab_size=len(tokenizer.vocabulary))
         self._network = OFAPlus(self.config, backend=self._backend, seed=self._seed).eval()
         tokens = _image_tokens(self._network, self.preprocess.image_size)
-        self.preprocess = dataclasses.replace(self.preprocess, image_tokens={**tokens, **self.preprocess.image_tokens})
+        self.preprocess = dataclasses.replace(
+            self.preprocess, image_tokens={**tokens, **self.preprocess.image_tokens}, **_audio_limits(self.config)
+        )
 
     # -------------------------------------------------------------------------------------------------- the parts
 
@@ -157,7 +169,8 @@ class GeneralistModel:
             if segment.adaptor not in names:
                 raise OfakernValueError(
                     f"GeneralistModel: adaptors must include {segment.adaptor!r} for {plan.instruction!r}, "
-                    f"got {sorted(names)}"
+                    f"got {sorted(names)}\nTry: GeneralistModel(adaptors=(...)), or leave them open: they then follow "
+                    "from the tasks"
                 )
         return plan
 
@@ -166,13 +179,27 @@ class GeneralistModel:
     def prepare(self, tasks: Sequence[TaskLike]) -> None:
         """Learn the tasks' plans; where there is no vocabulary yet, train one on their texts and build the network."""
         known = {task.name: KnownTask.from_task(task, self._image_adaptor) for task in tasks}
+        if self._tokenizer is None and self._adaptors_open:
+            self._add_adaptors(known.values())
         for task in known.values():
             for plan in task.plans:
                 self._check_plan(plan)
         if self._tokenizer is None:
-            texts = (text for task in tasks for text in task.texts())
-            self._build(Tokenizer.train(texts, self._vocab_size, bins=self._bins))
+            # A task of phones alone has no texts; the names keep the text part of its vocabulary from being empty.
+            texts = (text for task in tasks for text in (*task.texts(), *task.phones()))
+            phones = sorted({p for task in tasks for p in task.phones()}) if self._phones is None else self._phones
+            self._build(Tokenizer.train(texts, self._vocab_size, bins=self._bins, phones=phones))
         self.tasks.update(known)
+
+    def _add_adaptors(self, tasks: Iterable[KnownTask]) -> None:
+        """With their defaults, the adaptors that the tasks' plans name and the configuration has not."""
+        plans = [plan for task in tasks for plan in task.plans]
+        for plan in plans:
+            plan.require_available()
+        wanted = {segment.adaptor for plan in plans for segment in plan.segments}
+        missing = sorted(wanted - {adaptor.name for adaptor in self.config.adaptors})
+        added = tuple(adaptor_config(name, {}) for name in missing)
+        self.config = dataclasses.replace(self.config, adaptors=(*self.config.adaptors, *added))
 
     def example_encoder(self, task: TaskLike, split: Split) -> Encoder:
         """Row -> Example for a split of a task that `prepare` has seen."""
@@ -188,8 +215,13 @@ class GeneralistModel:
         )
 
     def train_step_loss(self, batch: PackedBatch, label_smoothing: float = 0.0) -> LossSums:
-        """The batch's summed loss (with a gradient), negative log-likelihood and number of tokens."""
+        """The batch's summed loss (with a gradient), negative log-likelihood (of speech: the loss) and token count."""
         hidden = self.network(batch)
+        if batch.frames is not None:
+            writer = self.network.frame_adaptor(batch.target.segments[0].adaptor)
+            assert isinstance(writer, AudioFrameAdaptor)
+            speech = writer.outputs(hidden, batch.target.lengths_cpu)
+            return speech_loss(speech, batch.frames, batch.labels)
         return label_smoothed_cross_entropy(
             hidden, self.network.output_weight, batch.labels, label_smoothing, batch.allowed
         )
@@ -250,7 +282,7 @@ class GeneralistModel:
             known = known.with_answers(closed_set)
         single = data is None or isinstance(data, Mapping)
         rows_given: list[Row] = [cast(Row, data or {})] if single else list(cast(Sequence[Row], data))
-        config = self.generation.replace(**{**known.generation, **generation})
+        config = self._generation(known, known.generation, generation)
         found = list(self._follow(known, rows_given, config, batch_size, files))
         return found[0] if single else found
 
@@ -259,9 +291,17 @@ class GeneralistModel:
     def answers(self, task: TaskLike, rows: Sequence[Row]) -> list[Output]:
         """The best answer for each of a task's (prepared) rows."""
         known = self.tasks[task.name]
-        config = self.generation.replace(**{**task.generation, "num_return_sequences": 1})
+        config = self._generation(known, task.generation, {"num_return_sequences": 1})
         found = self._follow(known, rows, config, task.micro_batch_size, task.files)
         return [cast(Output, answer) for answer in found]
+
+    def _generation(self, known: KnownTask, task: Mapping[str, Any], asked: Mapping[str, Any]) -> GenerationConfig:
+        """The settings of an answer; speech may take all the model's positions unless it is asked for less."""
+        config = self.generation
+        if known.plans[0].target[-1].modality is Modality.AUDIO:
+            config = config.replace(max_new_tokens=self.preprocess.audio_tokens)
+        # One after the other: the task may say max_len where the call says max_new_tokens.
+        return config.replace(**task).replace(**asked)
 
     def _known(self, instruction: str) -> KnownTask:
         if instruction in self.tasks:
@@ -287,6 +327,7 @@ class GeneralistModel:
         encoder = Encoder(
             plan, self.tokenizer, self.preprocess, split="test", closed_sets=closed_sets, files=open_files(files)
         )
+        spoken = plan.target[0].modality is Modality.AUDIO
         reader = TargetReader(plan, self.tokenizer, closed_sets, encoder.coder)
         # Answers that rows may bring along are not looked at, unless the source shows them anyway.
         hidden = {slot.name for slot in plan.target_slots if slot.loss} - set(plan.source_columns)
@@ -299,7 +340,10 @@ class GeneralistModel:
                     raise DataError(f"inference: row {number} must be a mapping of columns, got {type(row).__name__}")
                 asked = {name: value for name, value in row.items() if name not in hidden}
                 examples.append(encoder(asked, number))
-            yield from self._generate(reader, examples, chunk[0], config)
+            if spoken:
+                yield from self._speak(plan, examples, config)
+            else:
+                yield from self._generate(reader, examples, chunk[0], config)
 
     def _generate(
         self, reader: TargetReader, examples: list[Example], row: Row, config: GenerationConfig
@@ -330,6 +374,25 @@ class GeneralistModel:
             network.train(training)
         for example, answers in zip(examples, found, strict=True):
             outputs = [reader.read(a, example.prefix_length, automaton, example.columns) for a in answers]
+            yield outputs if config.num_return_sequences > 1 else outputs[0]
+
+    def _speak(self, plan: Plan, examples: list[Example], config: GenerationConfig) -> Iterator[Answer]:
+        network, target, name = self.network, examples[0].target[0], plan.target[0].slots[0].name
+        training = network.training
+        network.eval()
+        try:
+            with torch.inference_mode():
+                memory = network.encode(PackedBatch.collate(examples).source.to(network.device))
+                writer = FrameWriter(network, target.adaptor, target.modality)
+                found = generate_frames(writer, memory, len(examples), config, network.device)
+        finally:
+            network.train(training)
+        for answers in found:
+            outputs = []
+            for answer in answers:
+                features = self.preprocess.audio.restore(answer.frames.cpu())
+                speech = Speech(features, answer.stop, self.preprocess.speech_rate)
+                outputs.append(Output(values={name: speech}, speech=speech))
             yield outputs if config.num_return_sequences > 1 else outputs[0]
 
     # ------------------------------------------------------------------------------------------------------ files
@@ -454,6 +517,19 @@ def _prefixes(examples: Sequence[Example], pad: int) -> Tensor | None:
     for row, example in zip(prefix, examples, strict=True):
         row[: example.prefix_length] = example.target[0].value[1 : 1 + example.prefix_length]
     return prefix
+
+
+def _audio_limits(config: OFAConfig) -> dict[str, Any]:
+    """What preprocessing takes from the audio adaptors: the fewest positions, the common frames per step."""
+    found = [adaptor for adaptor in config.adaptors if isinstance(adaptor, AudioFbankConfig)]
+    if not found:
+        return {}
+    steps = {adaptor.n_frames_per_step for adaptor in found}
+    if len(steps) > 1 or any(adaptor.output_frame_dim != MEL_BINS for adaptor in found):
+        raise OfakernValueError(
+            f"GeneralistModel: audio adaptors must have {MEL_BINS} mel bins and one n_frames_per_step, got {found}"
+        )
+    return {"audio_tokens": min(adaptor.max_position for adaptor in found), "frames_per_step": steps.pop()}
 
 
 def _image_tokens(network: OFAPlus, image_size: int) -> dict[str, int]:

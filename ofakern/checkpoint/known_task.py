@@ -31,6 +31,8 @@ class TaskLike(Protocol):
 
     def texts(self) -> Iterable[str]: ...
 
+    def phones(self) -> Iterable[str]: ...
+
 
 @dataclass(frozen=True)
 class KnownTask:

@@ -15,8 +15,11 @@ from torch import Tensor
 from ofakern.data.batch import IGNORE_LABEL, Example, Segment
 from ofakern.errors import DataError, OfakernValueError
 from ofakern.instruction import Modality
+from ofakern.modality.audio.adaptor import MEL_BINS, tokens_of
+from ofakern.modality.audio.preprocess import AudioTransform
 from ofakern.modality.box.preprocess import BoxCoder, parse_box
 from ofakern.modality.image.preprocess import MAX_PIXELS, FileSource, ImageTransform, load_image
+from ofakern.modality.phone.preprocess import encode_phones, mask_phones
 from ofakern.modality.text.preprocess import corrupt, encode_text
 from ofakern.plan import Plan, PlanSegment, PlanSlot
 from ofakern.text import ClosedSet, Tokenizer, Vocabulary
@@ -38,7 +41,10 @@ class PreprocessConfig:
     image_size: side S of the square images (pixels). box_image_size: pixels the last bin stands for; None: S (OFA's
     checkpoints: 512, whatever S). max_source_length, max_target_length: tokens of one text group, begin and end
     included. image_tokens: tokens an image takes, by adaptor; `image_resnet` needs no entry. max_pixels: largest
-    image read.
+    image read. audio_rate, speech_rate: samples a second of sound that is heard and of speech that is written;
+    audio_tokens: most tokens of heard sound and most steps of written speech; frames_per_step: frames that make one
+    step; speech_mean, speech_std: per mel bin, taken out of the frames that are learnt and put back into written ones
+    (empty: neither).
     """
 
     image_size: int = 480
@@ -49,6 +55,31 @@ class PreprocessConfig:
     max_target_length: int = 1024
     image_tokens: Mapping[str, int] = field(default_factory=dict)
     max_pixels: int = MAX_PIXELS
+    audio_rate: int = 16_000
+    speech_rate: int = 16_000
+    audio_tokens: int = 1024
+    frames_per_step: int = 1
+    speech_mean: tuple[float, ...] = ()
+    speech_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.speech_mean) != len(self.speech_std) or len(self.speech_mean) not in (0, MEL_BINS):
+            raise OfakernValueError(
+                f"PreprocessConfig: speech_mean and speech_std must both have {MEL_BINS} values or none, "
+                f"got {len(self.speech_mean)} and {len(self.speech_std)}"
+            )
+
+    @property
+    def audio(self) -> AudioTransform:
+        """What becomes of sound."""
+        return AudioTransform(
+            self.audio_rate,
+            self.speech_rate,
+            self.frames_per_step,
+            self.audio_tokens,
+            self.speech_mean,
+            self.speech_std,
+        )
 
     def box_coder(self, vocabulary: Vocabulary) -> BoxCoder:
         """The box quantisation. Raises DataError when the vocabulary has fewer than two bins."""
@@ -135,11 +166,24 @@ class Encoder:
         for slot in plan.slots:
             if slot.modality is Modality.BOX and self.coder is None:
                 self.coder = self.config.box_coder(self.tokenizer.vocabulary)
+            if slot.modality is Modality.PHONE and not self.tokenizer.vocabulary.range("phone"):
+                raise OfakernValueError(
+                    f"Encoder: vocabulary must hold phones for {slot}, got none\nTry: GeneralistModel(phones=[...])"
+                )
+            steps = slot.attribute("n_frames_per_step", self.config.frames_per_step)
+            if slot.modality is Modality.AUDIO and steps != self.config.frames_per_step:
+                raise OfakernValueError(
+                    f"Encoder: n_frames_per_step of {slot} must be the model's ({self.config.frames_per_step}), "
+                    f"got {steps}"
+                )
         for slot in plan.target_slots:
             if slot.flag("closed_set") and slot.name not in self.closed_sets:
                 raise OfakernValueError(f"Encoder: closed_sets must hold one for slot {slot}, got none")
-        if len(plan.target) != 1 or not plan.target[0].text_like:
-            raise OfakernValueError(f"Encoder: target must be one run of text-like slots, got {plan.instruction!r}")
+        kinds = {segment.modality is Modality.AUDIO for one in self.plans for segment in one.target}
+        if len(plan.target) != 1 or not (plan.target[0].text_like or kinds == {True}) or len(kinds) > 1:
+            raise OfakernValueError(
+                f"Encoder: target must be one run of text-like slots or one AUDIO slot, got {plan.instruction!r}"
+            )
 
     def __call__(self, row: Mapping[str, Any], index: int = 0, rng: np.random.Generator | None = None) -> Example:
         """The Example of a row. Raises DataError, naming row and column, for what cannot be used."""
@@ -165,6 +209,8 @@ class _Sample:
     def example(self) -> Example:
         self._check_columns()
         source = list(self._source())
+        if self.plan.target[0].modality is Modality.AUDIO:
+            return self._spoken(source)
         target = self._target()
         kept = [slot.flag("closed_set") for slot in self.plan.target_slots]
         labels = [token if loss else IGNORE_LABEL for token, loss in zip(target.clean, target.loss, strict=True)]
@@ -179,6 +225,22 @@ class _Sample:
             columns=self._columns(),
             target_slot=torch.tensor(target.slots[1:], dtype=torch.int32),
         )
+
+    def _spoken(self, source: list[Segment]) -> Example:
+        """Of a target that is speech: the frames, what the decoder is given (one step later), where it stops."""
+        segment = self.plan.target[0]
+        transform = self.encoder.config.audio
+        if self._to_generate():
+            frames = torch.zeros(1, MEL_BINS * transform.frames_per_step)
+        else:
+            slot = segment.slots[0]
+            where = self._where(slot, None)
+            frames = transform.target(self._value(slot, None), where=where, files=self.encoder.files)
+        value = torch.cat([torch.zeros_like(frames[:1]), frames[:-1]])
+        labels = torch.zeros(len(frames), dtype=torch.int64)
+        labels[-1] = 1
+        target = Segment(segment.index, segment.adaptor, int(segment.modality), value, len(frames))
+        return Example(source, [target], labels, columns=self._columns(), frames=frames)
 
     # ----------------------------------------------------------------------------------------------------- columns
 
@@ -240,6 +302,9 @@ class _Sample:
 
     def _segment(self, segment: PlanSegment, item: int | None) -> Segment:
         slot = segment.slots[0]
+        if segment.modality is Modality.AUDIO:
+            frames = self._sound(slot, item)
+            return Segment(segment.index, segment.adaptor, int(segment.modality), frames, tokens_of(len(frames)))
         if not segment.text_like:
             length = self.encoder.config.image_tokens.get(segment.adaptor)
             return Segment(segment.index, segment.adaptor, int(segment.modality), self._pixels(slot, item), length)
@@ -344,6 +409,8 @@ class _Sample:
         where = self._where(slot, item)
         if slot.modality is Modality.BOX:
             return self._bins(slot, item, where)
+        if slot.modality is Modality.PHONE:
+            return encode_phones(self._value(slot, item), self.vocabulary, where=where)
         return encode_text(self._value(slot, item), self.encoder.tokenizer, where=where, **_text_options(slot))
 
     def _bins(self, slot: PlanSlot, item: int | None, where: str) -> list[int]:
@@ -365,6 +432,8 @@ class _Sample:
         noise, mask = slot.attribute("noise_ratio", 0.0), slot.attribute("mask_ratio", 0.0)
         if not self.training or not (noise or mask):
             return ids
+        if slot.modality is Modality.PHONE:
+            return mask_phones(ids, self.vocabulary, self.rng, float(mask or 0.0))
         return corrupt(
             ids,
             self.vocabulary,
@@ -372,6 +441,16 @@ class _Sample:
             noise_ratio=float(noise or 0.0),
             mask_ratio=float(mask or 0.0),
             keep_length=keep_length,
+        )
+
+    def _sound(self, slot: PlanSlot, item: int | None) -> Tensor:
+        return self.encoder.config.audio.source(
+            self._value(slot, item),
+            normalize=slot.flag("normalize"),
+            widest=(int(slot.attribute("freq_mask", 0) or 0), int(slot.attribute("time_mask", 0) or 0)),
+            rng=self.rng if self.training else None,
+            where=self._where(slot, item),
+            files=self.encoder.files,
         )
 
     def _pixels(self, slot: PlanSlot, item: int | None) -> Tensor:

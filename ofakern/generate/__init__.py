@@ -11,6 +11,7 @@ from ofakern.generate.automaton import (
     compile_target,
 )
 from ofakern.generate.config import GenerationConfig
+from ofakern.generate.frames import FrameDecoder, Frames, generate_frames
 from ofakern.generate.scoring import SpecialTokens
 from ofakern.generate.search import DecodeState, Hypothesis, StepDecoder, generate
 
@@ -18,6 +19,8 @@ __all__ = [
     "ChoiceTokens",
     "DecodeState",
     "FixedTokens",
+    "FrameDecoder",
+    "Frames",
     "FreeTokens",
     "GenerationConfig",
     "Hypothesis",
@@ -29,4 +32,5 @@ __all__ = [
     "TokenAutomaton",
     "compile_target",
     "generate",
+    "generate_frames",
 ]

@@ -25,6 +25,8 @@ OFASYS_NAMES: Mapping[str, str] = {
     "return_n_best": "num_return_sequences",
     "guidance_weight": "guidance",
     "num_inference_steps": "diffusion_steps",
+    "max_iter": "max_new_tokens",
+    "eos_prob_threshold": "stop_threshold",
 }
 
 _INTEGERS = {
@@ -57,6 +59,7 @@ class GenerationConfig:
         num_return_sequences: answers per sample, best first; at most num_beams unless sampling.
         early_stopping: True: a sample is done with its num_beams-th finished answer (fairseq, OFASys). False: it goes
             on until no running beam can still beat the worst of them.
+        stop_threshold: written speech ends with the first step whose stop probability exceeds it.
         unk_penalty: subtracted from the log-probability of the unknown token.
         diffusion_steps: denoising steps of a motion. sampler: "ddim" (nothing random after the first noise) or "ddpm".
         guidance: w of (1 + w) * prediction - w * prediction for empty text; 0 is off.
@@ -76,6 +79,7 @@ class GenerationConfig:
     num_return_sequences: int = 1
     early_stopping: bool = True
     unk_penalty: float = 0.0
+    stop_threshold: float = 0.5
     seed: int = 0
     diffusion_steps: int = 50
     sampler: Literal["ddim", "ddpm"] = "ddim"
@@ -92,6 +96,8 @@ class GenerationConfig:
                 raise OfakernValueError(f"{_WHERE}: {name} must be an integer of at least {least}, got {value!r}")
         if not self.temperature > 0:
             raise OfakernValueError(f"{_WHERE}: temperature must be above 0, got {self.temperature!r}")
+        if not 0 <= self.stop_threshold <= 1:
+            raise OfakernValueError(f"{_WHERE}: stop_threshold must be in [0, 1], got {self.stop_threshold!r}")
         if not 0 < self.top_p <= 1:
             raise OfakernValueError(f"{_WHERE}: top_p must be in (0, 1], got {self.top_p!r}")
         if self.sampler not in ("ddim", "ddpm"):

@@ -2,7 +2,7 @@
 
 from ofakern.metrics.baselines import best_constant_box, best_constant_text, majority_answer
 from ofakern.metrics.boxes import box_iou, grounding_scores
-from ofakern.metrics.texts import accuracy, normalise_answer, token_f1, vqa_score
+from ofakern.metrics.texts import accuracy, normalise_answer, token_f1, vqa_score, wer
 
 __all__ = [
     "accuracy",
@@ -14,4 +14,5 @@ __all__ = [
     "normalise_answer",
     "token_f1",
     "vqa_score",
+    "wer",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from ofakern.errors import OfakernValueError
 
-__all__ = ["References", "accuracy", "normalise_answer", "token_f1", "token_f1_one", "vqa_score"]
+__all__ = ["References", "accuracy", "normalise_answer", "token_f1", "token_f1_one", "vqa_score", "wer"]
 
 References = str | Sequence[str]
 _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
@@ -88,3 +88,29 @@ def _vqa_one(prediction: str, reference: Mapping[str, float] | Sequence[str]) ->
     if count <= 1:
         return float(total)
     return sum(min(1.0, (total - left_out) / 3) for left_out in given) / count
+
+
+def wer(predictions: Sequence[str], references: Sequence[References]) -> float:
+    """Word error rate: edits that turn the predictions into their references / words of the references, normalised.
+
+    Of several references the one with the fewest edits per word counts. Above 1 when a prediction is far too long.
+    """
+    check_lengths("wer", predictions, references)
+    edits = words = 0
+    for prediction, wanted in zip(predictions, references, strict=True):
+        said = normalise_answer(prediction).split()
+        choices = [normalise_answer(text).split() for text in as_list(wanted)]
+        counted = [(word_edits(said, choice), len(choice)) for choice in choices]
+        best = min(counted, key=lambda one: one[0] / max(1, one[1]))
+        edits, words = edits + best[0], words + best[1]
+    return edits / max(1, words)
+
+
+def word_edits(said: Sequence[str], wanted: Sequence[str]) -> int:
+    """The fewest insertions, deletions and replacements between two lists of words (Levenshtein)."""
+    row = list(range(len(wanted) + 1))
+    for i, word in enumerate(said, 1):
+        above, row[0] = row[0], i
+        for j, other in enumerate(wanted, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (word != other))
+    return row[-1]

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ofakern.errors import DataError
+from ofakern.modality.audio.postprocess import Speech
 
 __all__ = ["Output"]
 
@@ -23,6 +24,7 @@ class Output:
 
     text: the decoded text, when the target has a text slot. box: x0, y0, x1, y1 in pixels of the original image, when
     it has a box slot; boxes: all of them, when there are several. image: the sample's image (PIL, original size).
+    speech: the written speech, when the target is an AUDIO slot (`.waveform()`, `.save_audio(path)`, ...).
     score: log-probability of the answer. tokens: vocabulary indices without the begin token.
     values: every target slot's value by its name (a list for a slot of a repeated group).
     """
@@ -34,6 +36,7 @@ class Output:
     tokens: list[int] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
+    speech: Speech | None = None
 
     def save_image(self, path: str | Path) -> None:
         """Writes the image; the format follows the file's suffix. Raises DataError when there is none."""

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ofakern.data.batch import PackedBatch, PackedSide
+from ofakern.errors import OfakernValueError
 from ofakern.model.config import OFAConfig
 from ofakern.model.decode import DecodeState
 from ofakern.model.initialise import initialise
 from ofakern.model.stacks import Decoder, Encoder, Memory
+from ofakern.nn.adaptor import FrameAdaptor
 
 # Keys of a state dict that name one tensor: alias -> owner.
 TIED_KEYS = {"decoder.adaptor.embed_tokens.weight": "encoder.adaptor.embed_tokens.weight"}
@@ -67,6 +69,15 @@ class OFAPlus(nn.Module):
         weight: Tensor = self.decoder.adaptor.embed_tokens.weight
         return weight
 
+    def frame_adaptor(self, name: str) -> FrameAdaptor:
+        """The decoder's adaptor that writes frames. OfakernValueError when the model was built without it."""
+        adaptors = self.decoder.adaptor.adaptors
+        adaptor = adaptors.get(name)
+        if not isinstance(adaptor, FrameAdaptor):
+            known = sorted(key for key, one in adaptors.items() if isinstance(one, FrameAdaptor))
+            raise OfakernValueError(f"OFAPlus: adaptor of frames must be one of {known}, got {name!r}")
+        return adaptor
+
     def forward(self, batch: PackedBatch) -> Tensor:
         """Hidden states `[Nt, D]` of a batch: `decode(target, encode(source))`."""
         return self.decode(batch.target, self.encode(batch.source))
@@ -108,3 +119,27 @@ class SegmentWriter:
 
     def decode_step(self, state: DecodeState, tokens: Tensor) -> Tensor:
         return self._model.decode_step(state, tokens)
+
+
+class FrameWriter:
+    """A model as `generate_frames` sees it, which writes a segment of this adaptor and modality."""
+
+    def __init__(self, model: OFAPlus, adaptor: str, modality: int) -> None:
+        self._model, self._name, self._modality = model, adaptor, modality
+        self._adaptor = model.frame_adaptor(adaptor)
+
+    @property
+    def frame_dim(self) -> int:
+        return self._adaptor.step_shape[0]
+
+    def begin_decode(self, memory: Memory, rows_per_sample: int, max_length: int) -> DecodeState:
+        return self._model.begin_decode(
+            memory, rows_per_sample, max_length, modality=self._modality, adaptor=self._name
+        )
+
+    def decode_frame(self, state: DecodeState, frames: Tensor) -> tuple[Tensor, Tensor]:
+        frame, stop = self._adaptor.frames(state.step(frames))
+        return frame, stop.sigmoid()
+
+    def refine(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
+        return self._adaptor.refine(frames, lengths)

@@ -11,7 +11,7 @@ from ofakern.data.readers import Columns, Rows, open_rows
 from ofakern.errors import DataError, OfakernTypeError, OfakernValueError
 from ofakern.instruction import Instruction, Modality, Slot, parse
 from ofakern.instruction.nodes import Group, Node
-from ofakern.metrics import accuracy, grounding_scores, token_f1, vqa_score
+from ofakern.metrics import accuracy, grounding_scores, token_f1, vqa_score, wer
 
 SPLITS = ("train", "valid", "test")
 
@@ -23,6 +23,7 @@ METRICS: Mapping[str, Metric] = {
     "token_f1": token_f1,
     "vqa_score": vqa_score,
     "grounding": grounding_scores,
+    "wer": wer,
 }
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -41,7 +42,8 @@ class Task:
         closed_set: the answers of `closed_set` slots: a list, a mapping answer -> label, or the name of the column
             whose training values they are. None: the slot's own column.
         target_field: the column with the reference (or several); None: that of the last target slot.
-        metrics: by name (`accuracy`, `token_f1`, `vqa_score`, `grounding`) or any (predictions, references) -> number.
+        metrics: by name (`accuracy`, `token_f1`, `vqa_score`, `grounding`, `wer`) or any
+            (predictions, references) -> number.
         preprocess: row -> row before anything else; None drops the row as broken.
         files: folder or .zip archive in which file names of the rows are looked up.
         generation: settings for evaluation, as in `GenerationConfig`.
@@ -182,12 +184,22 @@ class Task:
             yield from answers
         yield from self._row_texts() if self._texts is None else self._texts
 
+    def phones(self) -> Iterable[str]:
+        """The names in the PHONE columns of the first 10,000 training rows."""
+        for value in self._values(Modality.PHONE):
+            yield from value.split() if isinstance(value, str) else map(str, value)
+
     def _row_texts(self) -> Iterable[str]:
+        for value in self._values(Modality.TEXT):
+            yield from (str(v) for v in (value if isinstance(value, (list, tuple)) else [value]) if v is not None)
+
+    def _values(self, modality: Modality) -> Iterable[Any]:
+        """What the columns of a modality hold in the first training rows."""
         names = {
             slot.name
             for alternative in self.alternatives
             for slot in alternative.slots
-            if slot.modality is Modality.TEXT and slot.name is not None
+            if slot.modality is modality and slot.name is not None
         }
         rows = self._rows.get("train")
         if rows is None or not names:
@@ -197,9 +209,7 @@ class Task:
                 row = self.prepared(rows[i])
             except (DataError, OSError):
                 continue  # counted and reported when the row is drawn for training
-            for name in sorted(names):
-                value = row.get(name)
-                yield from (str(v) for v in (value if isinstance(value, (list, tuple)) else [value]) if v is not None)
+            yield from (row[name] for name in sorted(names) if row.get(name) is not None)
 
 
 class _Joined:

@@ -36,8 +36,9 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Task -> {"nll": per target token, metrics...}; tasks without rows for the split are left out.
 
-    Rows that cannot be read are left out of the numbers and counted as "broken". The network is put into eval mode and
-    back.
+    Of speech "nll" is the loss per step, and its parts l1, mse and stop stand beside it. Random draws (a pre-net's
+    dropout is on here too) follow from the seed and leave the caller's alone. Rows that cannot be read are left out of
+    the numbers and counted as "broken". The network is put into eval mode and back.
     """
     network = model.network
     training = network.training
@@ -47,7 +48,9 @@ def evaluate(
         for task in tasks:
             rows = task.rows(split)
             if rows is not None:
-                found[task.name] = _evaluate_task(model, task, split, seed, bf16)
+                with torch.random.fork_rng():
+                    torch.manual_seed(seed)
+                    found[task.name] = _evaluate_task(model, task, split, seed, bf16)
         return found
     finally:
         network.train(training)
@@ -61,6 +64,7 @@ def _evaluate_task(model: Evaluable, task: Task, split: Split, seed: int, bf16: 
     tally = BrokenTally(1.0, name=f"{task.name}, {split}")
     device = next(model.network.parameters()).device
     nll, tokens = 0.0, 0
+    parts: dict[str, float] = {}
     for loaded in load(dataset, task.micro_batch_size, stop=len(rows)):
         tally.update(loaded)
         if loaded.batch is not None:
@@ -68,7 +72,9 @@ def _evaluate_task(model: Evaluable, task: Task, split: Split, seed: int, bf16: 
                 sums = model.train_step_loss(loaded.batch.to(device), 0.0)
             nll += float(sums.nll)
             tokens += int(sums.tokens)
-    numbers = {"nll": nll / max(1, tokens)}
+            for name, part in sums.parts.items():
+                parts[name] = parts.get(name, 0.0) + float(part)
+    numbers = {name: value / max(1, tokens) for name, value in {"nll": nll, **parts}.items()}
     if tally.count:
         numbers["broken"] = float(tally.count)
     if task.metrics:
@@ -80,9 +86,11 @@ def _evaluate_task(model: Evaluable, task: Task, split: Split, seed: int, bf16: 
 def _metrics(model: Evaluable, task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     if not rows:
         return {}
-    is_box = task.target_slots[-1].modality is Modality.BOX
+    modality = task.target_slots[-1].modality
+    is_box = modality is Modality.BOX
     outputs = model.answers(task, rows)
-    predictions: list[Any] = [output.box if is_box else output.text for output in outputs]
+    shown = {Modality.BOX: "box", Modality.AUDIO: "speech"}.get(modality, "text")
+    predictions: list[Any] = [getattr(output, shown) for output in outputs]
     references = [row[task.target_field] for row in rows]
     if is_box:
         references = [parse_box(reference) for reference in references]

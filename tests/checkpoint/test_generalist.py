@@ -151,7 +151,7 @@ def test_wrong_use(trained: GeneralistModel) -> None:
     with pytest.raises(DataError, match="row 0"):
         trained.inference("caption", [{"img": "/nowhere/at/all.png"}])
     with pytest.raises(OfakernRuntimeError, match="not available|kind that runs"):
-        trained.inference("[AUDIO:wav] what is said? -> [TEXT:words]", {"wav": "x.wav"})
+        trained.inference("[VIDEO:v] what happens? -> [TEXT:words]", {"v": "x.mp4"})
     with pytest.raises(OfakernRuntimeError, match="for_tasks"):
         GeneralistModel(small_config()).inference("[TEXT:a] -> [TEXT:b]", {"a": "x"})
     with pytest.raises(OfakernValueError, match="adaptors must include 'image_vit'"):

@@ -16,6 +16,7 @@ from ofakern.metrics import (
     majority_answer,
     token_f1,
     vqa_score,
+    wer,
 )
 
 
@@ -78,3 +79,13 @@ def test_best_constant_box_is_as_good_as_a_grid() -> None:
     assert score >= max(sum(box_iou(r, b) for b in boxes) / 4 for r in rivals)
     shares = best_constant_box(boxes, sizes=[(100, 50)] * 4)
     assert all(s == pytest.approx(b / e, abs=0.02) for s, b, e in zip(shares, best, (100, 50) * 2, strict=True))
+
+
+def test_word_error_rate() -> None:
+    assert wer(["a red ball"], ["A red ball."]) == 0.0
+    assert wer(["a red", "no"], ["a blue ball", "no"]) == pytest.approx(2 / 4)
+    assert wer(["a b c d"], ["a"]) == 3.0
+    assert wer([""], ["a b"]) == 1.0
+    assert wer(["one two"], [["three", "one two"]]) == 0.0
+    with pytest.raises(OfakernValueError, match="as many as predictions"):
+        wer([], [])

@@ -138,7 +138,7 @@ ATTRIBUTES = (
         "must stand in the source",
         "image_vqgan",
     ),
-    Case("Adaptor on the wrong side", "[TEXT:t] -> [AUDIO:a,adaptor=«audio_fbank»]", "must stand in the source"),
+    Case("Adaptor on the wrong side", "[AUDIO:a,adaptor=«audio_tgt_fbank»] -> [TEXT:t]", "must stand in the target"),
     Case(
         "Box in an unknown image",
         "[IMAGE:i] -> [BOX:b,image=«img»]",

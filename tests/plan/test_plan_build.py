@@ -141,7 +141,7 @@ def test_defaults_follow_side_adaptor_and_preprocessor() -> None:
         return [(slot.preprocess, slot.adaptor) for slot in build_plan(text).slots if not slot.plain]
 
     assert chosen("[IMAGE:a] -> [IMAGE:b]") == [("image", "image_resnet"), ("image_vqgan", "image_vqgan")]
-    assert chosen("[AUDIO:a] -> [AUDIO:b]") == [("audio", "audio_fbank"), ("audio", "audio_tgt_fbank")]
+    assert chosen("[AUDIO:a] -> [AUDIO:b]") == [("audio", "audio_fbank"), ("audio", "audio_fbank")]
     assert chosen("[IMAGE:a,adaptor=image_vqgan] -> [TEXT:t]")[0] == ("image_vqgan", "image_vqgan")
     assert chosen("[IMAGE:a,preprocess=imagenet] -> [TEXT:t]")[0] == ("imagenet", "image_resnet")
 
@@ -186,6 +186,9 @@ def test_attributes_without_effect_are_noted() -> None:
 
 
 RUNS_NOW = (
+    "[AUDIO:wav] what is said? -> [TEXT:t]",
+    "[PHONE:p] -> [AUDIO:a]",
+    "[TEXT:t] -> [PHONE:p]",
     "[IMAGE:img] [TEXT:q] what? -> it is [TEXT:a,closed_set]",
     "[IMAGE:img,adaptor=image_vit] what? -> ([BOX:b] [TEXT:t])*",
     "[IMAGE:img,adaptor=image_patch_embed] region: [BOX:b] -> [TEXT:t]",
@@ -202,11 +205,10 @@ def test_what_runs_now(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "slot"),
     [
-        ("[AUDIO:wav] what? -> [TEXT:t]", "[AUDIO:wav]"),
+        ("[AUDIO:wav,preprocess=audio_embed] what? -> [TEXT:t]", "[AUDIO:wav]"),
         ("[VIDEO:v] what? -> [TEXT:t]", "[VIDEO:v]"),
         ("[TEXT:t] -> [MOTION:m]", "[MOTION:m]"),
         ("[STRUCT:db,max_length=8] -> [TEXT:t]", "[STRUCT:db,max_length=8]"),
-        ("[PHONE:p] -> [TEXT:t]", "[PHONE:p]"),
         ("[IMAGE:i] -> [CATEGORY:c]", "[CATEGORY:c]"),
         ("[TEXT:t] -> [IMAGE:i]", "[IMAGE:i]"),
         ("[IMAGE:i,preprocess=imagenet] -> [TEXT:t]", "[IMAGE:i]"),

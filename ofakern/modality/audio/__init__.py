@@ -1,1 +1,1 @@
-"""AUDIO slots: they parse and plan; `spec.py` says what they accept."""
+"""AUDIO slots: sound to filter banks and tokens in the source, frames of speech in the target."""

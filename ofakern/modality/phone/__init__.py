@@ -1,1 +1,1 @@
-"""PHONE slots: they parse and plan; `spec.py` says what they accept."""
+"""PHONE slots: names of phones, tokens of their own among the text tokens."""

@@ -8,8 +8,6 @@ from ofakern.modality.text.spec import NO_LOSS, TEXT_ADAPTOR
 
 __all__ = ["SPEC"]
 
-_NOTE = "the phone vocabulary is not available yet"
-
 SPEC = ModalitySpec(
     modality=Modality.PHONE,
     preprocessors={
@@ -23,14 +21,10 @@ SPEC = ModalitySpec(
                 ),
             ),
             postprocess="phone",
-            available=False,
-            note=_NOTE,
         ),
     },
     adaptors={"text": TEXT_ADAPTOR},
     default_preprocessor="phone",
     default_adaptor="text",
     text_like=True,
-    available=False,
-    note=_NOTE,
 )
