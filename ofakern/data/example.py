@@ -63,6 +63,11 @@ class PreprocessConfig:
     speech_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.audio_rate < 100 or self.speech_rate < 16_000:  # written speech has bins up to 8 kHz
+            raise OfakernValueError(
+                "PreprocessConfig: audio_rate must be at least 100 and speech_rate at least 16000 samples a second, "
+                f"got {self.audio_rate} and {self.speech_rate}"
+            )
         if len(self.speech_mean) != len(self.speech_std) or len(self.speech_mean) not in (0, MEL_BINS):
             raise OfakernValueError(
                 f"PreprocessConfig: speech_mean and speech_std must both have {MEL_BINS} values or none, "
