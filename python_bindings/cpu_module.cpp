@@ -8,7 +8,8 @@
 namespace ofakern {
 void bind_attention(pybind11::module_& m);
 void bind_log_mel(pybind11::module_& m);
-}
+void bind_patch_embed(pybind11::module_& m);
+}  // namespace ofakern
 
 PYBIND11_MODULE(_cpu, m) {
   ofakern::register_errors();
@@ -20,4 +21,5 @@ PYBIND11_MODULE(_cpu, m) {
         [](pybind11::handle tensor) { return ofakern::describe(ofakern::view_of("describe", "tensor", tensor)); });
   ofakern::bind_attention(m);
   ofakern::bind_log_mel(m);
+  ofakern::bind_patch_embed(m);
 }

@@ -131,6 +131,19 @@ py::handle Arguments::next() { return PyTuple_GET_ITEM(args_.ptr(), static_cast<
 
 TensorView Arguments::tensor(const char* argument) { return view_of(where_, argument, next()); }
 
+std::vector<TensorView> Arguments::tensors(const char* argument) {
+  const py::handle object = next();
+  const Checker check(where_);
+  if (!PyList_Check(object.ptr())) check.fail_type(argument, "be a list of tensors", type_name(object));
+  std::vector<TensorView> views;
+  for (const py::handle item : py::reinterpret_borrow<py::list>(object)) {
+    const std::string name = argument + ("[" + std::to_string(views.size()) + "]");
+    views.push_back(view_of(where_, name.c_str(), item));
+    check.given(name.c_str(), views.back());
+  }
+  return views;
+}
+
 double Arguments::real(const char* argument) {
   const py::handle object = next();
   const double value = PyFloat_AsDouble(object.ptr());

@@ -7,6 +7,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "core/check.h"
 #include "core/tensor_view.h"
 #include "dlpack.h"
@@ -27,6 +29,7 @@ class Arguments {
  public:
   Arguments(const char* where, const pybind11::args& args, std::size_t count);
   TensorView tensor(const char* argument);
+  std::vector<TensorView> tensors(const char* argument);  // a list, none of it None
   double real(const char* argument);
   std::int64_t integer(const char* argument);
 

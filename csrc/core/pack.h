@@ -9,6 +9,20 @@
 namespace ofakern::OFAKERN_ISA {
 namespace {
 
+// What operands of storage type T are packed as.
+template <class T>
+struct PackedAs {
+  using type = float;
+};
+#if defined(OFAKERN_NATIVE_BF16)
+template <>
+struct PackedAs<bf16> {
+  using type = bf16;
+};
+#endif
+template <class T>
+using Packed = typename PackedAs<T>::type;
+
 // Rows of one tensor for one head: element (row, column) is data[row * stride + column].
 template <class T>
 struct Rows {

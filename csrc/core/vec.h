@@ -50,6 +50,8 @@ OFAKERN_HOT std::uint32_t float_to_bits(float value) {
 }
 
 OFAKERN_HOT float to_float(float x) { return x; }
+OFAKERN_HOT float to_float(std::uint8_t x) { return static_cast<float>(x); }
+OFAKERN_HOT float to_float(std::int8_t x) { return static_cast<float>(x); }
 OFAKERN_HOT float to_float(bf16 x) { return bits_to_float(std::uint32_t{x.bits} << 16); }
 OFAKERN_HOT float to_float(f16 x) {
   const std::uint32_t sign = std::uint32_t{x.bits & 0x8000u} << 16;

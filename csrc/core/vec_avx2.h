@@ -72,6 +72,12 @@ OFAKERN_HOT Vec vload_as(const bf16* p) {
 OFAKERN_HOT Vec vload_as(const f16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+OFAKERN_HOT Vec vload_as(const std::uint8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+OFAKERN_HOT Vec vload_as(const std::int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 OFAKERN_HOT void vstore_as(float* p, Vec x) { vstore(p, x); }
 OFAKERN_HOT void vstore_as(bf16* p, Vec x) {
   const __m256i bits = _mm256_castps_si256(x.v);

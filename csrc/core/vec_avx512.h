@@ -71,6 +71,12 @@ OFAKERN_HOT Vec vload_as(const bf16* p) { return widen_bf16(_mm256_loadu_si256(r
 OFAKERN_HOT Vec vload_as(const f16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+OFAKERN_HOT Vec vload_as(const std::uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+OFAKERN_HOT Vec vload_as(const std::int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 OFAKERN_HOT void vstore_as(float* p, Vec x) { vstore(p, x); }
 OFAKERN_HOT void vstore_as(bf16* p, Vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x)); }
 OFAKERN_HOT void vstore_as(f16* p, Vec x) {
@@ -82,6 +88,12 @@ OFAKERN_HOT Vec vload_partial(const float* p, int n) { return vload_masked(p, ma
 OFAKERN_HOT Vec vload_partial(const bf16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(mask_first(n), p)); }
 OFAKERN_HOT Vec vload_partial(const f16* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask_first(n), p))};
+}
+OFAKERN_HOT Vec vload_partial(const std::uint8_t* p, int n) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask_first(n), p)))};
+}
+OFAKERN_HOT Vec vload_partial(const std::int8_t* p, int n) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask_first(n), p)))};
 }
 OFAKERN_HOT void vstore_partial(float* p, Vec x, int n) { vstore_masked(p, x, mask_first(n)); }
 OFAKERN_HOT void vstore_partial(bf16* p, Vec x, int n) { _mm256_mask_storeu_epi16(p, mask_first(n), narrow_bf16(x)); }

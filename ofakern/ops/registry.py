@@ -9,6 +9,8 @@ from ofakern.errors import OfakernValueError
 from ofakern.ops.attention import api as attention_api
 from ofakern.ops.attention import backends as attention_backends
 from ofakern.ops.log_mel import api as log_mel_api
+from ofakern.ops.patch_embed import api as patch_embed_api
+from ofakern.ops.patch_embed import op as patch_embed_op
 
 
 class _Op(NamedTuple):
@@ -19,6 +21,7 @@ class _Op(NamedTuple):
 _OPS: dict[str, _Op] = {
     "attention": _Op(attention_backends.UNAVAILABLE, attention_api.refusals),
     "log_mel": _Op(log_mel_api.BACKENDS.unavailable, log_mel_api.refusals),
+    "patch_embed": _Op(patch_embed_op.BACKENDS.unavailable, patch_embed_api.refusals),
 }
 
 

@@ -1,6 +1,7 @@
 // What the forward and the backward pass share: sizes, scratch memory, packing of queries and keys, scores of a row.
 #pragma once
 
+#include "core/arena.h"
 #include "core/pack.h"
 #include "core/parallel.h"
 #include "core/philox.h"
@@ -12,20 +13,6 @@ namespace {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_inff();
-
-// What operands of storage type T are packed as.
-template <class T>
-struct PackedAs {
-  using type = float;
-};
-#if defined(OFAKERN_NATIVE_BF16)
-template <>
-struct PackedAs<bf16> {
-  using type = bf16;
-};
-#endif
-template <class T>
-using Packed = typename PackedAs<T>::type;
 
 // kQueries rows keep their running state while tiles of kKeys keys go by; kStep rows at a time have their scores
 // computed and used, so that a tile's packed keys and the step's scores meet in the first-level cache.
@@ -151,23 +138,6 @@ OFAKERN_LOCAL Problem<T> make_problem(const AttentionInputs& in) {
   }
   return p;
 }
-
-// Hands out aligned pieces of the caller's workspace; with no memory behind it, it measures.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class X>
-  X* take(i64 count) {
-    X* piece = base_ == nullptr ? nullptr : reinterpret_cast<X*>(base_ + used_);
-    used_ += round_up(count * static_cast<i64>(sizeof(X)), 64);
-    return piece;
-  }
-  i64 used() const { return used_; }
-
- private:
-  char* base_;
-  i64 used_ = 0;
-};
 
 // The terms' tables, reversed and in units of log2(e), for all heads.
 template <class T>

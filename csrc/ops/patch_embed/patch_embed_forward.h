@@ -1,0 +1,77 @@
+// Forward pass: one product whose rows of A are read from pixels and whose epilogue writes normalised tokens.
+#pragma once
+
+#include "ops/patch_embed/patch_embed_parts.h"
+
+namespace ofakern::OFAKERN_ISA {
+namespace {
+
+template <class T>
+struct PatchForwardMemory {
+  using Elem = Packed<T>;
+  FoldedWeight<T> weight;
+  char* scratch;
+
+  static PatchForwardMemory take(const PatchProblem<T>& p, int threads, Arena& arena) {
+    PatchForwardMemory m = {};
+    m.weight = FoldedWeight<T>::take(p, arena);
+    m.scratch = arena.take<char>(matmul_scratch<Elem, Elem>(plan_matmul<Elem>(p.tokens, p.width, p.k, true), threads));
+    return m;
+  }
+};
+
+// gemm_driver's epilogue: y, LayerNorm, rounding.
+template <class T>
+struct WriteTokens {
+  const PatchProblem<T>& p;
+  const FoldedWeight<T>& weight;
+  T* out;
+
+  void operator()(i64 row, i64 rows, i64, i64, float* c, i64 ldc) const {
+    PositionWalk<T> position(p, row);
+    for (i64 r = 0; r < rows; ++r, c += ldc) {
+      if (r > 0) position.next();
+      const float sum = finish_row(weight, p.width, position.row(), c);
+      write(c, sum, out + (row + r) * p.width);
+    }
+  }
+
+ private:
+  void write(const float* y, float sum, T* dst) const {
+    if (!p.in->ln_weight.defined()) {
+      for (i64 x = 0; x < p.width; x += kWidth) vstore_n(dst + x, vload(y + x), p.width - x);
+      return;
+    }
+    const RowStatistics s = row_statistics(y, p.width, sum, static_cast<float>(p.in->eps));
+    const float* gain = p.in->ln_weight.template as<const float>();
+    const float* bias = p.in->ln_bias.template as<const float>();
+    const Vec rstd = vset(s.rstd), mean = vset(s.mean);
+    i64 x = 0;
+    for (; x + kWidth <= p.width; x += kWidth)
+      vstore_as(dst + x, vfma(vmul(vsub(vload(y + x), mean), rstd), vload(gain + x), vload(bias + x)));
+    if (x < p.width) {
+      const int left = static_cast<int>(p.width - x);
+      const Vec unit = vmul(vsub(vload(y + x), mean), rstd);
+      vstore_partial(dst + x, vfma(unit, vload_partial(gain + x, left), vload_partial(bias + x, left)), left);
+    }
+  }
+};
+
+template <class T>
+OFAKERN_LOCAL void patch_forward(const PatchEmbedInputs& in, const TensorView& out, void* workspace, int threads) {
+  using Elem = Packed<T>;
+  const PatchProblem<T> p = make_patch_problem<T>(in);
+  if (p.tokens == 0) return;
+  Arena arena(workspace);
+  PatchForwardMemory<T> memory = PatchForwardMemory<T>::take(p, threads, arena);
+  fold_weight(p, memory.weight, threads);
+  const Weight<Elem> weight = make_weight<Elem, Elem>(memory.weight.panels, p.width, p.k);
+  const WriteTokens<T> epilogue = {p, memory.weight, out.as<T>()};
+  with_pixels(p, [&](auto pixel) {
+    multiply(plan_matmul<Elem>(p.tokens, p.width, p.k, true), weight, memory.scratch, threads,
+             PatchRows<decltype(pixel), T>{p, memory.weight.centre}, epilogue);
+  });
+}
+
+}  // namespace
+}  // namespace ofakern::OFAKERN_ISA
