@@ -27,11 +27,12 @@ def read_foreign(
 
     bpe: folder with GPT-2's `encoder.json` and `vocab.bpe` (for OFA's fairseq files also `dict.txt`), which the file
     itself does not hold; default: its own folder, which for the Hugging Face format holds `vocab.json` and
-    `merges.txt`. tokenizer: instead; the vocabulary's rows are then matched by symbol. compat: "ofasys" for its quirks.
+    `merges.txt`. tokenizer: instead; the vocabulary's rows are then matched by symbol. compat: "ofasys", "ofa_hf"
+    for their quirks.
     Raises CheckpointError for a damaged or foreign file, or one that this model cannot hold.
     """
     if path.is_dir():
-        return read_hf_folder(path, bpe, tokenizer)
+        return read_hf_folder(path, bpe, tokenizer, compat)
     if not path.is_file():
         raise CheckpointError(f"from_pretrained: {path} must be a saved model or a checkpoint file, got neither")
     data = read_pickle(path)

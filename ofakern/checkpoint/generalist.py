@@ -443,7 +443,9 @@ class GeneralistModel:
             raise CheckpointError(f"from_pretrained: directory must be a saved model, got {str(folder)!r}")
         data = read_json(folder / "config.json")
         if data.get("model_type") == "ofa":
-            return cls.from_foreign(folder, device=device, backend=backend, bpe=bpe, tokenizer=tokenizer)[0]
+            return cls.from_foreign(
+                folder, device=device, backend=backend, bpe=bpe, tokenizer=tokenizer, compat=compat
+            )[0]
         if data.get("format") != _FORMAT or data.get("version") != _VERSION:
             raise CheckpointError(
                 f"from_pretrained: {folder / 'config.json'} must be {_FORMAT} {_VERSION}, "

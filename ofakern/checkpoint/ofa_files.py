@@ -45,9 +45,9 @@ def is_hf_folder(folder: Path) -> bool:
     return path.is_file() and read_json(path).get("model_type") == "ofa"
 
 
-def read_hf_folder(folder: Path, bpe: str | Path | None, tokenizer: Tokenizer | None) -> Foreign:
+def read_hf_folder(folder: Path, bpe: str | Path | None, tokenizer: Tokenizer | None, compat: str = "") -> Foreign:
     """config.json, vocab.json, merges.txt and model.safetensors or pytorch_model.bin."""
-    config = config_from_hf(read_json(folder / "config.json"))
+    config = config_from_hf(read_json(folder / "config.json"), compat)
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"from_pretrained: {folder} must hold {' or '.join(_WEIGHTS)}, got neither")

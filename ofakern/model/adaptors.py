@@ -57,7 +57,8 @@ class AdaptorGroup(nn.Module):
 
     def plan(self, side: PackedSide) -> SidePlan:
         """The side's plan, built at the first call and kept in the side's cache."""
-        experts = (self.config.compat or "modality") if self.config.modal_ffn else ""
+        routed = "ofasys" if self.config.compat == "ofasys" else "modality"
+        experts = routed if self.config.modal_ffn else ""
         key = ("plan", self.source, self.config.use_self_attn_bias, experts, self.config.adaptors)
         plan = side.cache.get(key)
         if not isinstance(plan, SidePlan):

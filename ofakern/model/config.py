@@ -20,7 +20,7 @@ SIZES = {
     "large": (1024, 4096, 16, 12, 12, "resnet152"),
     "huge": (1280, 5120, 16, 24, 12, "resnet152"),
 }
-COMPAT = ("", "ofasys")
+COMPAT = ("", "ofasys", "ofa_hf")
 # Modality numbers in batches are 1 .. MODALITIES; expert = number - 1.
 MODALITIES = 9
 
@@ -56,7 +56,8 @@ class OFAConfig:
         modal_ffn: every modality has feed-forward weights of its own (`MODALITIES` experts per layer).
         compat: "ofasys" reproduces quirks of the published implementation: without relative tables its encoder scales
             scores by K^-0.5 and ignores the head weights; with `modal_ffn` it sends the tokens of a batch of more than
-            one sample to experts of other tokens' modalities.
+            one sample to experts of other tokens' modalities. "ofa_hf" reproduces that of OFA's Hugging Face port:
+            drop path drops places of the sequence in all samples at once, instead of samples.
 
     Raises OfakernValueError for widths, names and combinations that cannot be built.
     """

@@ -62,7 +62,7 @@ class Encoder(nn.Module):
         q_pos, k_pos = self.adaptor.factored(positions)
         prefixes, prefix_layout = prefixes_of(self.encoder_prompt_encoder, side.tokens, len(self.layers), x.device)
         shared = Positions(plan.layout, q_pos, k_pos, self.backend, prefix_layout)
-        samples = Samples(side.sample_id, side.samples)
+        samples = dropped_together(side, self.config.compat)
         tables = self.adaptor.tables(plan.blocks, plan.second_blocks)
         for layer, own_tables, prefix in zip(self.layers, tables, prefixes, strict=True):
             call = partial(layer, positions=shared, samples=samples, routing=plan.routing, prefix=prefix)
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
             self.cross_keys(memory),
             self.backend,
         )
-        samples = Samples(side.sample_id, side.samples)
+        samples = dropped_together(side, self.config.compat)
         tables = self.adaptor.tables(plan.blocks, plan.second_blocks)
         for layer, own_tables, prefix in zip(self.decoder_layers(), tables, prefixes, strict=True):
             call = partial(_decoder_layer, layer, own, cross, memory.states, samples, plan.routing, prefix)
@@ -133,6 +133,14 @@ class Decoder(nn.Module):
 
     def _split(self, linear: nn.Linear | None, positions: Tensor) -> Tensor | None:
         return None if linear is None else split_heads(linear(positions), self.config.heads)
+
+
+def dropped_together(side: PackedSide, compat: str) -> Samples:
+    """What drop path drops as one: a sample's tokens. OFA's Hugging Face port drops a place in all samples."""
+    if compat != "ofa_hf":
+        return Samples(side.sample_id, side.samples)
+    place = torch.arange(side.tokens, device=side.device) - side.offsets.long()[side.sample_id.long()]
+    return Samples(place, max(side.lengths_cpu, default=0))
 
 
 def prefixes_of(

@@ -61,7 +61,7 @@ def drop_path(x: Tensor, rate: float, sample_id: Tensor, samples: int) -> Tensor
 
 @dataclass(frozen=True)
 class Samples:
-    """Which sample a packed token is of: sample_id int32 `[N]`, count B. Needed by drop path only."""
+    """Which sample a packed token is of: sample_id int `[N]`, count B. Needed by drop path only."""
 
     sample_id: Tensor
     count: int

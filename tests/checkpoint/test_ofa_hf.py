@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ from ofakern.cli.main import main
 from ofakern.data.batch import Example, PackedBatch, Segment
 from ofakern.errors import CheckpointError, DataError, OfakernValueError
 from ofakern.model import OFAPlus
-from ofakern.nn.relative import text_bucket
+from ofakern.nn.relative import (
+    SpecialRows,
+    grid_block,
+    grid_coordinates,
+    grid_extent,
+    special_coordinates,
+    text_bucket,
+    with_special,
+)
 
 FOLDER = Path(__file__).parents[1] / "golden" / "ofa_hf"
 CONFIG: dict[str, Any] = json.loads((FOLDER / "config.json").read_text())
@@ -153,6 +162,31 @@ def test_token_buckets_are_the_recorded_ones() -> None:
     for size in (32, 256):
         key = next(k for k in recorded if f"{size}.by_relpos" in k)
         assert torch.equal(text_bucket(difference, size, 1024), recorded[key].long())
+
+
+@pytest.mark.parametrize("size", [16, 42])
+def test_image_buckets_are_the_recorded_ones(size: int) -> None:
+    """The whole matrix, special token first, by its hash."""
+    grid, own = grid_block(size, size, size), grid_coordinates(size, size)
+    special = with_special(grid, SpecialRows.of_image(size))
+    q, k = (torch.cat([torch.tensor([c]), own]) for c in special_coordinates(grid_extent(size, size)))
+    found = special.index[q[:, None] - k - special.dmin]
+    recorded = load_file(FOLDER / "buckets.safetensors")
+    rows = recorded[f"image_bucket_{size}.rows_0_1_last"].long()
+    assert torch.equal(found[[0, 1, size + 3, -1]], rows)
+    assert digest(found) == bytes(recorded[f"image_bucket_{size}.sha_full"].tolist())
+
+
+@pytest.mark.parametrize("size", [32, 256])
+def test_whole_token_bucket_matrices_have_the_recorded_hash(size: int) -> None:
+    place = torch.arange(1024)
+    found = text_bucket(place[:, None] - place, size, 1024)
+    recorded = load_file(FOLDER / "buckets.safetensors")[f"token_bucket_{size}.sha_full"]
+    assert digest(found) == bytes(recorded.tolist())
+
+
+def digest(table: Tensor) -> bytes:
+    return hashlib.sha256(table.long().contiguous().numpy().tobytes()).digest()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

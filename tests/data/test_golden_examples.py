@@ -14,7 +14,7 @@ from ofakern.data.batch import PackedBatch
 from ofakern.data.example import Encoder, PreprocessConfig, build_closed_sets
 from ofakern.data.readers import open_files
 from ofakern.plan import build_plan
-from ofakern.text import Tokenizer
+from ofakern.text import Tokenizer, Vocabulary
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MAIN = GOLDEN / "ofasys/main"
@@ -67,6 +67,26 @@ def test_golden_case(case: str, split: Any, tokenizer: Tokenizer) -> None:
             assert example.allowed is None
     batch = PackedBatch.collate(examples)
     assert batch.labels.shape[0] == batch.target.tokens
+
+
+def test_golden_speech() -> None:
+    """Phones and frames of the tts case. OFASys gives phones a begin and an end of their own inside the text group."""
+    resources = MAIN / "resources"
+    vocabulary = Vocabulary(json.loads((MAIN / "dictionary.json").read_text())["symbols"])
+    names = ("bpe_encoder.json", "bpe_vocab.bpe", "bpe_dict.txt")
+    tokenizer = Tokenizer.from_files(*(resources / name for name in names), vocabulary=vocabulary)
+    encoder = Encoder(build_plan(RAW["tts"]["instruction"]), tokenizer, CONFIG, split="train", files=open_files(MAIN))
+    golden = np.load(MAIN / "tts.npz")
+    for b, row in enumerate(RAW["tts"]["data"]):
+        example = encoder(row, b)
+        recorded = unpadded(golden["input.slot0.TEXT.value"][b].tolist())
+        begin, end = recorded.index(0, 1), recorded.index(2)
+        assert example.source[0].value.tolist() == recorded[:begin] + recorded[begin + 1 : end] + recorded[end + 1 :]
+        length = int(golden["input.slot1.AUDIO.fbank_lengths"][b])
+        assert example.frames is not None and len(example.frames) == length
+        assert np.abs(example.frames.numpy() - golden["target"][b, :length]).max() < 1e-4
+        assert np.abs(example.target[0].value.numpy() - golden["input.slot1.AUDIO.fbank"][b, :length]).max() < 1e-4
+        assert example.labels.tolist() == [0] * (length - 1) + [1]
 
 
 @pytest.mark.parametrize("case", list(CASES))

@@ -14,6 +14,7 @@ from ofakern.errors import DataError, OfakernValueError
 from ofakern.modality.image.adaptor import ImagePatchEmbedConfig, ImageResnetConfig, ImageVitConfig
 from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import OFAConfig, OFAPlus
+from ofakern.model.stacks import dropped_together
 from ofakern.nn.loss import label_smoothed_cross_entropy
 
 SMALL = OFAConfig(
@@ -181,6 +182,26 @@ def test_training_noise_is_per_sample_and_seeded() -> None:
         torch.manual_seed(seed)
         losses.append(float(loss_of(model, batch).detach()))
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("compat", ["", "ofa_hf"])
+def test_drop_path_drops_samples_or_as_the_port_does_places(compat: str) -> None:
+    """Two equal samples: places dropped in both at once leave them equal, dropped samples do not."""
+    model = build(encoder_drop_path=0.5, decoder_drop_path=0.5, compat=compat).train()
+    batch = PackedBatch.collate([examples()[2], examples()[2]])
+    torch.manual_seed(0)
+    differ = places = 0
+    for _ in range(5):
+        one, two = model(batch).detach().chunk(2)
+        differ += not torch.allclose(one, two, atol=1e-6)
+        places += model.eval()(batch).detach().chunk(2)[0].sub(one).abs().amax(1).gt(1e-4).float().mean() > 0
+        model.train()
+    assert places == 5, "something must be dropped"
+    assert (differ == 0) == (compat == "ofa_hf")
+    ids = dropped_together(batch.source, compat)
+    length = batch.source.lengths_cpu[0]
+    expected = [*range(length)] * 2 if compat else [0] * length + [1] * length
+    assert ids.sample_id.tolist() == expected and ids.count == (length if compat else 2)
 
 
 def test_segment_order_is_an_option() -> None:
