@@ -54,7 +54,7 @@ def _op_lines(records: list[dict[str, Any]]) -> list[str]:
 
 
 def _names(record: dict[str, Any]) -> str:
-    return f"{record['case']:<22}{record['phase']:<9}{record['dtype']:<7}{record['backend']:<15}"
+    return f"{record['case']:<22}{record['phase']:<13}{record['dtype']:<7}{record['backend']:<15}"
 
 
 def roofline_lines(roof: dict[str, Any]) -> list[str]:

@@ -1,0 +1,1 @@
+"""Benchmarks of whole models, by the same seam as those of ops (benchmarks/core.py)."""
