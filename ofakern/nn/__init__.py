@@ -18,18 +18,29 @@ from ofakern.nn.dropin import (
     TimmBeitAttention,
     UMT5Attention,
 )
+from ofakern.nn.dropin.ofa import FairseqMultiheadAttention, OFAAttention
+from ofakern.nn.dropin.ofa_layers import OFADecoderLayer, OFAEncoderLayer, OFASysDecoderLayer, OFASysEncoderLayer
 from ofakern.nn.dropin.patches import PatchConv2d
+from ofakern.nn.dropin.positions import OFAPositions, PositionBias
 
 __all__ = [
     "BeitAttention",
     "BeitRelativePositionBias",
     "BloomAttention",
     "CannotReplace",
+    "FairseqMultiheadAttention",
     "MptAttention",
     "MultiheadAttention",
+    "OFAAttention",
+    "OFADecoderLayer",
+    "OFAEncoderLayer",
+    "OFAPositions",
+    "OFASysDecoderLayer",
+    "OFASysEncoderLayer",
     "PatchConv2d",
     "PatchEmbed",
     "PatchEmbeddings",
+    "PositionBias",
     "SwinAttention",
     "SwinPatchEmbeddings",
     "T5Attention",

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,20 +31,36 @@ _ENTRIES = 64
 _CONTENT_ENTRIES = 8
 
 
-class Term(Protocol):
+class Term(ABC):
     """Coordinates of a padded batch; hashable, because layouts are cached by it."""
 
-    def __hash__(self) -> int: ...
+    @abstractmethod
+    def terms(
+        self, batch: int, queries: int, keys: int, device: torch.device, visible: Tensor
+    ) -> tuple[RelativeTerm, ...]:
+        """The terms of a packed batch whose intervals are `visible` (a tensor of the caller's own)."""
 
+
+class _Everywhere(Term):
+    """One term for every visible pair."""
+
+    @abstractmethod
     def rows(self, batch: int, queries: int, keys: int) -> int:
         """Rows of the table that the coordinates read."""
 
+    @abstractmethod
     def coordinates(self, batch: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """q_coord int32 `[B*T]`, k_coord int32 `[B*S]`."""
 
+    def terms(
+        self, batch: int, queries: int, keys: int, device: torch.device, visible: Tensor
+    ) -> tuple[RelativeTerm, ...]:
+        coordinates = self.coordinates(batch, queries, keys, device)
+        return (RelativeTerm(*coordinates, visible, self.rows(batch, queries, keys)),)
+
 
 @dataclass(frozen=True)
-class Shift:
+class Shift(_Everywhere):
     """Table row `i - j + S - 1`: query minus key position. One row more than differences, so that `[.., T+S]` tells."""
 
     def rows(self, batch: int, queries: int, keys: int) -> int:
@@ -56,7 +73,7 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class KeyBias:
+class KeyBias(_Everywhere):
     """Table row j of its own for every key: a bias that no query changes. per_sample: row `b * S + j`."""
 
     per_sample: bool
@@ -97,7 +114,7 @@ def padded_layout(
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(_Everywhere):
     """A grid of height x width tokens, row-major, after one special token where `special`. Row `d + M` of the table is
     the difference d of coordinates; with the special token 5M + 4 rows (`ofakern.nn.relative.with_special`)."""
 
@@ -122,6 +139,28 @@ class Grid:
         return q_coord.repeat(batch), k_coord.repeat(batch)
 
 
+@dataclass(frozen=True, eq=False)
+class Given(Term):
+    """Coordinates counted inside a sample: q_coord int32 `[T]`, k_coord int32 `[S]`, same int32 `[T,2]`; the same for
+    every sample. Known again by identity: keep the object."""
+
+    given: tuple[RelativeTerm, ...]
+
+    def terms(
+        self, batch: int, queries: int, keys: int, device: torch.device, visible: Tensor
+    ) -> tuple[RelativeTerm, ...]:
+        start = torch.arange(batch, dtype=torch.int32, device=device)[:, None, None] * keys
+        return tuple(
+            RelativeTerm(
+                term.q_coord.to(device).repeat(batch),
+                term.k_coord.to(device).repeat(batch),
+                (term.same.to(device) + start).reshape(-1, 2),
+                term.rows,
+            )
+            for term in self.given
+        )
+
+
 class _Sizes(NamedTuple):
     batch: int
     queries: int
@@ -133,10 +172,7 @@ class _Sizes(NamedTuple):
 def _build(sizes: _Sizes, device: torch.device, masks: Sequence[Mask], term: Term | None) -> AttentionLayout:
     batch, queries, keys = sizes[:3]
     visible = torch.from_numpy(_visible(sizes, masks))
-    terms = []
-    if term is not None:
-        coordinates = term.coordinates(batch, queries, keys, torch.device("cpu"))
-        terms.append(RelativeTerm(*coordinates, visible, term.rows(batch, queries, keys)))
+    terms = () if term is None else term.terms(batch, queries, keys, torch.device("cpu"), visible)
     return AttentionLayout.build(visible, [queries] * batch, [keys] * batch, terms).to(device)
 
 
@@ -235,12 +271,8 @@ def _traced(sizes: _Sizes, device: torch.device, masks: Sequence[Mask], term: Te
         [f"{mask.kind} {int(mask.left_out)} {mask.where}" for mask in masks],
         *sizes,
     )
-    terms: tuple[RelativeTerm, ...] = ()
-    if term is not None:
-        batch, queries, keys = sizes[:3]
-        coordinates = term.coordinates(batch, queries, keys, device)
-        # A copy: tracing an autograd.Function refuses the same tensor twice.
-        terms = (RelativeTerm(*coordinates, visible.clone(), term.rows(batch, queries, keys)),)
+    # A copy: tracing an autograd.Function refuses the same tensor twice.
+    terms = () if term is None else term.terms(*sizes[:3], device, visible.clone())
     return AttentionLayout(visible, q_offsets, k_offsets, key_seen, k_range, terms)
 
 
