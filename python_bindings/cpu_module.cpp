@@ -9,6 +9,8 @@ namespace ofakern {
 void bind_attention(pybind11::module_& m);
 void bind_log_mel(pybind11::module_& m);
 void bind_patch_embed(pybind11::module_& m);
+void bind_layer_norm(pybind11::module_& m);
+void bind_rotation_6d(pybind11::module_& m);
 }  // namespace ofakern
 
 PYBIND11_MODULE(_cpu, m) {
@@ -22,4 +24,6 @@ PYBIND11_MODULE(_cpu, m) {
   ofakern::bind_attention(m);
   ofakern::bind_log_mel(m);
   ofakern::bind_patch_embed(m);
+  ofakern::bind_layer_norm(m);
+  ofakern::bind_rotation_6d(m);
 }

@@ -8,9 +8,11 @@ from typing import NamedTuple
 from ofakern.errors import OfakernValueError
 from ofakern.ops.attention import api as attention_api
 from ofakern.ops.attention import backends as attention_backends
+from ofakern.ops.layer_norm import api as layer_norm_api
 from ofakern.ops.log_mel import api as log_mel_api
 from ofakern.ops.patch_embed import api as patch_embed_api
 from ofakern.ops.patch_embed import op as patch_embed_op
+from ofakern.ops.rotation_6d import api as rotation_6d_api
 
 
 class _Op(NamedTuple):
@@ -22,6 +24,11 @@ _OPS: dict[str, _Op] = {
     "attention": _Op(attention_backends.UNAVAILABLE, attention_api.refusals),
     "log_mel": _Op(log_mel_api.BACKENDS.unavailable, log_mel_api.refusals),
     "patch_embed": _Op(patch_embed_op.BACKENDS.unavailable, patch_embed_api.refusals),
+    **{
+        name: _Op(backends.unavailable, layer_norm_api.refusals(name))
+        for name, backends in layer_norm_api.BACKENDS.items()
+    },
+    "rotation_6d": _Op(rotation_6d_api.BACKENDS.unavailable, rotation_6d_api.refusals),
 }
 
 

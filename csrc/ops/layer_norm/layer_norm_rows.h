@@ -1,0 +1,217 @@
+// One row of a fused LayerNorm, forward and backward, and how rows are shared out. Compiled once per instruction set.
+//
+// A `Source` says where a row's z comes from and what becomes of its gradient:
+//
+//   void load<BACKWARD>(i64 row, float* z, float* spare)          z[0, D); `spare` (D floats) keeps what store needs
+//   void store(i64 row, const float* dz, const float* spare, float* sums)    sums: this chunk's own partial sums
+//   i64 own_sums() const                                          how many floats of them, beyond dweight and dbias
+//
+// Row buffers are padded to whole vectors; pads of z hold 0.
+#pragma once
+
+#include "core/parallel.h"
+#include "core/vec_stream.h"
+#include "ops/layer_norm/layer_norm.h"
+
+namespace ofakern::OFAKERN_ISA {
+namespace {
+
+constexpr i64 kRowBuffers = 3;  // per thread: z or xhat; the source's spare; the gradient
+constexpr i64 kMaxChunks = 64;  // partial sums of a backward pass
+constexpr i64 kMinChunkRows = 16;
+constexpr i64 kTaskElements = 1 << 15;
+
+OFAKERN_HOT i64 padded_width(i64 width) { return round_up(width, 32); }  // whole groups of dropout factors
+OFAKERN_HOT i64 rows_per_chunk(i64 rows) { return max_of(kMinChunkRows, ceil_div(rows, kMaxChunks)); }
+OFAKERN_HOT i64 chunks_of(i64 rows) { return ceil_div(rows, rows_per_chunk(rows)); }
+OFAKERN_HOT i64 row_buffer_floats(i64 width, int threads) { return threads * kRowBuffers * padded_width(width); }
+
+// Calls body(x, n) for whole vectors (n == kWidth) and then for the tail (n < kWidth).
+template <class Body>
+OFAKERN_HOT void for_lanes(i64 width, const Body& body) {
+  i64 x = 0;
+  for (; x + kWidth <= width; x += kWidth) body(x, i64{kWidth});
+  if (x < width) body(x, width - x);
+}
+
+struct RowStats {
+  float mean, rstd;
+};
+
+// Two passes over the row in L1: the variance is that of the centred values.
+OFAKERN_LOCAL RowStats row_stats(const float* z, i64 width, float eps) {
+  Vec sum[2] = {vzero(), vzero()};
+  const i64 padded = round_up(width, kWidth);
+  i64 x = 0;
+  for (; x + 2 * kWidth <= padded; x += 2 * kWidth) {
+    sum[0] = vadd(sum[0], vload(z + x));
+    sum[1] = vadd(sum[1], vload(z + x + kWidth));
+  }
+  if (x < padded) sum[0] = vadd(sum[0], vload(z + x));
+  const float mean = hsum(vadd(sum[0], sum[1])) / static_cast<float>(width);
+  const Vec centre = vset(mean);
+  Vec square[2] = {vzero(), vzero()};
+  for (x = 0; x + 2 * kWidth <= width; x += 2 * kWidth) {
+    const Vec a = vsub(vload(z + x), centre), b = vsub(vload(z + x + kWidth), centre);
+    square[0] = vfma(a, a, square[0]);
+    square[1] = vfma(b, b, square[1]);
+  }
+  for (; x < width; x += kWidth) {
+    const Vec a =
+        vselect(mask_first(static_cast<int>(min_of<i64>(width - x, kWidth))), vsub(vload(z + x), centre), vzero());
+    square[0] = vfma(a, a, square[0]);
+  }
+  const float variance = hsum(vadd(square[0], square[1])) / static_cast<float>(width);
+  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+}
+
+template <class T>
+struct ForwardRows {
+  i64 rows, width;
+  const float *weight, *bias;
+  float eps;
+  T* out;
+  float* stats;
+  float* buffers;
+  bool stream;
+};
+
+template <class T>
+OFAKERN_LOCAL ForwardRows<T> forward_rows(i64 rows, const LayerNormAffine& affine, const TensorView& out,
+                                          const TensorView& stats, const TensorView& workspace) {
+  const i64 width = affine.weight.shape[0];
+  T* const data = out.as<T>();
+  return {rows,
+          width,
+          affine.weight.as<const float>(),
+          affine.bias.as<const float>(),
+          static_cast<float>(affine.eps),
+          data,
+          stats.as<float>(),
+          workspace.as<float>(),
+          should_stream(data, width, rows * width * static_cast<i64>(sizeof(T)))};
+}
+
+template <class T>
+OFAKERN_LOCAL void normalise_row(const ForwardRows<T>& p, const float* z, RowStats row, T* out) {
+  const Vec mean = vset(row.mean), rstd = vset(row.rstd);
+  for_lanes(p.width, [&](i64 x, i64 n) {
+    const Vec xhat = vmul(vsub(vload(z + x), mean), rstd);
+    vstore_out(out + x, vfma(xhat, vload_n(p.weight + x, n), vload_n(p.bias + x, n)), n, p.stream);
+  });
+}
+
+template <class T, class Source>
+OFAKERN_LOCAL void layer_norm_forward(const ForwardRows<T>& p, const Source& source, int threads) {
+  const i64 padded = padded_width(p.width);
+  const i64 rows_per_task = max_of<i64>(1, kTaskElements / max_of<i64>(1, p.width));
+  parallel_for(ceil_div(p.rows, rows_per_task), threads, [&](i64 task, int thread) {
+    float* const z = p.buffers + thread * kRowBuffers * padded;
+    const i64 end = min_of(p.rows, (task + 1) * rows_per_task);
+    for (i64 row = task * rows_per_task; row < end; ++row) {
+      source.template load<false>(row, z, z + padded);
+      const RowStats stats = row_stats(z, p.width, p.eps);
+      p.stats[2 * row] = stats.mean;
+      p.stats[2 * row + 1] = stats.rstd;
+      normalise_row(p, z, stats, p.out + row * p.width);
+    }
+    stream_fence();
+  });
+}
+
+template <class T>
+struct BackwardRows {
+  i64 rows, width;
+  const T* dout;
+  const float* stats;
+  const float* weight;
+  float *dweight, *dbias;
+  float *buffers, *partials;  // partials: [chunks, 2 * width + own sums]
+};
+
+template <class T>
+OFAKERN_LOCAL BackwardRows<T> backward_rows(const TensorView& dout, const TensorView& stats,
+                                            const LayerNormAffine& affine, const AffineGradients& gradients,
+                                            const TensorView& workspace, int threads) {
+  const i64 width = affine.weight.shape[0];
+  float* const buffers = workspace.as<float>();
+  return {stats.shape[0],
+          width,
+          dout.as<const T>(),
+          stats.as<const float>(),
+          affine.weight.as<const float>(),
+          gradients.dweight.as<float>(),
+          gradients.dbias.as<float>(),
+          buffers,
+          buffers + row_buffer_floats(width, threads)};
+}
+
+// z becomes xhat, gradient becomes dz; dweight and dbias grow by the row's part.
+template <class T>
+OFAKERN_LOCAL void backward_row(const BackwardRows<T>& p, i64 row, float* z, float* gradient, float* dweight,
+                                float* dbias) {
+  const T* const dout = p.dout + row * p.width;
+  const Vec mean = vset(p.stats[2 * row]), rstd = vset(p.stats[2 * row + 1]);
+  Vec sum = vzero(), dot = vzero();
+  for_lanes(p.width, [&](i64 x, i64 n) {
+    const Vec incoming = vload_n(dout + x, n);
+    const Vec xhat = vmul(vsub(vload(z + x), mean), rstd);
+    const Vec g = vmul(incoming, vload_n(p.weight + x, n));  // 0 in pads, which silences xhat's pads
+    sum = vadd(sum, g);
+    dot = vfma(g, xhat, dot);
+    vstore(z + x, xhat);
+    vstore(gradient + x, g);
+    vstore(dweight + x, vfma(incoming, xhat, vload(dweight + x)));
+    vstore(dbias + x, vadd(vload(dbias + x), incoming));
+  });
+  const float scale = 1.0f / static_cast<float>(p.width);
+  const Vec mean_g = vset(hsum(sum) * scale), mean_dot = vset(hsum(dot) * scale);
+  const i64 padded = round_up(p.width, kWidth);
+  for (i64 x = 0; x < padded; x += kWidth) {
+    const Vec centred = vsub(vsub(vload(gradient + x), mean_g), vmul(vload(z + x), mean_dot));
+    vstore(gradient + x, vmul(centred, rstd));
+  }
+}
+
+// target[0, count) = the chunks' partials at `offset`, added in the chunks' order.
+OFAKERN_LOCAL void add_partials(const float* partials, i64 chunks, i64 stride, i64 offset, i64 count, float* target,
+                                int threads) {
+  constexpr i64 kColumns = 256;
+  parallel_for(ceil_div(count, kColumns), threads, [&](i64 task, int) {
+    const i64 end = min_of(count, (task + 1) * kColumns);
+    for (i64 x = task * kColumns; x < end; x += kWidth) {
+      const i64 n = min_of<i64>(kWidth, end - x);
+      Vec total = vzero();
+      for (i64 c = 0; c < chunks; ++c) total = vadd(total, vload_n(partials + c * stride + offset + x, n));
+      vstore_n(target + x, total, n);
+    }
+  });
+}
+
+OFAKERN_HOT i64 partial_stride(i64 width, i64 own) { return 2 * padded_width(width) + round_up(own, 16); }
+
+template <class T, class Source>
+OFAKERN_LOCAL void layer_norm_backward(const BackwardRows<T>& p, const Source& source, float* own_sums, int threads) {
+  const i64 padded = padded_width(p.width), own = source.own_sums(), stride = partial_stride(p.width, own);
+  const i64 chunk_rows = rows_per_chunk(p.rows), chunks = chunks_of(p.rows);
+  parallel_for(chunks, threads, [&](i64 chunk, int thread) {
+    float* const z = p.buffers + thread * kRowBuffers * padded;
+    float* const spare = z + padded;
+    float* const gradient = spare + padded;
+    float* const sums = p.partials + chunk * stride;
+    std::memset(sums, 0, static_cast<std::size_t>(stride) * sizeof(float));
+    const i64 end = min_of(p.rows, (chunk + 1) * chunk_rows);
+    for (i64 row = chunk * chunk_rows; row < end; ++row) {
+      source.template load<true>(row, z, spare);
+      backward_row(p, row, z, gradient, sums, sums + padded);
+      source.store(row, gradient, spare, sums + 2 * padded);
+    }
+    stream_fence();
+  });
+  add_partials(p.partials, chunks, stride, 0, p.width, p.dweight, threads);
+  add_partials(p.partials, chunks, stride, padded, p.width, p.dbias, threads);
+  if (own > 0) add_partials(p.partials, chunks, stride, 2 * padded, own, own_sums, threads);
+}
+
+}  // namespace
+}  // namespace ofakern::OFAKERN_ISA

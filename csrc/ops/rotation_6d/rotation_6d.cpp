@@ -1,0 +1,52 @@
+// Checks every argument against the contract in rotation_6d.h, then calls the active instruction set's kernel.
+#include "ops/rotation_6d/rotation_6d.h"
+
+#include <string>
+
+#include "core/check.h"
+#include "core/isa.h"
+
+namespace ofakern {
+
+OFAKERN_DECLARE_FOR_EACH_ISA(void rotation_6d_forward(const TensorView& x, const TensorView& out, int threads);
+                             void rotation_6d_backward(const TensorView& dout, const TensorView& x,
+                                                       const TensorView& dx, int threads);)
+
+namespace {
+
+const Checker& checker() {
+  static const Checker check("rotation_6d");
+  return check;
+}
+
+void check_tensor(const char* argument, const TensorView& x, DType dtype, std::int64_t elements) {
+  const Checker& check = checker();
+  check.dtype(argument, x, {dtype});
+  check.device(argument, x, Device::cpu);
+  check.contiguous(argument, x);
+  check.that(x.numel() == elements, argument, "have " + std::to_string(elements) + " elements", describe(x));
+}
+
+void check_input(const TensorView& x) {
+  const Checker& check = checker();
+  check.dtype("x", x, {DType::f32, DType::bf16, DType::f16});
+  check.that(x.ndim >= 1 && x.shape[x.ndim - 1] == 6, "x", "have shape [..., 6]", describe(x));
+  check_tensor("x", x, x.dtype, x.numel());
+}
+
+}  // namespace
+
+void rotation_6d_forward_cpu(const TensorView& x, const TensorView& out, int threads) {
+  check_input(x);
+  check_tensor("out", out, x.dtype, x.numel() / 6 * 9);
+  OFAKERN_DISPATCH(rotation_6d_forward, x, out, threads);
+}
+
+void rotation_6d_backward_cpu(const TensorView& dout, const TensorView& x, const TensorView& dx, int threads) {
+  check_input(x);
+  check_tensor("dout", dout, x.dtype, x.numel() / 6 * 9);
+  check_tensor("dx", dx, x.dtype, x.numel());
+  OFAKERN_DISPATCH(rotation_6d_backward, dout, x, dx, threads);
+}
+
+}  // namespace ofakern

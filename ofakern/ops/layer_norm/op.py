@@ -1,0 +1,388 @@
+"""The registered ops of the fused LayerNorms and the autograd around them.
+
+Arguments are checked in api.py and again by the binding; here they are only brought into the form that kernels take.
+Weight, bias and head scale arrive as float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofakern.ops import native
+from ofakern.ops.library import define, differentiate_once, kernel_ready, refuse_vmap
+
+_F32 = torch.float32
+_AFFINE = "Tensor weight, Tensor bias"
+_EMBED = "Tensor tokens, Tensor table, Tensor? types, Tensor? type_table"
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, p: float
+) -> tuple[Tensor, Tensor]:
+    """(out, total)."""
+    arguments = (x, residual, weight, bias, seed, eps, p)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or residual.requires_grad or weight.requires_grad or bias.requires_grad
+    ):
+        out, total, _ = _Add.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        out, total, _ = torch.ops.ofakern.add_layer_norm_fwd(*arguments)
+    return out, total
+
+
+def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+        out, _ = _Gelu.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+    else:
+        out, _ = torch.ops.ofakern.gelu_layer_norm_fwd(x, weight, bias, eps)
+    return out  # type: ignore[no-any-return]
+
+
+def head_scale_layer_norm(x: Tensor, head_scale: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    differentiable = (x, head_scale, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
+        out, _ = _HeadScale.apply(*differentiable, eps)  # type: ignore[no-untyped-call]
+    else:
+        out, _ = torch.ops.ofakern.head_scale_layer_norm_fwd(*differentiable, eps)
+    return out  # type: ignore[no-any-return]
+
+
+def embed_layer_norm(
+    tokens: Tensor,
+    table: Tensor,
+    types: Tensor | None,
+    type_table: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    arguments = (tokens, table, types, type_table, weight, bias, scale, eps)
+    differentiable = (table, weight, bias) if type_table is None else (table, type_table, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
+        out, _ = _Embed.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        out, _ = torch.ops.ofakern.embed_layer_norm_fwd(*arguments)
+    return out  # type: ignore[no-any-return]
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return torch.ops.ofakern.add_layer_norm_fwd(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        _, _, weight, _, seed, _, ctx.p = inputs
+        _, total, stats = output
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(total, stats, weight, seed)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dout is None and dtotal is None:
+            return (None,) * 7
+        total, stats, weight, seed = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(total)
+        grads = differentiate_once("add_layer_norm_bwd", dout, dtotal, total, stats, weight, seed, ctx.p)
+        dx, dresidual, dweight, dbias = grads
+        return (dresidual if ctx.p == 0.0 else dx), dresidual, dweight, dbias, None, None, None
+
+    vmap = staticmethod(refuse_vmap("add_layer_norm"))
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return torch.ops.ofakern.gelu_layer_norm_fwd(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, output[1], weight)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (*differentiate_once("gelu_layer_norm_bwd", dout, *ctx.saved_tensors), None)
+
+    vmap = staticmethod(refuse_vmap("gelu_layer_norm"))
+
+
+class _HeadScale(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return torch.ops.ofakern.head_scale_layer_norm_fwd(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, head_scale, weight, _, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, head_scale, output[1], weight)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (*differentiate_once("head_scale_layer_norm_bwd", dout, *ctx.saved_tensors), None)
+
+    vmap = staticmethod(refuse_vmap("head_scale_layer_norm"))
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return torch.ops.ofakern.embed_layer_norm_fwd(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        tokens, table, types, type_table, weight, _, ctx.scale, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(tokens, table, types, type_table, output[1], weight)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = differentiate_once("embed_layer_norm_bwd", dout, *ctx.saved_tensors, ctx.scale)
+        dtable, dtype_table, dweight, dbias = grads
+        if ctx.saved_tensors[3] is None:
+            dtype_table = None
+        return None, dtable, None, dtype_table, dweight, dbias, None, None
+
+    vmap = staticmethod(refuse_vmap("embed_layer_norm"))
+
+
+# ---- CPU ------------------------------------------------------------------------------------------------------------
+
+
+def _bytes(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8)
+
+
+def _new(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype)
+
+
+def _ready(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else kernel_ready(tensor) for tensor in tensors]
+
+
+def _add_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    module: Any = native.cpu
+    threads, width = torch.get_num_threads(), x.shape[-1]
+    inputs = _ready(x, residual, weight, bias)
+    out, total, stats = _new(x), _new(x), torch.empty((x.numel() // width, 2))
+    workspace = _bytes(module.layer_norm_forward_workspace(width, threads))
+    module.add_layer_norm_forward(out, total, stats, workspace, *inputs, eps, seed, p, threads)
+    return out, total, stats
+
+
+def _add_backward(
+    dout: Tensor, dtotal: Tensor | None, total: Tensor, stats: Tensor, weight: Tensor, seed: Tensor | None, p: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    module: Any = native.cpu
+    threads = torch.get_num_threads()
+    inputs = _ready(dout, dtotal, total, stats, weight)
+    dresidual, dweight, dbias = _new(total), _new(weight), _new(weight)
+    dx = None if p == 0.0 else _new(total)
+    workspace = _bytes(module.layer_norm_backward_workspace(stats.shape[0], weight.shape[0], 0, threads))
+    module.add_layer_norm_backward(dx, dresidual, dweight, dbias, workspace, *inputs, seed, p, threads)
+    return total.new_empty(0) if dx is None else dx, dresidual, dweight, dbias
+
+
+def _gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    module: Any = native.cpu
+    threads, width = torch.get_num_threads(), x.shape[-1]
+    out, stats = _new(x), torch.empty((x.numel() // width, 2))
+    workspace = _bytes(module.layer_norm_forward_workspace(width, threads))
+    module.gelu_layer_norm_forward(out, stats, workspace, *_ready(x, weight, bias), eps, threads)
+    return out, stats
+
+
+def _gelu_backward(dout: Tensor, x: Tensor, stats: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    module: Any = native.cpu
+    threads = torch.get_num_threads()
+    grads = _new(x), _new(weight), _new(weight)
+    workspace = _bytes(module.layer_norm_backward_workspace(stats.shape[0], weight.shape[0], 0, threads))
+    module.gelu_layer_norm_backward(*grads, workspace, *_ready(dout, x, stats, weight), threads)
+    return grads
+
+
+def _head_forward(x: Tensor, head_scale: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    module: Any = native.cpu
+    threads, width = torch.get_num_threads(), weight.shape[0]
+    out, stats = torch.empty((x.shape[0], width), dtype=x.dtype), torch.empty((x.shape[0], 2))
+    workspace = _bytes(module.layer_norm_forward_workspace(width, threads))
+    module.head_scale_layer_norm_forward(out, stats, workspace, *_ready(x, head_scale, weight, bias), eps, threads)
+    return out, stats
+
+
+def _head_backward(
+    dout: Tensor, x: Tensor, head_scale: Tensor, stats: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    module: Any = native.cpu
+    threads = torch.get_num_threads()
+    grads = _new(x), _new(head_scale), _new(weight), _new(weight)
+    workspace = _bytes(module.layer_norm_backward_workspace(x.shape[0], weight.shape[0], x.shape[1], threads))
+    module.head_scale_layer_norm_backward(*grads, workspace, *_ready(dout, x, head_scale, stats, weight), threads)
+    return grads
+
+
+def _embed_forward(
+    tokens: Tensor,
+    table: Tensor,
+    types: Tensor | None,
+    type_table: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    module: Any = native.cpu
+    threads, width = torch.get_num_threads(), table.shape[1]
+    out, stats = torch.empty((*tokens.shape, width), dtype=table.dtype), torch.empty((tokens.numel(), 2))
+    workspace = _bytes(module.layer_norm_forward_workspace(width, threads))
+    inputs = _ready(tokens, table, types, type_table)
+    module.embed_layer_norm_forward(out, stats, workspace, *inputs, scale, *_ready(weight, bias), eps, threads)
+    return out, stats
+
+
+def _embed_backward(
+    dout: Tensor,
+    tokens: Tensor,
+    table: Tensor,
+    types: Tensor | None,
+    type_table: Tensor | None,
+    stats: Tensor,
+    weight: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    module: Any = native.cpu
+    threads = torch.get_num_threads()
+    dtable, dweight, dbias = _new(table), _new(weight), _new(weight)
+    dtype_table = None if type_table is None else _new(type_table)
+    entries = table.shape[0] + (0 if type_table is None else type_table.shape[0])
+    workspace = _bytes(module.embed_layer_norm_backward_workspace(tokens.numel(), table.shape[1], entries, threads))
+    inputs = _ready(dout, tokens, table, types, type_table)
+    module.embed_layer_norm_backward(
+        dtable, dtype_table, dweight, dbias, workspace, *inputs, scale, *_ready(stats, weight), threads
+    )
+    return dtable, table.new_empty(0) if dtype_table is None else dtype_table, dweight, dbias
+
+
+# ---- shapes without data --------------------------------------------------------------------------------------------
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(tensor.shape)
+
+
+def _stats(like: Tensor, rows: Any) -> Tensor:
+    return like.new_empty((rows, 2), dtype=_F32)
+
+
+def _add_forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x), _like(x), _stats(x, x.numel() // x.shape[-1])
+
+
+def _add_backward_fake(
+    dout: Tensor, dtotal: Tensor | None, total: Tensor, stats: Tensor, weight: Tensor, seed: Tensor | None, p: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return total.new_empty(0) if p == 0.0 else _like(total), _like(total), _like(weight), _like(weight)
+
+
+def _gelu_forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _like(x), _stats(x, x.numel() // x.shape[-1])
+
+
+def _gelu_backward_fake(dout: Tensor, x: Tensor, stats: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x), _like(weight), _like(weight)
+
+
+def _head_forward_fake(x: Tensor, head_scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], x.shape[1] * x.shape[2])), _stats(x, x.shape[0])
+
+
+def _head_backward_fake(
+    dout: Tensor, x: Tensor, head_scale: Tensor, stats: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(x), _like(head_scale), _like(weight), _like(weight)
+
+
+def _embed_forward_fake(tokens: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return table.new_empty((*tokens.shape, table.shape[1])), _stats(table, tokens.numel())
+
+
+def _embed_backward_fake(
+    dout: Tensor,
+    tokens: Tensor,
+    table: Tensor,
+    types: Tensor | None,
+    type_table: Tensor | None,
+    stats: Tensor,
+    weight: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype_table = table.new_empty(0) if type_table is None else _like(type_table)
+    return _like(table), dtype_table, _like(weight), _like(weight)
+
+
+define(
+    "add_layer_norm_fwd",
+    f"(Tensor x, Tensor residual, {_AFFINE}, Tensor? dropout_seed, float eps, float dropout_p) -> "
+    "(Tensor out, Tensor total, Tensor stats)",
+    cpu=_add_forward,
+    fake=_add_forward_fake,
+)
+define(
+    "add_layer_norm_bwd",
+    "(Tensor dout, Tensor? dtotal, Tensor total, Tensor stats, Tensor weight, Tensor? dropout_seed, float dropout_p)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    cpu=_add_backward,
+    fake=_add_backward_fake,
+)
+define(
+    "gelu_layer_norm_fwd",
+    f"(Tensor x, {_AFFINE}, float eps) -> (Tensor out, Tensor stats)",
+    cpu=_gelu_forward,
+    fake=_gelu_forward_fake,
+)
+define(
+    "gelu_layer_norm_bwd",
+    "(Tensor dout, Tensor x, Tensor stats, Tensor weight) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    cpu=_gelu_backward,
+    fake=_gelu_backward_fake,
+)
+define(
+    "head_scale_layer_norm_fwd",
+    f"(Tensor x, Tensor head_scale, {_AFFINE}, float eps) -> (Tensor out, Tensor stats)",
+    cpu=_head_forward,
+    fake=_head_forward_fake,
+)
+define(
+    "head_scale_layer_norm_bwd",
+    "(Tensor dout, Tensor x, Tensor head_scale, Tensor stats, Tensor weight) -> "
+    "(Tensor dx, Tensor dhead_scale, Tensor dweight, Tensor dbias)",
+    cpu=_head_backward,
+    fake=_head_backward_fake,
+)
+define(
+    "embed_layer_norm_fwd",
+    f"({_EMBED}, {_AFFINE}, float scale, float eps) -> (Tensor out, Tensor stats)",
+    cpu=_embed_forward,
+    fake=_embed_forward_fake,
+)
+define(
+    "embed_layer_norm_bwd",
+    f"(Tensor dout, {_EMBED}, Tensor stats, Tensor weight, float scale) -> "
+    "(Tensor dtable, Tensor dtype_table, Tensor dweight, Tensor dbias)",
+    cpu=_embed_backward,
+    fake=_embed_backward_fake,
+)

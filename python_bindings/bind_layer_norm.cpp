@@ -1,0 +1,171 @@
+// ops.layer_norm: every argument becomes a checked view with the GIL held, the kernel runs without it.
+#include <pybind11/pybind11.h>
+
+#include "ops/layer_norm/layer_norm.h"
+#include "tensor_caster.h"
+
+namespace py = pybind11;
+
+namespace ofakern {
+namespace {
+
+int read_threads(const char* where, Arguments& args) {
+  const std::int64_t threads = args.integer("threads");
+  Checker(where).that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
+  return static_cast<int>(threads);
+}
+
+LayerNormAffine read_affine(Arguments& args) {
+  LayerNormAffine affine;
+  affine.weight = args.tensor("weight");
+  affine.bias = args.tensor("bias");
+  affine.eps = args.real("eps");
+  return affine;
+}
+
+// A backward pass reads neither bias nor eps.
+LayerNormAffine read_weight(Arguments& args) {
+  LayerNormAffine affine;
+  affine.weight = args.tensor("weight");
+  affine.eps = 0;
+  return affine;
+}
+
+Dropout read_dropout(Arguments& args) {
+  Dropout dropout;
+  dropout.seed = args.tensor("dropout_seed");
+  dropout.p = args.real("dropout_p");
+  return dropout;
+}
+
+AffineGradients read_gradients(Arguments& args) {
+  AffineGradients gradients;
+  gradients.dweight = args.tensor("dweight");
+  gradients.dbias = args.tensor("dbias");
+  return gradients;
+}
+
+EmbedInputs read_embed(Arguments& args) {
+  EmbedInputs in;
+  in.tokens = args.tensor("tokens");
+  in.table = args.tensor("table");
+  in.types = args.tensor("types");
+  in.type_table = args.tensor("type_table");
+  in.scale = args.real("scale");
+  return in;
+}
+
+void add_forward(const py::args& values) {
+  Arguments args("add_layer_norm", values, 12);
+  const TensorView out = args.tensor("out"), total = args.tensor("total"), stats = args.tensor("stats");
+  const TensorView workspace = args.tensor("workspace");
+  const TensorView x = args.tensor("x"), residual = args.tensor("residual");
+  const LayerNormAffine affine = read_affine(args);
+  const Dropout dropout = read_dropout(args);
+  const int threads = read_threads("add_layer_norm", args);
+  const py::gil_scoped_release release;
+  add_layer_norm_forward_cpu(x, residual, affine, dropout, out, total, stats, workspace, threads);
+}
+
+void add_backward(const py::args& values) {
+  Arguments args("add_layer_norm", values, 13);
+  const TensorView dx = args.tensor("dx"), dresidual = args.tensor("dresidual");
+  const AffineGradients gradients = read_gradients(args);
+  const TensorView workspace = args.tensor("workspace");
+  const TensorView dout = args.tensor("dout"), dtotal = args.tensor("dtotal");
+  const TensorView total = args.tensor("total"), stats = args.tensor("stats");
+  const LayerNormAffine affine = read_weight(args);
+  const Dropout dropout = read_dropout(args);
+  const int threads = read_threads("add_layer_norm", args);
+  const py::gil_scoped_release release;
+  add_layer_norm_backward_cpu(dout, dtotal, total, stats, affine, dropout, dx, dresidual, gradients, workspace,
+                              threads);
+}
+
+void gelu_forward(const py::args& values) {
+  Arguments args("gelu_layer_norm", values, 8);
+  const TensorView out = args.tensor("out"), stats = args.tensor("stats"), workspace = args.tensor("workspace");
+  const TensorView x = args.tensor("x");
+  const LayerNormAffine affine = read_affine(args);
+  const int threads = read_threads("gelu_layer_norm", args);
+  const py::gil_scoped_release release;
+  gelu_layer_norm_forward_cpu(x, affine, out, stats, workspace, threads);
+}
+
+void gelu_backward(const py::args& values) {
+  Arguments args("gelu_layer_norm", values, 9);
+  const TensorView dx = args.tensor("dx");
+  const AffineGradients gradients = read_gradients(args);
+  const TensorView workspace = args.tensor("workspace");
+  const TensorView dout = args.tensor("dout"), x = args.tensor("x"), stats = args.tensor("stats");
+  const LayerNormAffine affine = read_weight(args);
+  const int threads = read_threads("gelu_layer_norm", args);
+  const py::gil_scoped_release release;
+  gelu_layer_norm_backward_cpu(dout, x, stats, affine, dx, gradients, workspace, threads);
+}
+
+void head_forward(const py::args& values) {
+  Arguments args("head_scale_layer_norm", values, 9);
+  const TensorView out = args.tensor("out"), stats = args.tensor("stats"), workspace = args.tensor("workspace");
+  const TensorView x = args.tensor("x"), head_scale = args.tensor("head_scale");
+  const LayerNormAffine affine = read_affine(args);
+  const int threads = read_threads("head_scale_layer_norm", args);
+  const py::gil_scoped_release release;
+  head_scale_layer_norm_forward_cpu(x, head_scale, affine, out, stats, workspace, threads);
+}
+
+void head_backward(const py::args& values) {
+  Arguments args("head_scale_layer_norm", values, 11);
+  const TensorView dx = args.tensor("dx"), dhead_scale = args.tensor("dhead_scale");
+  const AffineGradients gradients = read_gradients(args);
+  const TensorView workspace = args.tensor("workspace");
+  const TensorView dout = args.tensor("dout"), x = args.tensor("x"), head_scale = args.tensor("head_scale");
+  const TensorView stats = args.tensor("stats");
+  const LayerNormAffine affine = read_weight(args);
+  const int threads = read_threads("head_scale_layer_norm", args);
+  const py::gil_scoped_release release;
+  head_scale_layer_norm_backward_cpu(dout, x, head_scale, stats, affine, dx, dhead_scale, gradients, workspace,
+                                     threads);
+}
+
+void embed_forward(const py::args& values) {
+  Arguments args("embed_layer_norm", values, 12);
+  const TensorView out = args.tensor("out"), stats = args.tensor("stats"), workspace = args.tensor("workspace");
+  const EmbedInputs in = read_embed(args);
+  const LayerNormAffine affine = read_affine(args);
+  const int threads = read_threads("embed_layer_norm", args);
+  const py::gil_scoped_release release;
+  embed_layer_norm_forward_cpu(in, affine, out, stats, workspace, threads);
+}
+
+void embed_backward(const py::args& values) {
+  Arguments args("embed_layer_norm", values, 14);
+  const TensorView dtable = args.tensor("dtable"), dtype_table = args.tensor("dtype_table");
+  const AffineGradients gradients = read_gradients(args);
+  const TensorView workspace = args.tensor("workspace");
+  const TensorView dout = args.tensor("dout");
+  const EmbedInputs in = read_embed(args);
+  const TensorView stats = args.tensor("stats");
+  const LayerNormAffine affine = read_weight(args);
+  const int threads = read_threads("embed_layer_norm", args);
+  const py::gil_scoped_release release;
+  embed_layer_norm_backward_cpu(dout, in, stats, affine, dtable, dtype_table, gradients, workspace, threads);
+}
+
+}  // namespace
+
+void bind_layer_norm(py::module_& m) {
+  m.def("layer_norm_forward_workspace", &layer_norm_forward_workspace);
+  m.def("layer_norm_backward_workspace", &layer_norm_backward_workspace);
+  m.def("embed_layer_norm_backward_workspace", &embed_layer_norm_backward_workspace);
+  m.def("add_layer_norm_forward", &add_forward);
+  m.def("add_layer_norm_backward", &add_backward);
+  m.def("gelu_layer_norm_forward", &gelu_forward);
+  m.def("gelu_layer_norm_backward", &gelu_backward);
+  m.def("head_scale_layer_norm_forward", &head_forward);
+  m.def("head_scale_layer_norm_backward", &head_backward);
+  m.def("embed_layer_norm_forward", &embed_forward);
+  m.def("embed_layer_norm_backward", &embed_backward);
+}
+
+}  // namespace ofakern
