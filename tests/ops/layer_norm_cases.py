@@ -157,7 +157,7 @@ def _sizes(case: Case) -> dict[str, Tensor]:
     z = _before_norm(wide)
     width = z.shape[-1]
     mean = z.mean(-1, keepdim=True)
-    rstd = torch.rsqrt(z.var(-1, unbiased=False, keepdim=True) + 1e-5)
+    rstd = torch.rsqrt((z - mean).square().mean(-1, keepdim=True) + 1e-5)
     xhat_size = (z.abs() + mean.abs()) * rstd
     weight, bias = wide.leaves["weight"].abs(), wide.leaves["bias"].abs()
     dout = torch.zeros_like(z) if wide.douts[0] is None else wide.douts[0].abs()
