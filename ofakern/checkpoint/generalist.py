@@ -29,7 +29,7 @@ from ofakern.generate import GenerationConfig, SpecialTokens, generate, generate
 from ofakern.instruction import Modality
 from ofakern.modality.adaptors import adaptor_config
 from ofakern.modality.audio.adaptor import MEL_BINS, AudioFbankConfig, AudioFrameAdaptor
-from ofakern.modality.audio.criterion import speech_loss
+from ofakern.modality.audio.criterion import guided_attention, speech_loss
 from ofakern.modality.audio.postprocess import Speech
 from ofakern.modality.image.adaptor import ImagePatchEmbedAdaptor, ImageResnetAdaptor, ImageVitAdaptor
 from ofakern.modality.output import Output
@@ -216,15 +216,25 @@ class GeneralistModel:
 
     def train_step_loss(self, batch: PackedBatch, label_smoothing: float = 0.0) -> LossSums:
         """The batch's summed loss (with a gradient), negative log-likelihood (of speech: the loss) and token count."""
-        hidden = self.network(batch)
         if batch.frames is not None:
-            writer = self.network.frame_adaptor(batch.target.segments[0].adaptor)
-            assert isinstance(writer, AudioFrameAdaptor)
-            speech = writer.outputs(hidden, batch.target.lengths_cpu)
-            return speech_loss(speech, batch.frames, batch.labels)
+            return self._speech_loss(batch, batch.frames)
+        hidden = self.network(batch)
         return label_smoothed_cross_entropy(
             hidden, self.network.output_weight, batch.labels, label_smoothing, batch.allowed
         )
+
+    def _speech_loss(self, batch: PackedBatch, frames: Tensor) -> LossSums:
+        network = self.network
+        writer = network.frame_adaptor(batch.target.segments[0].adaptor)
+        assert isinstance(writer, AudioFrameAdaptor)
+        config, guide = writer.config, None
+        if config.guided_attention:
+            hidden, attention = network.decode_with_attention(batch.target, network.encode(batch.source))
+            guide = config.guided_attention * guided_attention(attention, config.guided_attention_sigma)
+        else:
+            hidden = network(batch)
+        speech = writer.outputs(hidden, batch.target.lengths_cpu)
+        return speech_loss(speech, frames, batch.labels, config.stop_weight, guide)
 
     # -------------------------------------------------------------------------------------------------- inference
 

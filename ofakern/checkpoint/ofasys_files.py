@@ -22,6 +22,8 @@ from ofakern.text import Vocabulary
 __all__ = ["config_to_ofasys", "write_ofasys_file"]
 
 _CODE_PIXELS = 8
+# Of a loss: OFASys has them in its tasks' configuration, not in the model's.
+_OF_A_LOSS = {"stop_weight", "guided_attention", "guided_attention_sigma"}
 # Options beyond OFASys: a model that uses one cannot be written.
 _BEYOND = ("max_segments", "target_slots", "adapter_dim", "encoder_prefix", "decoder_prefix", "entangle_decoder")
 
@@ -52,7 +54,7 @@ def config_to_ofasys(config: OFAConfig) -> dict[str, Any]:
 
 def _adaptor(adaptor: AdaptorConfig, config: OFAConfig) -> dict[str, Any]:
     kind, renamed = ADAPTOR_OPTIONS[adaptor.name]
-    written = {*renamed.values(), *(field.name for field in fields(AdaptorConfig)), "window"}
+    written = {*renamed.values(), *(field.name for field in fields(AdaptorConfig)), "window"} | _OF_A_LOSS
     if isinstance(adaptor, TextAdaptorConfig) and adaptor.bucket_range in (None, adaptor.max_position):
         written.add("bucket_range")
     if isinstance(adaptor, ImageResnetConfig) and adaptor.resnet_width == 64:

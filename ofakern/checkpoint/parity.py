@@ -87,7 +87,7 @@ def run_case(model: OFAPlus, case: Case) -> CaseResult:
     model.zero_grad(set_to_none=True)
     with traced(model) as traces:
         memory = model.encode(batch.source)
-        hidden = model.decode(batch.target, memory)
+        hidden, attention = model.decode_with_attention(batch.target, memory)
     add = result.checks.append
     for source, trace in ((True, traces[0]), (False, traces[1])):
         for check in _adaptor_checks(model, case, batch, source, trace):
@@ -102,6 +102,7 @@ def run_case(model: OFAPlus, case: Case) -> CaseResult:
         group = _output_name(case) if key == "decoder.output" else key.split(".")[0]
         for check in _packed_check(case, group, key, value, everyone, source):
             add(check)
+    result.checks += _attention_checks(case, attention)
     result.checks += _loss_and_gradient_checks(model, case, batch, hidden)
     result.checks += _order_checks(model, case)
     return result
@@ -288,6 +289,23 @@ def _state_checks(case: Case, source: bool, trace: Trace) -> Iterator[Check]:
     side = "encoder" if source else "decoder"
     for number, state in enumerate(trace.states):
         yield from _packed_check(case, side, f"{side}.state.{number}", state, range(case.samples), source)
+
+
+def _attention_checks(case: Case, attention: list[Tensor]) -> list[Check]:
+    """The last cross attention, mean over the heads: what each target token gives to each source token."""
+    key = "decoder.attn_avg_last_layer"
+    if key not in case.arrays:
+        return []
+    recorded = case.arrays[key]
+    if case.target.written:  # there the recording has the source first
+        recorded = recorded.transpose(0, 2, 1)
+    sides = [case.rows(range(case.samples), source) for source in (False, True)]
+    expected = []
+    for b in range(case.samples):
+        rows, columns = (position[owner == b] for owner, position in sides)
+        expected.append(recorded[b][rows[:, None], columns].ravel())
+    ours = torch.cat([one.flatten() for one in attention])
+    return [compare("cross attention", key, ours, np.concatenate(expected))]
 
 
 def _packed_check(

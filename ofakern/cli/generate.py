@@ -8,12 +8,14 @@ from typing import Any
 
 from ofakern.checkpoint import GeneralistModel
 from ofakern.errors import OfakernValueError
+from ofakern.modality.audio.postprocess import Speech
 from ofakern.modality.output import Output
 
 _EPILOG = """examples:
   ofakern generate demo-output/model caption --data img=photo.png
   ofakern generate demo-output/model "[IMAGE:img] [TEXT:q] -> [TEXT:a]" --data img=photo.png "q=what colour is it?"
-  ofakern generate demo-output/model grounding --data img=photo.png card="ace of spades" --save-box boxed.png"""
+  ofakern generate demo-output/model grounding --data img=photo.png card="ace of spades" --save-box boxed.png
+  ofakern generate spoken-model "[TEXT:t] -> [AUDIO:a]" --data t=seven --save-audio seven.wav"""
 
 _SETTINGS: dict[str, tuple[type, str]] = {
     "num_beams": (int, "beams of the search; 1 is greedy (default: 5, or 1 for a closed set)"),
@@ -40,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("model", help="folder that save_pretrained or a training run wrote")
     parser.add_argument("instruction", help="an instruction, or the name of a task")
     parser.add_argument(
-        "--data", metavar="NAME=VALUE", nargs="+", default=[], help="the slots' values; an image is a file"
+        "--data", metavar="NAME=VALUE", nargs="+", default=[], help="the slots' values; an image or a sound is a file"
     )
     parser.add_argument("--closed-set", metavar="ANSWER", nargs="+", help="the only answers there are")
     parser.add_argument(
@@ -50,6 +52,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=meaning)
     parser.add_argument("--json", action="store_true", help="print one JSON object per answer: values, score, tokens")
     parser.add_argument("--save-box", metavar="FILE", help="write the image with the best answer's boxes drawn on it")
+    parser.add_argument("--save-audio", metavar="FILE", help="write the best answer's speech; the suffix is its format")
+    parser.add_argument("--save-spectrogram", metavar="FILE", help="write a picture of the best answer's speech")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,13 +73,21 @@ def run(args: argparse.Namespace) -> int:
         print(_line(output, args.json))
     if args.save_box:
         outputs[0].save_box(args.save_box)
+    if args.save_audio:
+        outputs[0].spoken("--save-audio").save_audio(args.save_audio)
+    if args.save_spectrogram:
+        outputs[0].spoken("--save-spectrogram").save_picture(args.save_spectrogram)
     return 0
 
 
 def _line(output: Output, as_json: bool) -> str:
     if as_json:
-        shown: dict[str, Any] = {"values": output.values, "score": output.score, "tokens": output.tokens}
+        values = {
+            name: value.summary() if isinstance(value, Speech) else value for name, value in output.values.items()
+        }
+        shown: dict[str, Any] = {"values": values, "score": output.score, "tokens": output.tokens}
         return json.dumps(shown, ensure_ascii=False)
     parts = [output.text] if output.text is not None else []
     parts += [", ".join(f"{value:.1f}" for value in box) for box in output.boxes]
+    parts += [] if output.speech is None else [f"speech of {output.speech.seconds:.2f} seconds"]
     return "\t".join(parts)

@@ -32,6 +32,24 @@ _QUIRKS = (
         "asr, audio variants",
     ),
     (
+        "OFASys: the post-net of a padded sample sees the steps behind its end",
+        "`hide_padding`: the recording's padding is kept as steps that no other step attends to",
+        "the post-net sees a sample's own frames, and batch statistics are of those",
+        "tts",
+    ),
+    (
+        "OFASys: phones have a begin and an end of their own inside a group of text",
+        "the recorded tokens are given to the model",
+        "one begin and one end per group",
+        "tts",
+    ),
+    (
+        "OFASys: the loss of speech is a mean but counts as its number of frames, so it weighs less beside other tasks",
+        "nothing: `LossSums` of one task divided by its tokens is that mean",
+        "a sum over steps, like every other loss",
+        "tts",
+    ),
+    (
         "OFASys: the model's entangle flag does not reach its adaptors",
         "`entangle_position_embedding=False` of each adaptor, as its configuration says",
         "adaptors follow the model",
@@ -72,6 +90,12 @@ _QUIRKS = (
         "the case's image is kept",
         "a sample without an image has no image tokens",
         "imgtext_b2_mask01 against imgtext_b2_mask01.canonical",
+    ),
+    (
+        "OFA port: drop path drops places of the sequence in all samples at once",
+        '`OFAConfig(compat="ofa_hf")`, `from_pretrained(folder, compat="ofa_hf")`',
+        "whole samples",
+        "not recorded (training noise); tested for its pattern",
     ),
     (
         "OFA port: decoder pads are seen as keys",

@@ -60,6 +60,12 @@ class Output:
             _write_label(pen, label, boxes[0], max(10, round(max(drawn.size) / 30)))
         return drawn
 
+    def spoken(self, where: str = "Output.spoken") -> Speech:
+        """The written speech. Raises DataError when there is none."""
+        if self.speech is None:
+            raise DataError(f"{where}: output must have speech, got none")
+        return self.speech
+
     def _image(self, method: str) -> Image.Image:
         if self.image is None:
             raise DataError(f"Output.{method}: output must have an image, got none")

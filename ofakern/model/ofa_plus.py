@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from ofakern.model.decode import DecodeState
 from ofakern.model.initialise import initialise
 from ofakern.model.stacks import Decoder, Encoder, Memory
 from ofakern.nn.adaptor import FrameAdaptor
+from ofakern.nn.attention import Positions, dense_probabilities
 
 # Keys of a state dict that name one tensor: alias -> owner.
 TIED_KEYS = {"decoder.adaptor.embed_tokens.weight": "encoder.adaptor.embed_tokens.weight"}
@@ -58,6 +60,26 @@ class OFAPlus(nn.Module):
         """The decoder over a target side (decoder inputs) of the same samples, all tokens at once: `[Nt, D]`."""
         hidden: Tensor = self.decoder(side, memory)
         return hidden
+
+    def decode_with_attention(self, side: PackedSide, memory: Memory) -> tuple[Tensor, list[Tensor]]:
+        """`decode`, and per sample what its tokens' last cross attention gives to the source, f32 `[Tt, Ts]`.
+
+        The mean over the heads, dense and with a gradient; everything else runs as in `decode`.
+        """
+        layer = self.decoder.decoder_layers()[-1].encoder_attn
+        seen: list[tuple[Tensor, Positions, Tensor]] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append((args[0], args[1], kwargs["keys_values"][0]))
+
+        handle = layer.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            hidden = self.decode(side, memory)
+        finally:
+            handle.remove()
+        x, positions, keys = seen[0]
+        found = dense_probabilities(layer, x, positions, keys, side.lengths_cpu, memory.lengths)
+        return hidden, [probabilities.mean(0) for probabilities in found]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Text output: `[Nt, D]` to `[Nt, V]`, by the tied embeddings."""

@@ -99,6 +99,31 @@ class MultiheadAttention(nn.Module):
         return y
 
 
+def dense_probabilities(
+    attention_layer: MultiheadAttention,
+    x: Tensor,
+    positions: Positions,
+    keys: Tensor,
+    q_lengths: Sequence[int],
+    k_lengths: Sequence[int],
+) -> list[Tensor]:
+    """What each sample's queries give to its keys, f32 `[H, Tq, Tk]`, where every query sees all keys of its sample.
+
+    In plain torch and with a gradient: for looking at one layer of cross attention, or a loss on it. x `[Nq, D]`: what
+    the layer is given; keys `[Nk, H, K]`: of `keys_values`. Lengths: tokens per sample.
+    """
+    q = attention_layer.split(attention_layer.q_proj(x)).float()
+    k = keys.float()
+    if positions.q_pos is not None and positions.k_pos is not None:
+        q = torch.cat([q, positions.q_pos.float()], 2)
+        k = torch.cat([k, positions.k_pos.float()], 2)
+    found = []
+    for own_q, own_k in zip(torch.split(q, list(q_lengths)), torch.split(k, list(k_lengths)), strict=True):
+        scores = torch.einsum("ihp,jhp->hij", own_q, own_k) * attention_layer.scale
+        found.append(scores.softmax(2))
+    return found
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """`[N, H * K]` to `[N, H, K]`, a view."""
     return x.view(x.shape[0], heads, x.shape[1] // heads)

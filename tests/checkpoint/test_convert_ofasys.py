@@ -14,11 +14,14 @@ import pytest
 import torch
 
 from ofakern.checkpoint import GeneralistModel
+from ofakern.checkpoint.foreign import read_foreign
 from ofakern.checkpoint.ofasys import EMBEDDING
-from ofakern.checkpoint.ofasys_files import config_to_ofasys
+from ofakern.checkpoint.ofasys_files import config_to_ofasys, write_ofasys_file
 from ofakern.checkpoint.pickles import read_pickle
 from ofakern.cli.main import main
 from ofakern.errors import CheckpointError
+from ofakern.modality.audio.adaptor import AudioFbankConfig, AudioTargetConfig
+from ofakern.model import OFAPlus
 from ofakern.text import Tokenizer, Vocabulary
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ofasys"
@@ -109,6 +112,30 @@ def test_back_to_an_ofasys_file(bpe: Path, data: dict[str, Any], tmp_path: Path)
     with pytest.raises(CheckpointError, match="text must have no options beyond OFASys, got bucket_range"):
         adaptors = (replace(model.config.adaptors[0], bucket_range=64),)  # type: ignore[call-arg]
         config_to_ofasys(replace(model.config, adaptors=adaptors))
+
+
+def test_a_model_that_hears_and_speaks_comes_back(bpe: Path, data: dict[str, Any], tmp_path: Path) -> None:
+    """Its two audio adaptors go to OFASys's format and back, options and all; of the loss nothing is written there."""
+    sound = AudioFbankConfig(max_position=16, prenet_dim=8, postnet_conv_dim=8, guided_attention=1.0)
+    target = AudioTargetConfig(max_position=16, prenet_dim=8, postnet_conv_dim=8, n_frames_per_step=2)
+    model = GeneralistModel.from_pretrained(CHECKPOINT, bpe=bpe)
+    network = OFAPlus(replace(model.config, adaptors=(*model.config.adaptors, sound, target)), seed=0)
+    write_ofasys_file(tmp_path / "speech.pt", network, model.tokenizer.vocabulary, {})
+    stored = torch.load(tmp_path / "speech.pt", weights_only=True)
+    # OFASys's file has both halves on both sides, and a scale of positions that nothing reads.
+    stored["model"]["encoder.adaptor.audio_fbank.feat_proj.weight"] = torch.zeros(80, 64)
+    stored["model"]["decoder.adaptor.audio_fbank.subsample.out.0.bias"] = torch.zeros(64)
+    stored["model"]["decoder.adaptor.audio_tgt_fbank.pos_emb_alpha"] = torch.ones(1)
+    stored["model"]["decoder.adaptor.audio_fbank.mask_emb"] = torch.zeros(64)
+    torch.save(stored, tmp_path / "speech.pt")
+    read = read_foreign(tmp_path / "speech.pt", bpe=bpe)
+    resolved = {"entangle_position_embedding": False}  # what OFASys says where ours leaves it to the model
+    expected = replace(sound, guided_attention=0.0, **resolved), replace(target, **resolved)
+    assert read.config.adaptors[-2:] == expected
+    again = OFAPlus(read.config)
+    ledger = read.load(again)
+    assert not ledger.left() and "other half" in ledger.fates["encoder.adaptor.audio_fbank.feat_proj.weight"]
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in network.state_dict().items())
 
 
 def written(data: dict[str, Any], folder: Path, **changes: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,23 @@ def test_a_sample_alone_and_in_a_batch(trained: tuple[GeneralistModel, Any]) -> 
         together = found.network(whole).split(whole.target.lengths_cpu)
         for example, part in zip(examples, together, strict=True):
             assert torch.allclose(found.network(PackedBatch.collate([example])), part, atol=1e-4)
+
+
+def test_guided_attention_is_part_of_the_loss_where_it_is_asked_for() -> None:
+    task = Task("say", "[PHONE:ph] -> [AUDIO:wav]").add_dataset(rows())
+    losses = []
+    for weight in (0.0, 10.0):
+        found = model(adaptors=(TEXT, dataclasses.replace(SOUND, prenet_dropout=0.0, guided_attention=weight)))
+        found.prepare([task])
+        encode = found.example_encoder(task, "valid")
+        batch = PackedBatch.collate([encode(row) for row in rows()[:2]])
+        losses.append(found.train_step_loss(batch))
+    plain, guided = losses
+    assert "attention" not in plain.parts and guided.parts["attention"] > 0
+    assert torch.allclose(guided.loss, plain.loss + guided.parts["attention"])
+    (guided.loss - plain.loss.detach()).backward()
+    gradient = found.network.decoder.layers[0].encoder_attn.q_proj.weight.grad
+    assert gradient is not None and gradient.abs().max() > 0
 
 
 def test_adaptors_left_open_follow_from_the_tasks() -> None:

@@ -83,3 +83,43 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         assert stop.value.code == 0
         shown: Any = capsys.readouterr().out
         assert f"ofakern {command}" in shown and "example" in shown
+
+
+SPEECH = """
+model:
+  {dim: 16, ffn_dim: 16, heads: 2, encoder_layers: 1, decoder_layers: 1, vocab_size: 270, bins: 0,
+   adaptors: {text: {max_position: 32, bucket_size: 8},
+              audio_fbank: {max_position: 16, prenet_dim: 8, postnet_conv_dim: 8}}}
+train: {max_updates: 1, output_dir: run, progress: false, tensorboard: false}
+tasks:
+  - name: say
+    instruction: "[TEXT:t] -> [AUDIO:a]"
+    micro_batch_size: 2
+    train: rows.jsonl
+"""
+
+
+def test_speech_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wave = [[0.1, -0.1] * 500]
+    rows = [{"t": word, "a": {"array": wave, "sampling_rate": 16000}} for word in ("low", "high")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.yaml").write_text(SPEECH)
+    assert main(["train", str(tmp_path / "config.yaml")]) == 0
+    capsys.readouterr()
+    arguments = [
+        "generate",
+        str(tmp_path / "run"),
+        "say",
+        "--data",
+        "t=low",
+        "--max-new-tokens",
+        "4",
+        "--min-new-tokens",
+        "4",
+    ]
+    audio, picture = tmp_path / "low.wav", tmp_path / "low.png"
+    assert main([*arguments, "--save-audio", str(audio), "--save-spectrogram", str(picture)]) == 0
+    assert "speech of 0.06 seconds" in capsys.readouterr().out
+    assert audio.read_bytes()[:4] == b"RIFF" and picture.read_bytes()[1:4] == b"PNG"
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["values"]["a"] == {"seconds": 0.064, "frames": 4, "rate": 16000}

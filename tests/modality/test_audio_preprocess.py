@@ -192,6 +192,12 @@ def test_griffin_lim_finds_a_sound_with_these_frames() -> None:
     assert torch.equal(griffin_lim(frames, 16000, 2), griffin_lim(frames, 16000, 2))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_griffin_lim_of_few_frames(count: int) -> None:
+    found = griffin_lim(torch.zeros(count, 80), 16000, 2)
+    assert found.shape == ((count - 1) * 256,) and torch.isfinite(found).all()
+
+
 def test_silence_gives_finite_frames() -> None:
     assert torch.isfinite(sound_frames(torch.zeros(4000), 16000)).all()
     assert torch.isfinite(speech_frames(torch.zeros(4000), 16000)).all()

@@ -38,3 +38,5 @@ def test_nothing_to_save(tmp_path: Path) -> None:
         Output(box=(0, 0, 1, 1)).save_box(tmp_path / "a.png")
     with pytest.raises(DataError, match="must have an image"):
         Output().save_image(tmp_path / "a.png")
+    with pytest.raises(DataError, match="--save-audio: output must have speech, got none"):
+        Output(text="a").spoken("--save-audio")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from ofakern.modality.audio.adaptor import (
     AudioTargetConfig,
     tokens_of,
 )
-from ofakern.modality.audio.criterion import speech_loss
+from ofakern.modality.audio.criterion import guided_attention, speech_loss
 from ofakern.modality.audio.postprocess import Speech
 from ofakern.modality.audio.speech import Postnet, Prenet, SpeechOutput
 from ofakern.nn.adaptor import SideShape
@@ -109,6 +110,24 @@ def test_the_loss_is_the_mean_loss_times_the_steps() -> None:
     assert heavy.parts["stop"] > sums.parts["stop"]
     with pytest.raises(OfakernValueError, match="must fit the output"):
         speech_loss(output, frames[:, :5], labels)
+
+
+def test_guided_attention_is_the_mean_distance_from_the_diagonal() -> None:
+    torch.manual_seed(0)
+    attention = [torch.rand(4, 3), torch.rand(2, 5, requires_grad=True)]
+    total, count = 0.0, 0
+    for one in attention:
+        steps, tokens = one.shape
+        for t in range(steps):
+            for s in range(tokens):
+                total += float(one.detach()[t, s]) * (1 - math.exp(-((s / tokens - t / steps) ** 2) / (2 * 0.4**2)))
+                count += 1
+    found = guided_attention(attention)
+    assert float(found.detach()) == pytest.approx(total / count, rel=1e-5)
+    found.backward()
+    assert attention[1].grad is not None and attention[1].grad[0, 0] == 0 < attention[1].grad[0, 4]
+    with pytest.raises(OfakernValueError, match="sigma must be above 0"):
+        guided_attention(attention, 0.0)
 
 
 def test_speech_as_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

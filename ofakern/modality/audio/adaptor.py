@@ -38,7 +38,9 @@ class AudioFbankConfig(AdaptorConfig):
 
     max_position: most tokens of a segment, which is also the bucket size of its relative tables. output_frame_dim: mel
     bins; n_frames_per_step: frames that make one step (one row of values). The rest is of writing speech: prenet_*
-    shape what reads the last frame, postnet_* the convolutions that refine all frames.
+    shape what reads the last frame, postnet_* the convolutions that refine all frames. Of its loss: stop_weight, that
+    of a last step in the stop signal's cross entropy; guided_attention, the weight of keeping the last cross attention
+    near the diagonal (0: off), within guided_attention_sigma.
     """
 
     name: ClassVar[str] = "audio_fbank"
@@ -52,6 +54,9 @@ class AudioFbankConfig(AdaptorConfig):
     postnet_conv_kernel_size: int = 5
     postnet_layers: int = 5
     postnet_dropout: float = 0.5
+    stop_weight: float = 1.0
+    guided_attention: float = 0.0
+    guided_attention_sigma: float = 0.4
 
     @property
     def frame_dim(self) -> int:

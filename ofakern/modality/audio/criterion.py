@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,14 +12,21 @@ from ofakern.errors import OfakernValueError
 from ofakern.modality.audio.speech import SpeechOutput
 from ofakern.nn.loss import IGNORE_LABEL, LossSums
 
-__all__ = ["speech_loss"]
+__all__ = ["guided_attention", "speech_loss"]
 
 
-def speech_loss(output: SpeechOutput, frames: Tensor, labels: Tensor, stop_weight: float = 1.0) -> LossSums:
+def speech_loss(
+    output: SpeechOutput,
+    frames: Tensor,
+    labels: Tensor,
+    stop_weight: float = 1.0,
+    guide: Tensor | None = None,
+) -> LossSums:
     """Sum over labelled steps of L1 + MSE of both frames (means over a step's F values) and the stop's cross entropy.
 
     output: of N steps. frames f32 `[N, F]`: the truth. labels int64 `[N]`: 1 at a last step, 0 before, -100: no loss.
-    stop_weight: of last steps in the cross entropy. Computed in float32. Its `parts` are the sums of l1, mse and stop.
+    stop_weight: of last steps in the cross entropy. guide: `guided_attention` (times a weight), added once per step.
+    Computed in float32. Its `parts` are the sums of l1, mse and stop, and of attention where there is a guide.
     Divided by the number of steps it is OFASys's loss, which is a mean. Raises OfakernValueError for shapes that do not
     agree.
     """
@@ -37,4 +46,25 @@ def speech_loss(output: SpeechOutput, frames: Tensor, labels: Tensor, stop_weigh
     stop = F.binary_cross_entropy_with_logits(output.stop[kept].float(), last, pos_weight=weight, reduction="sum")
     loss = l1 + mse + stop
     parts = {"l1": l1.detach(), "mse": mse.detach(), "stop": stop.detach()}
+    if guide is not None:
+        attention = guide * kept.shape[0]
+        loss, parts = loss + attention, {**parts, "attention": attention.detach()}
     return LossSums(loss, loss.detach(), torch.tensor(kept.shape[0], device=labels.device), parts)
+
+
+def guided_attention(attention: Sequence[Tensor], sigma: float = 0.4) -> Tensor:
+    """The mean over all samples' pairs of attention times how far a pair lies from the diagonal: speech and text go
+    together from the first to the last.
+
+    attention: per sample `[T, S]`, what step t gives to token s; its weight is 1 - exp(-(s/S - t/T)^2 / (2 sigma^2)).
+    Source: Tachibana et al. 2018, arXiv:1710.08969, section 4.1; OFASys's `use_guided_attention_loss`.
+    """
+    if sigma <= 0:
+        raise OfakernValueError(f"guided_attention: sigma must be above 0, got {sigma}")
+    total = torch.zeros(())
+    for one in attention:
+        steps, tokens = one.shape
+        t = torch.arange(steps, device=one.device)[:, None] / steps
+        s = torch.arange(tokens, device=one.device) / tokens
+        total = total.to(one.device) + (one * (1.0 - torch.exp(-((s - t) ** 2) / (2 * sigma**2)))).sum()
+    return total / max(1, sum(one.numel() for one in attention))

@@ -48,6 +48,9 @@ def griffin_lim(frames: Tensor, rate: int, iterations: int = 32, seed: int = 0) 
     rounds with momentum 0.99. Source: Griffin and Lim 1984; Perraudin et al. 2013 for the momentum.
     """
     inverse = torch.linalg.pinv(_written(rate).tables.filters).float()
+    samples = (frames.shape[0] - 1) * HOP
+    short = max(0, N_FFT // 2 // HOP + 2 - frames.shape[0])  # half a window is reflected at either end
+    frames = torch.cat([frames, frames[-1:].expand(short, -1)]) if short else frames
     magnitude = (inverse @ frames.float().exp().t()).clamp(min=0)
     generator = torch.Generator().manual_seed(seed)
     angles = torch.rand(magnitude.shape, generator=generator) * (2 * math.pi)
@@ -56,7 +59,7 @@ def griffin_lim(frames: Tensor, rate: int, iterations: int = 32, seed: int = 0) 
         rebuilt = _stft(_istft(magnitude * phase))
         phase = rebuilt - before * (0.99 / 1.99)
         phase, before = phase / phase.abs().clamp(min=1e-16), rebuilt
-    return _istft(magnitude * phase)
+    return _istft(magnitude * phase)[: max(samples, 0)]
 
 
 def resample(wave: Tensor, old: int, new: int) -> Tensor:

@@ -31,6 +31,10 @@ class Speech:
         """How long it lasts."""
         return self.features.shape[0] * HOP / self.rate
 
+    def summary(self) -> dict[str, float | int]:
+        """What a line can say about it: seconds, frames, rate."""
+        return {"seconds": round(self.seconds, 3), "frames": self.features.shape[0], "rate": self.rate}
+
     def waveform(self, iterations: int = 32) -> Tensor:
         """f32 `[N]` by Griffin and Lim's method. It sounds metallic: a vocoder on `features` does better."""
         return griffin_lim(self.features, self.rate, iterations)
