@@ -50,11 +50,15 @@ class GridBias:
             return GridBias(self.table + other.table, self.window, mask)
         if not isinstance(other, Tensor):
             raise OfakernTypeError(f"GridBias: a mask must be a tensor, got {type(other).__name__}")
-        if self.mask is not None:
-            raise OfakernValueError("GridBias: only one mask may be added, got another one")
-        return replace(self, mask=other)
+        return self.with_mask(other)
 
     __radd__ = __add__
+
+    def with_mask(self, mask: Tensor) -> GridBias:
+        """The same beside a mask tensor. (torch.compile cannot trace the sum with a tensor, but it traces this.)"""
+        if self.mask is not None:
+            raise OfakernValueError("GridBias: only one mask may be added, got another one")
+        return replace(self, mask=mask)
 
 
 def _index(height: int, width: int, device: torch.device) -> Tensor:
