@@ -200,6 +200,38 @@ def patch_embed_backward(
     position_index: Tensor | None,
     ln_weight: Tensor | None,
     ln_bias: Tensor | None,
+    eps: float,
+    threads: int,
+    /,
+) -> None: ...
+def patch_embed_forward_workspace(
+    images: list[Tensor],
+    weight: Tensor,
+    normalise: Tensor,
+    bias: Tensor | None,
+    type_embedding: Tensor | None,
+    position: Tensor | None,
+    position_index: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    threads: int,
+    /,
+) -> int: ...
+def patch_embed_backward_workspace(
+    images: list[Tensor],
+    weight: Tensor,
+    normalise: Tensor,
+    bias: Tensor | None,
+    type_embedding: Tensor | None,
+    position: Tensor | None,
+    position_index: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    threads: int,
+    /,
+) -> int: ...
 def layer_norm_forward_workspace(width: int, threads: int, /) -> int: ...
 def layer_norm_backward_workspace(rows: int, width: int, heads: int, threads: int, /) -> int: ...
 def embed_layer_norm_backward_workspace(rows: int, width: int, entries: int, threads: int, /) -> int: ...
@@ -245,34 +277,6 @@ def gelu_layer_norm_forward(
     threads: int,
     /,
 ) -> None: ...
-def patch_embed_forward_workspace(
-    images: list[Tensor],
-    weight: Tensor,
-    normalise: Tensor,
-    bias: Tensor | None,
-    type_embedding: Tensor | None,
-    position: Tensor | None,
-    position_index: Tensor | None,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float,
-    threads: int,
-    /,
-) -> int: ...
-def patch_embed_backward_workspace(
-    images: list[Tensor],
-    weight: Tensor,
-    normalise: Tensor,
-    bias: Tensor | None,
-    type_embedding: Tensor | None,
-    position: Tensor | None,
-    position_index: Tensor | None,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float,
-    threads: int,
-    /,
-) -> int: ...
 def gelu_layer_norm_backward(
     dx: Tensor,
     dweight: Tensor,
