@@ -11,8 +11,10 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/ARCHITECTURE.md",
-    "csrc/ops/attention/README.md",
-    "ofakern/ops/attention/README.md",
+    "benchmarks/results/README.md",
+    *sorted(
+        str(page.relative_to(ROOT)) for half in ("csrc", "ofakern") for page in ROOT.glob(f"{half}/ops/*/README.md")
+    ),
 )
 
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
