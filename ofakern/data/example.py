@@ -20,6 +20,7 @@ from ofakern.modality.audio.preprocess import AudioTransform
 from ofakern.modality.box.preprocess import BoxCoder, parse_box
 from ofakern.modality.image.preprocess import MAX_PIXELS, FileSource, ImageTransform, load_image
 from ofakern.modality.phone.preprocess import encode_phones, mask_phones
+from ofakern.modality.struct.preprocess import check_column_kinds, table_text
 from ofakern.modality.text.preprocess import corrupt, encode_text
 from ofakern.plan import Plan, PlanSegment, PlanSlot
 from ofakern.text import ClosedSet, Tokenizer, Vocabulary
@@ -175,6 +176,9 @@ class Encoder:
                 raise OfakernValueError(
                     f"Encoder: vocabulary must hold phones for {slot}, got none\nTry: GeneralistModel(phones=[...])"
                 )
+            kinds = slot.attribute("col_type")
+            if kinds is not None and not check_column_kinds(str(kinds)):
+                raise OfakernValueError(f"Encoder: col_type of {slot} must be like c:k:c, got {kinds!r}")
             steps = slot.attribute("n_frames_per_step", self.config.frames_per_step)
             if slot.modality is Modality.AUDIO and steps != self.config.frames_per_step:
                 raise OfakernValueError(
@@ -416,6 +420,9 @@ class _Sample:
             return self._bins(slot, item, where)
         if slot.modality is Modality.PHONE:
             return encode_phones(self._value(slot, item), self.vocabulary, where=where)
+        if slot.modality is Modality.STRUCT:
+            written = table_text(self._value(slot, item), str(slot.attribute("col_type", "") or ""), where=where)
+            return encode_text(written, self.encoder.tokenizer, where=where, **_text_options(slot))
         return encode_text(self._value(slot, item), self.encoder.tokenizer, where=where, **_text_options(slot))
 
     def _bins(self, slot: PlanSlot, item: int | None, where: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ofakern.errors import DataError, OfakernTypeError, OfakernValueError
 from ofakern.instruction import Instruction, Modality, Slot, parse
 from ofakern.instruction.nodes import Group, Node
 from ofakern.metrics import accuracy, grounding_scores, token_f1, vqa_score, wer
+from ofakern.modality.struct.preprocess import table_text
 
 SPLITS = ("train", "valid", "test")
 
@@ -192,6 +194,9 @@ class Task:
     def _row_texts(self) -> Iterable[str]:
         for value in self._values(Modality.TEXT):
             yield from (str(v) for v in (value if isinstance(value, (list, tuple)) else [value]) if v is not None)
+        for table in self._values(Modality.STRUCT):
+            with suppress(DataError):  # counted and reported when the row is drawn for training
+                yield table_text(table)
 
     def _values(self, modality: Modality) -> Iterable[Any]:
         """What the columns of a modality hold in the first training rows."""

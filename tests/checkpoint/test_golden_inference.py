@@ -14,7 +14,14 @@ from ofakern.text import Tokenizer, Vocabulary
 
 MAIN = Path(__file__).resolve().parents[1] / "golden" / "ofasys" / "main"
 RAW = json.loads((MAIN / "cases_raw.json").read_text())
-CASES = ("text2text", "text_b1", "caption", "closed_set", "prefix_decoder_prompt", "grounding_box_out")
+CASES = (
+    "text2text",
+    "text_b1",
+    "caption",
+    "closed_set",
+    "prefix_decoder_prompt",
+    "grounding_box_out",
+)
 
 
 @pytest.fixture(scope="module")

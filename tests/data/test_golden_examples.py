@@ -33,6 +33,14 @@ def tokenizer() -> Tokenizer:
     )
 
 
+def whole_tokenizer() -> Tokenizer:
+    """The recorded vocabulary, phones included."""
+    resources = MAIN / "resources"
+    vocabulary = Vocabulary(json.loads((MAIN / "dictionary.json").read_text())["symbols"])
+    names = ("bpe_encoder.json", "bpe_vocab.bpe", "bpe_dict.txt")
+    return Tokenizer.from_files(*(resources / name for name in names), vocabulary=vocabulary)
+
+
 def unpadded(ids: list[int]) -> list[int]:
     return [i for i in ids if i != PAD]
 
@@ -71,22 +79,39 @@ def test_golden_case(case: str, split: Any, tokenizer: Tokenizer) -> None:
 
 def test_golden_speech() -> None:
     """Phones and frames of the tts case. OFASys gives phones a begin and an end of their own inside the text group."""
-    resources = MAIN / "resources"
-    vocabulary = Vocabulary(json.loads((MAIN / "dictionary.json").read_text())["symbols"])
-    names = ("bpe_encoder.json", "bpe_vocab.bpe", "bpe_dict.txt")
-    tokenizer = Tokenizer.from_files(*(resources / name for name in names), vocabulary=vocabulary)
-    encoder = Encoder(build_plan(RAW["tts"]["instruction"]), tokenizer, CONFIG, split="train", files=open_files(MAIN))
+    encoder = Encoder(build_plan(RAW["tts"]["instruction"]), whole_tokenizer(), CONFIG, files=open_files(MAIN))
     golden = np.load(MAIN / "tts.npz")
     for b, row in enumerate(RAW["tts"]["data"]):
         example = encoder(row, b)
         recorded = unpadded(golden["input.slot0.TEXT.value"][b].tolist())
-        begin, end = recorded.index(0, 1), recorded.index(2)
-        assert example.source[0].value.tolist() == recorded[:begin] + recorded[begin + 1 : end] + recorded[end + 1 :]
+        assert example.source[0].value.tolist() == without_inner_marks(recorded)
         length = int(golden["input.slot1.AUDIO.fbank_lengths"][b])
         assert example.frames is not None and len(example.frames) == length
         assert np.abs(example.frames.numpy() - golden["target"][b, :length]).max() < 1e-4
         assert np.abs(example.target[0].value.numpy() - golden["input.slot1.AUDIO.fbank"][b, :length]).max() < 1e-4
         assert example.labels.tolist() == [0] * (length - 1) + [1]
+
+
+def without_inner_marks(ids: list[int]) -> list[int]:
+    """OFASys gives phones a begin and an end of their own inside a text group."""
+    return [ids[0], *(token for token in ids[1:-1] if token not in (0, 2)), ids[-1]]
+
+
+@pytest.mark.parametrize("case", ["struct_table", "multi_image_interleaved", "asr"])
+def test_golden_sources(case: str) -> None:
+    """Tables, several images and phones, sound: every source slot from the raw row."""
+    encoder = Encoder(build_plan(RAW[case]["instruction"]), whole_tokenizer(), CONFIG, files=open_files(MAIN))
+    golden = np.load(MAIN / f"{case}.npz")
+    for b, row in enumerate(RAW[case]["data"]):
+        example = encoder(row, b)
+        keys = [key for key in golden if key.startswith("input.slot") and not key.endswith("_lengths")]
+        assert len(keys) == len(example.source) + len(example.target)
+        for key, segment in zip(sorted(keys), [*example.source, *example.target], strict=True):
+            recorded = golden[key][b]
+            if recorded.ndim == 1:
+                assert segment.value.tolist() == without_inner_marks(unpadded(recorded.tolist()))
+            else:
+                assert np.abs(recorded[: len(segment.value)] - segment.value.numpy()).max() < 1e-3
 
 
 @pytest.mark.parametrize("case", list(CASES))

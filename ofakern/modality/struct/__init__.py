@@ -1,1 +1,1 @@
-"""STRUCT slots: they parse and plan; `spec.py` says what they accept."""
+"""STRUCT slots: tables written out as text."""

@@ -8,7 +8,6 @@ from ofakern.modality.text.spec import MAX_LENGTH, NO_LOSS, NOISE, NORMALISE, TE
 
 __all__ = ["SPEC"]
 
-_NOTE = "tables and databases are not available yet"
 _COLUMN_TYPES = AttributeSpec("col_type", "str", "kind of each column, c (cell) or k (relation): c:k:c")
 
 SPEC = ModalitySpec(
@@ -19,8 +18,6 @@ SPEC = ModalitySpec(
             ("text",),
             attributes(NO_LOSS, MAX_LENGTH, *NORMALISE, *NOISE, _COLUMN_TYPES),
             postprocess="struct",
-            available=False,
-            note=_NOTE,
         ),
         "database": PreprocessorSpec(
             "database",
@@ -28,13 +25,11 @@ SPEC = ModalitySpec(
             attributes(NO_LOSS, MAX_LENGTH, *NORMALISE, *NOISE),
             postprocess="struct",
             available=False,
-            note=_NOTE,
+            note="reading SQLite databases is not available yet",
         ),
     },
     adaptors={"text": TEXT_ADAPTOR},
     default_preprocessor="table",
     default_adaptor="text",
     text_like=True,
-    available=False,
-    note=_NOTE,
 )
