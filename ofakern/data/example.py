@@ -170,29 +170,28 @@ class Encoder:
     def _check(self, plan: Plan) -> None:
         plan.require_available()
         for slot in plan.slots:
-            if slot.modality is Modality.BOX and self.coder is None:
-                self.coder = self.config.box_coder(self.tokenizer.vocabulary)
-            if slot.modality is Modality.PHONE and not self.tokenizer.vocabulary.range("phone"):
-                raise OfakernValueError(
-                    f"Encoder: vocabulary must hold phones for {slot}, got none\nTry: GeneralistModel(phones=[...])"
-                )
-            kinds = slot.attribute("col_type")
-            if kinds is not None and not check_column_kinds(str(kinds)):
-                raise OfakernValueError(f"Encoder: col_type of {slot} must be like c:k:c, got {kinds!r}")
-            steps = slot.attribute("n_frames_per_step", self.config.frames_per_step)
-            if slot.modality is Modality.AUDIO and steps != self.config.frames_per_step:
-                raise OfakernValueError(
-                    f"Encoder: n_frames_per_step of {slot} must be the model's ({self.config.frames_per_step}), "
-                    f"got {steps}"
-                )
-        for slot in plan.target_slots:
-            if slot.flag("closed_set") and slot.name not in self.closed_sets:
-                raise OfakernValueError(f"Encoder: closed_sets must hold one for slot {slot}, got none")
-        kinds = {segment.modality is Modality.AUDIO for one in self.plans for segment in one.target}
-        if len(plan.target) != 1 or not (plan.target[0].text_like or kinds == {True}) or len(kinds) > 1:
+            self._check_slot(slot)
+        spoken = {segment.modality is Modality.AUDIO for one in self.plans for segment in one.target}
+        if len(plan.target) != 1 or not (plan.target[0].text_like or spoken == {True}) or len(spoken) > 1:
             raise OfakernValueError(
                 f"Encoder: target must be one run of text-like slots or one AUDIO slot, got {plan.instruction!r}"
             )
+
+    def _check_slot(self, slot: PlanSlot) -> None:
+        if slot.modality is Modality.BOX and self.coder is None:
+            self.coder = self.config.box_coder(self.tokenizer.vocabulary)
+        if slot.modality is Modality.PHONE and not self.tokenizer.vocabulary.range("phone"):
+            raise OfakernValueError(
+                f"Encoder: vocabulary must hold phones for {slot}, got none\nTry: GeneralistModel(phones=[...])"
+            )
+        kinds = slot.attribute("col_type")
+        if kinds is not None and not check_column_kinds(str(kinds)):
+            raise OfakernValueError(f"Encoder: col_type of {slot} must be like c:k:c, got {kinds!r}")
+        own, steps = self.config.frames_per_step, slot.attribute("n_frames_per_step")
+        if steps is not None and steps != own:
+            raise OfakernValueError(f"Encoder: n_frames_per_step of {slot} must be the model's ({own}), got {steps}")
+        if slot.flag("closed_set") and slot.name not in self.closed_sets:
+            raise OfakernValueError(f"Encoder: closed_sets must hold one for slot {slot}, got none")
 
     def __call__(self, row: Mapping[str, Any], index: int = 0, rng: np.random.Generator | None = None) -> Example:
         """The Example of a row. Raises DataError, naming row and column, for what cannot be used."""

@@ -171,6 +171,8 @@ def test_bad_plans() -> None:
         encoder("[PHONE:p] -> [TEXT:t]")
     with pytest.raises(OfakernValueError, match="n_frames_per_step of .* must be the model's"):
         encoder("[AUDIO:a,n_frames_per_step=2] -> [TEXT:t]")
+    with pytest.raises(OfakernValueError, match="col_type of .* must be like c:k:c, got 'rows'"):
+        encoder("[STRUCT:db,col_type=rows] -> [TEXT:t]")
     with pytest.raises(OfakernValueError, match="one run of text-like slots or one AUDIO slot"):
         encoder("[TEXT:t] -> say [AUDIO:a]")
     with pytest.raises(OfakernValueError, match="one run of text-like slots or one AUDIO slot"):
