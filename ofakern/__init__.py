@@ -22,6 +22,7 @@ _EXPORTS = {
     "build_plan": "ofakern.plan",
     "patch": "ofakern.patching",
     "GeneralistModel": "ofakern.checkpoint",
+    "load_image_tokenizer": "ofakern.checkpoint",
     "Task": "ofakern.tasks",
     "Trainer": "ofakern.train",
 }
@@ -36,13 +37,14 @@ __all__ = [
     "build_plan",
     "explain",
     "log_mel",
+    "load_image_tokenizer",
     "parse",
     "patch",
     "scaled_dot_product_attention",
 ]
 
 if TYPE_CHECKING:
-    from ofakern.checkpoint import GeneralistModel
+    from ofakern.checkpoint import GeneralistModel, load_image_tokenizer
     from ofakern.instruction import parse
     from ofakern.ops import explain
     from ofakern.ops.attention import AttentionLayout, RelativeTerm, attention, scaled_dot_product_attention

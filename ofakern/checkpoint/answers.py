@@ -25,6 +25,8 @@ from ofakern.generate import (
 from ofakern.instruction import Modality
 from ofakern.modality.box.postprocess import decode_box
 from ofakern.modality.box.preprocess import BoxCoder
+from ofakern.modality.image.tokens import picture_of
+from ofakern.modality.image.vqgan import VQGAN
 from ofakern.modality.output import Output
 from ofakern.modality.phone.preprocess import encode_phones, phone_ids, phone_names
 from ofakern.modality.text.postprocess import decode_text
@@ -44,13 +46,21 @@ class TargetReader:
     """
 
     def __init__(
-        self, plan: Plan, tokenizer: Tokenizer, closed_sets: Mapping[str, ClosedSet], coder: BoxCoder | None
+        self,
+        plan: Plan,
+        tokenizer: Tokenizer,
+        closed_sets: Mapping[str, ClosedSet],
+        coder: BoxCoder | None,
+        image_tokenizer: VQGAN | None = None,
+        codes_per_image: int = 0,
     ) -> None:
         self._plan, self._tokenizer, self._closed_sets, self._coder = plan, tokenizer, closed_sets, coder
         self._slots = [slot for slot in plan.target_slots if slot.generator != "forced"]
         self.per_sample = any(slot.generator == "separator" and not slot.plain for slot in self._slots)
         self._bins = tokenizer.vocabulary.range("bin")
         self._text = tokenizer.vocabulary.range("text")
+        self._codes = tokenizer.vocabulary.range("code")
+        self._image_tokenizer, self._codes_per_image = image_tokenizer, codes_per_image
 
     # ------------------------------------------------------------------------------------------------- the search
 
@@ -65,7 +75,7 @@ class TargetReader:
 
     def as_ofasys(self, config: GenerationConfig) -> tuple[GenerationConfig, bool]:
         """OFASys's way: a box is any four tokens, text any tokens; the flag says whether the automaton is used."""
-        if any(slot.name in self._closed_sets for slot in self._slots):
+        if any(slot.name in self._closed_sets or slot.modality is Modality.IMAGE for slot in self._slots):
             return config, True
         if self._slots[-1].modality is Modality.BOX:
             return config.replace(max_new_tokens=_BOX_TOKENS, min_new_tokens=_BOX_TOKENS), False
@@ -80,10 +90,13 @@ class TargetReader:
             return RangeTokens(self._bins.start, self._bins.stop, _BOX_TOKENS)
         if slot.modality is Modality.TEXT:
             return FreeTokens(self._text.start, self._text.stop)
+        if slot.modality is Modality.IMAGE:
+            count = int(slot.attribute("length") or self._codes_per_image)
+            return RangeTokens(self._codes.start, self._codes.stop, count)
         if slot.modality is Modality.PHONE:
             phones = phone_ids(self._tokenizer.vocabulary)
             return FreeTokens(phones.start, phones.stop)
-        raise OfakernRuntimeError(f"inference: target slot must be TEXT, BOX or PHONE so far, got {slot}")
+        raise OfakernRuntimeError(f"inference: target slot must be TEXT, BOX, PHONE or IMAGE here, got {slot}")
 
     def _known(self, slot: PlanSlot, row: Mapping[str, Any]) -> list[int]:
         if slot.plain:
@@ -127,6 +140,8 @@ class TargetReader:
             value = self._box(slot, tokens, columns)
             if value is not None:
                 output.boxes.append(value)
+        elif slot.modality is Modality.IMAGE:
+            value = output.image = self._picture(tokens)
         elif slot.modality is Modality.PHONE:
             value = phone_names(tokens, self._tokenizer.vocabulary)
         else:
@@ -141,12 +156,20 @@ class TargetReader:
             return None
         return decode_box(tokens, self._tokenizer.vocabulary, self._coder, columns[IMAGE_SIZES][slot.image])
 
+    def _picture(self, tokens: list[int]) -> Image.Image | None:
+        """None without a tokenizer, and for codes that fill no whole grid."""
+        if self._image_tokenizer is None or len(tokens) != self._codes_per_image:
+            return None
+        return picture_of([token - self._codes.start for token in tokens], self._image_tokenizer)
+
     def _finish(self, output: Output, columns: Mapping[str, Any]) -> None:
         output.box = output.boxes[0] if output.boxes else None
-        texts = [slot.name for slot in self._slots if slot.loss and slot.modality is not Modality.BOX]
+        texts = [slot.name for slot in self._slots if slot.loss and slot.modality not in (Modality.BOX, Modality.IMAGE)]
         if texts:
             value = output.values.get(texts[-1], "")
             output.text = " ".join(value) if isinstance(value, list) else value
+        if any(slot.modality is Modality.IMAGE for slot in self._slots):
+            return  # the picture that was made is the image
         images: Mapping[str, Image.Image] = columns.get(IMAGES, {})
         named = next((slot.image for slot in self._slots if slot.image in images), next(iter(images), None))
         output.image = None if named is None else images[named]

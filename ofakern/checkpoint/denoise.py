@@ -8,20 +8,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ofakern.data.batch import IGNORE_LABEL, PackedBatch, PackedSide
-from ofakern.errors import OfakernValueError
+from ofakern.checkpoint.known_task import TaskLike
+from ofakern.data.batch import IGNORE_LABEL, Example, PackedBatch, PackedSide
+from ofakern.data.example import ROW_NUMBER, Encoder, unprompted
+from ofakern.data.readers import open_files
+from ofakern.errors import DataError, OfakernValueError
 from ofakern.generate import GenerationConfig
-from ofakern.modality.motion.adaptor import MotionAdaptor
+from ofakern.modality.motion.adaptor import MotionAdaptor, MotionConfig
 from ofakern.modality.motion.diffusion import NoiseSchedule, diffusion_distance, sample_motion
 from ofakern.modality.motion.features import orthonormal_features
-from ofakern.model import Memory, OFAPlus
+from ofakern.modality.motion.preprocess import MotionClip, MotionSettings, load_motion
+from ofakern.modality.motion.skeleton import Motion
+from ofakern.model import Memory, OFAConfig, OFAPlus
 from ofakern.nn.loss import LossSums
+from ofakern.plan import PlanSlot
 
-__all__ = ["MOTION_ADAPTOR", "denoised", "is_motion", "motion_loss", "sampled_motions", "schedule_of"]
+__all__ = ["denoised", "is_motion", "learnt_settings", "made_motions", "motion_loss", "within_positions"]
 
 MOTION_ADAPTOR = "motion_6d"
 TRAIN_STEPS = 1000
+DEFAULT_FRAMES = 120
 _EVALUATION_SEED = 0
+_STRIDE = 1_000_003  # between the seeds of rows and of answers
 
 
 def is_motion(side: PackedSide) -> bool:
@@ -93,6 +101,54 @@ def sampled_motions(
         generator=generator,
     )
     return list(torch.split(found, list(lengths)))
+
+
+def made_motions(
+    network: OFAPlus, encoder: Encoder, slot: PlanSlot, examples: Sequence[Example], config: GenerationConfig
+) -> list[list[Motion]]:
+    """`config.num_return_sequences` motions for each example of inference."""
+    settings, clip = encoder.config.motion, MotionClip.of(dict(slot.attributes))
+    coder = settings.coder()
+    frames = config.frames or clip.max_length or DEFAULT_FRAMES
+    if frames > settings.max_frames:
+        raise OfakernValueError(f"inference: frames must be at most {settings.max_frames}, got {frames}")
+    asked = [_with_frames(example, frames, coder.width) for example in examples]
+    if config.guidance:
+        empty = [encoder(unprompted(encoder.plans[0], e.columns), e.columns[ROW_NUMBER]) for e in examples]
+        asked += [_with_frames(example, frames, coder.width) for example in empty]
+    batch = PackedBatch.collate(asked).to(network.device)
+    made: list[list[Motion]] = [[] for _ in examples]
+    for number in range(config.num_return_sequences):
+        rows = [int(example.columns[ROW_NUMBER]) for example in examples]
+        seeds = [(config.seed * _STRIDE + row) * _STRIDE + number for row in rows]
+        features = sampled_motions(network, batch, config, seeds, guided=bool(config.guidance))
+        for found, values in zip(made, features, strict=True):
+            found.append(coder.decode(values, settings.frame_time * clip.sample_rate))
+    return made
+
+
+def learnt_settings(settings: MotionSettings, tasks: Sequence[TaskLike]) -> MotionSettings:
+    """With the skeleton and frame rate of the first motion that can be read in the tasks' training rows, if any."""
+    for task in tasks:
+        files = open_files(task.files)
+        for value in task.motions():
+            try:
+                found = MotionSettings.of(load_motion(value, files=files))
+            except DataError:
+                continue  # reported when the row is drawn
+            return replace(found, max_frames=settings.max_frames, drop_prompt=settings.drop_prompt)
+    return settings
+
+
+def within_positions(settings: MotionSettings, config: OFAConfig) -> MotionSettings:
+    """With no more frames than the adaptor has positions."""
+    limits = [adaptor.max_position for adaptor in config.adaptors if isinstance(adaptor, MotionConfig)]
+    return replace(settings, max_frames=min([settings.max_frames, *limits]))
+
+
+def _with_frames(example: Example, frames: int, width: int) -> Example:
+    target = replace(example.target[0], value=torch.zeros(frames, width))
+    return replace(example, target=[target], labels=torch.full((frames,), IGNORE_LABEL))
 
 
 def _adaptor(network: OFAPlus) -> MotionAdaptor:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ofakern.checkpoint.answers import TargetReader
+from ofakern.checkpoint.denoise import is_motion, learnt_settings, made_motions, motion_loss, within_positions
 from ofakern.checkpoint.files import load_module, read_json, save_module, write_folder, write_json
 from ofakern.checkpoint.foreign import Account, read_foreign
+from ofakern.checkpoint.image_tokenizer import IMAGE_CODES, check_window, codes_of, codes_options
 from ofakern.checkpoint.known_task import KnownTask, TaskLike
 from ofakern.data.batch import Example, PackedBatch
 from ofakern.data.example import Encoder, PreprocessConfig, Split
@@ -32,7 +34,9 @@ from ofakern.modality.audio.adaptor import MEL_BINS, AudioFbankConfig, AudioFram
 from ofakern.modality.audio.criterion import guided_attention, speech_loss
 from ofakern.modality.audio.postprocess import Speech
 from ofakern.modality.image.adaptor import ImagePatchEmbedAdaptor, ImageResnetAdaptor, ImageVitAdaptor
+from ofakern.modality.image.vqgan import VQGAN, VQGANConfig
 from ofakern.modality.output import Output
+from ofakern.modality.video.adaptor import VideoAdaptor
 from ofakern.model import TIED_KEYS, FrameWriter, OFAConfig, OFAPlus, SegmentWriter
 from ofakern.nn.loss import LossSums, label_smoothed_cross_entropy
 from ofakern.plan import Plan, build_plans
@@ -44,6 +48,7 @@ _FORMAT = "ofakern.generalist"
 _VERSION = 1
 _IMAGE_ADAPTORS = ("image_resnet", "image_vit", "image_patch_embed")
 _WEIGHTS = "model.safetensors"
+_IMAGE_TOKENIZER = "image_tokenizer.safetensors"
 
 Row = Mapping[str, Any]
 Answer = Output | list[Output]
@@ -59,6 +64,8 @@ class GeneralistModel:
         vocab_size, bins, phones: text ids, box bins and names of phones of a vocabulary that is trained; phones None:
             those in the PHONE columns of the tasks.
         preprocess: how rows become tensors; `image_size=` (side of the square images in pixels, 480) is short for it.
+        image_tokenizer: between images and codes, for IMAGE targets (`load_image_tokenizer`); it is saved with the
+            model and not trained.
         generation: defaults of `inference`. seed: of the first weights. backend: of every attention.
         overrides: single fields of the configuration (`dim=64`, `encoder_layers=2`, ...).
 
@@ -78,6 +85,7 @@ class GeneralistModel:
         phones: Sequence[str] | None = None,
         preprocess: PreprocessConfig | None = None,
         image_size: int | None = None,
+        image_tokenizer: VQGAN | None = None,
         generation: GenerationConfig | None = None,
         seed: int | None = 0,
         backend: str = "auto",
@@ -92,6 +100,7 @@ class GeneralistModel:
         self.tasks: dict[str, KnownTask] = {}
         self._vocab_size, self._bins, self._seed, self._backend = vocab_size, bins, seed, backend
         self._phones = phones
+        self.image_tokenizer = None if image_tokenizer is None else image_tokenizer.eval()
         # Adaptors that nobody has chosen follow from the tasks, as the vocabulary does.
         self._adaptors_open = config is None and "adaptors" not in overrides
         self._tokenizer: Tokenizer | None = None
@@ -120,9 +129,12 @@ class GeneralistModel:
         self._tokenizer = tokenizer
         self.config = dataclasses.replace(self.config, vocab_size=len(tokenizer.vocabulary))
         self._network = OFAPlus(self.config, backend=self._backend, seed=self._seed).eval()
-        tokens = _image_tokens(self._network, self.preprocess.image_size)
+        tokens = _image_tokens(self._network, self.preprocess)
         self.preprocess = dataclasses.replace(
-            self.preprocess, image_tokens={**tokens, **self.preprocess.image_tokens}, **_audio_limits(self.config)
+            self.preprocess,
+            image_tokens={**tokens, **self.preprocess.image_tokens},
+            motion=within_positions(self.preprocess.motion, self.config),
+            **_audio_limits(self.config),
         )
 
     # -------------------------------------------------------------------------------------------------- the parts
@@ -172,6 +184,8 @@ class GeneralistModel:
                     f"got {sorted(names)}\nTry: GeneralistModel(adaptors=(...)), or leave them open: they then follow "
                     "from the tasks"
                 )
+        if any(segment.adaptor == IMAGE_CODES for segment in plan.target):
+            check_window(self.config, self.image_tokenizer)
         return plan
 
     # --------------------------------------------------------------------------------------------------- training
@@ -181,6 +195,9 @@ class GeneralistModel:
         known = {task.name: KnownTask.from_task(task, self._image_adaptor) for task in tasks}
         if self._tokenizer is None and self._adaptors_open:
             self._add_adaptors(known.values())
+        if not self.preprocess.motion.skeleton:
+            motion = learnt_settings(self.preprocess.motion, tasks)
+            self.preprocess = dataclasses.replace(self.preprocess, motion=motion)
         for task in known.values():
             for plan in task.plans:
                 self._check_plan(plan)
@@ -188,7 +205,8 @@ class GeneralistModel:
             # A task of phones alone has no texts; the names keep the text part of its vocabulary from being empty.
             texts = (text for task in tasks for text in (*task.texts(), *task.phones()))
             phones = sorted({p for task in tasks for p in task.phones()}) if self._phones is None else self._phones
-            self._build(Tokenizer.train(texts, self._vocab_size, bins=self._bins, phones=phones))
+            codes = 0 if self.image_tokenizer is None else self.image_tokenizer.config.codes
+            self._build(Tokenizer.train(texts, self._vocab_size, codes=codes, bins=self._bins, phones=phones))
         self.tasks.update(known)
 
     def _add_adaptors(self, tasks: Iterable[KnownTask]) -> None:
@@ -198,7 +216,8 @@ class GeneralistModel:
             plan.require_available()
         wanted = {segment.adaptor for plan in plans for segment in plan.segments}
         missing = sorted(wanted - {adaptor.name for adaptor in self.config.adaptors})
-        added = tuple(adaptor_config(name, {}) for name in missing)
+        codes = codes_options(self.image_tokenizer)
+        added = tuple(adaptor_config(name, codes if name == IMAGE_CODES else {}) for name in missing)
         self.config = dataclasses.replace(self.config, adaptors=(*self.config.adaptors, *added))
 
     def example_encoder(self, task: TaskLike, split: Split) -> Encoder:
@@ -212,10 +231,14 @@ class GeneralistModel:
             closed_sets=known.closed_sets(self.tokenizer),
             files=open_files(task.files),
             prepare=task.prepared,
+            image_tokenizer=self.image_tokenizer,
         )
 
     def train_step_loss(self, batch: PackedBatch, label_smoothing: float = 0.0) -> LossSums:
-        """The batch's summed loss (with a gradient), negative log-likelihood (of speech: the loss) and token count."""
+        """The batch's summed loss (with a gradient), negative log-likelihood (of speech and motion: the loss) and
+        token count."""
+        if is_motion(batch.target):
+            return motion_loss(self.network, batch)
         if batch.frames is not None:
             return self._speech_loss(batch, batch.frames)
         hidden = self.network(batch)
@@ -306,7 +329,10 @@ class GeneralistModel:
         return [cast(Output, answer) for answer in found]
 
     def _generation(self, known: KnownTask, task: Mapping[str, Any], asked: Mapping[str, Any]) -> GenerationConfig:
-        """The settings of an answer; speech may take all the model's positions unless it is asked for less."""
+        """The settings of an answer; speech may take all the model's positions unless it is asked for less, codes of an
+        image are drawn unless beams are asked for."""
+        if known.plans[0].target[-1].modality is Modality.IMAGE and not {"num_beams", "beam", "beam_size"} & set(asked):
+            asked = {"do_sample": True, **asked}
         config = self.generation
         if known.plans[0].target[-1].modality is Modality.AUDIO:
             config = config.replace(max_new_tokens=self.preprocess.audio_tokens)
@@ -337,8 +363,9 @@ class GeneralistModel:
         encoder = Encoder(
             plan, self.tokenizer, self.preprocess, split="test", closed_sets=closed_sets, files=open_files(files)
         )
-        spoken = plan.target[0].modality is Modality.AUDIO
-        reader = TargetReader(plan, self.tokenizer, closed_sets, encoder.coder)
+        made = plan.target[0].modality
+        codes = codes_of(self.config)
+        reader = TargetReader(plan, self.tokenizer, closed_sets, encoder.coder, self.image_tokenizer, codes)
         # Answers that rows may bring along are not looked at, unless the source shows them anyway.
         hidden = {slot.name for slot in plan.target_slots if slot.loss} - set(plan.source_columns)
         size = 1 if reader.per_sample else batch_size
@@ -350,8 +377,10 @@ class GeneralistModel:
                     raise DataError(f"inference: row {number} must be a mapping of columns, got {type(row).__name__}")
                 asked = {name: value for name, value in row.items() if name not in hidden}
                 examples.append(encoder(asked, number))
-            if spoken:
+            if made is Modality.AUDIO:
                 yield from self._speak(plan, examples, config)
+            elif made is Modality.MOTION:
+                yield from self._move(encoder, plan, examples, config)
             else:
                 yield from self._generate(reader, examples, chunk[0], config)
 
@@ -365,7 +394,7 @@ class GeneralistModel:
         constrained = True
         if config.compat == "ofasys":
             config, constrained = reader.as_ofasys(config)
-        vocabulary = self.tokenizer.vocabulary
+        vocabulary, longest = self.tokenizer.vocabulary, self.preprocess.max_target_length
         try:
             with torch.inference_mode():
                 memory = network.encode(PackedBatch.collate(examples).source.to(network.device))
@@ -378,7 +407,7 @@ class GeneralistModel:
                     automaton=automaton if constrained else None,
                     prefix=_prefixes(examples, vocabulary.pad),
                     special=SpecialTokens(vocabulary.bos, vocabulary.pad, vocabulary.eos, vocabulary.unk),
-                    max_positions=self.preprocess.max_target_length,
+                    max_positions=codes_of(self.config) + 1 if target.adaptor == IMAGE_CODES else longest,
                 )
         finally:
             network.train(training)
@@ -405,6 +434,21 @@ class GeneralistModel:
                 outputs.append(Output(values={name: speech}, speech=speech))
             yield outputs if config.num_return_sequences > 1 else outputs[0]
 
+    def _move(
+        self, encoder: Encoder, plan: Plan, examples: list[Example], config: GenerationConfig
+    ) -> Iterator[Answer]:
+        network, slot = self.network, plan.target[0].slots[0]
+        training = network.training
+        network.eval()
+        try:
+            with torch.inference_mode():
+                found = made_motions(network, encoder, slot, examples, config)
+        finally:
+            network.train(training)
+        for answers in found:
+            outputs = [Output(values={slot.name: motion}, motion=motion) for motion in answers]
+            yield outputs if config.num_return_sequences > 1 else outputs[0]
+
     # ------------------------------------------------------------------------------------------------------ files
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -416,6 +460,9 @@ class GeneralistModel:
             tokenizer.save_pretrained(folder)
             header = {"format": _FORMAT, "version": _VERSION}
             parts = {"model": self.config.to_dict(), "preprocess": dataclasses.asdict(self.preprocess)}
+            if self.image_tokenizer is not None:
+                save_module(folder / _IMAGE_TOKENIZER, self.image_tokenizer, {})
+                parts["image_tokenizer"] = self.image_tokenizer.config.to_dict()
             write_json(folder / "config.json", {**header, **parts})
             tasks = {name: task.to_dict() for name, task in self.tasks.items()}
             write_json(folder / "plans.json", {**header, "tasks": tasks})
@@ -466,6 +513,8 @@ class GeneralistModel:
             config = OFAConfig.from_dict(data["model"])
             preprocess = PreprocessConfig(**{k: _tupled(v) for k, v in data["preprocess"].items()})
             generation = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+            shape = data.get("image_tokenizer")
+            image_tokenizer = None if shape is None else VQGAN(VQGANConfig.from_dict(shape))
         except (DataError, OfakernValueError, OfakernTypeError, KeyError, TypeError) as error:
             raise CheckpointError(f"from_pretrained: {folder} must hold a whole model, got: {error}") from error
         if config.vocab_size != len(tokenizer.vocabulary):
@@ -473,7 +522,16 @@ class GeneralistModel:
                 f"from_pretrained: vocabulary must have the model's size ({config.vocab_size}), "
                 f"got {len(tokenizer.vocabulary)}"
             )
-        model = cls(config, tokenizer=tokenizer, preprocess=preprocess, generation=generation, backend=backend)
+        if image_tokenizer is not None:
+            load_module(folder / _IMAGE_TOKENIZER, image_tokenizer, {})
+        model = cls(
+            config,
+            tokenizer=tokenizer,
+            preprocess=preprocess,
+            image_tokenizer=image_tokenizer,
+            generation=generation,
+            backend=backend,
+        )
         plans = read_json(folder / "plans.json").get("tasks")
         if not isinstance(plans, dict):
             raise CheckpointError(
@@ -544,12 +602,15 @@ def _audio_limits(config: OFAConfig) -> dict[str, Any]:
     return {"audio_tokens": min(adaptor.max_position for adaptor in found), "frames_per_step": steps.pop()}
 
 
-def _image_tokens(network: OFAPlus, image_size: int) -> dict[str, int]:
-    """Tokens an image of `image_size` x `image_size` pixels takes, by adaptor."""
+def _image_tokens(network: OFAPlus, preprocess: PreprocessConfig) -> dict[str, int]:
+    """Tokens an image, or a frame of a video, takes, by adaptor."""
     found: dict[str, int] = {}
     for name, adaptor in network.encoder.adaptor.adaptors.items():
         if isinstance(adaptor, (ImageResnetAdaptor, ImageVitAdaptor)):
-            height, width = adaptor.grid(image_size, image_size)
+            height, width = adaptor.grid(preprocess.image_size, preprocess.image_size)
+            found[name] = height * width
+        elif isinstance(adaptor, VideoAdaptor):
+            height, width = adaptor.images.grid(preprocess.video_size, preprocess.video_size)
             found[name] = height * width
         elif isinstance(adaptor, ImagePatchEmbedAdaptor):
             found[name] = adaptor.tokens

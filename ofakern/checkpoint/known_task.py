@@ -33,6 +33,8 @@ class TaskLike(Protocol):
 
     def phones(self) -> Iterable[str]: ...
 
+    def motions(self) -> Iterable[Any]: ...
+
 
 @dataclass(frozen=True)
 class KnownTask:

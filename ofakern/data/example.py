@@ -19,13 +19,18 @@ from ofakern.modality.audio.adaptor import MEL_BINS, tokens_of
 from ofakern.modality.audio.preprocess import AudioTransform
 from ofakern.modality.box.preprocess import BoxCoder, parse_box
 from ofakern.modality.image.preprocess import MAX_PIXELS, FileSource, ImageTransform, load_image
+from ofakern.modality.image.tokens import image_codes
+from ofakern.modality.image.vqgan import VQGAN
+from ofakern.modality.motion.preprocess import MotionClip, MotionSettings, encode_motion, load_motion
 from ofakern.modality.phone.preprocess import encode_phones, mask_phones
+from ofakern.modality.registry import SPECS
 from ofakern.modality.struct.preprocess import check_column_kinds, table_text
 from ofakern.modality.text.preprocess import corrupt, encode_text
+from ofakern.modality.video.preprocess import VideoTransform, load_frames
 from ofakern.plan import Plan, PlanSegment, PlanSlot
 from ofakern.text import ClosedSet, Tokenizer, Vocabulary
 
-__all__ = ["IMAGES", "IMAGE_SIZES", "ROW_NUMBER", "Encoder", "PreprocessConfig", "build_closed_sets"]
+__all__ = ["IMAGES", "IMAGE_SIZES", "ROW_NUMBER", "Encoder", "PreprocessConfig", "build_closed_sets", "unprompted"]
 
 Split = Literal["train", "valid", "test"]
 
@@ -33,6 +38,8 @@ Split = Literal["train", "valid", "test"]
 IMAGES = "<images>"
 IMAGE_SIZES = "<image sizes>"
 ROW_NUMBER = "<row>"
+
+_ALONE = "AUDIO, MOTION or IMAGE"  # targets that stand alone
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ class PreprocessConfig:
     image read. audio_rate, speech_rate: samples a second of sound that is heard and of speech that is written;
     audio_tokens: most tokens of heard sound and most steps of written speech; frames_per_step: frames that make one
     step; speech_mean, speech_std: per mel bin, taken out of the frames that are learnt and put back into written ones
-    (empty: neither).
+    (empty: neither). video_size, video_frames: side of the square frames (pixels) and how many are taken of a video.
+    motion: what all motions share.
     """
 
     image_size: int = 480
@@ -62,8 +70,18 @@ class PreprocessConfig:
     frames_per_step: int = 1
     speech_mean: tuple[float, ...] = ()
     speech_std: tuple[float, ...] = ()
+    video_size: int = 256
+    video_frames: int = 16
+    motion: MotionSettings = field(default_factory=MotionSettings)
 
     def __post_init__(self) -> None:
+        if isinstance(self.motion, Mapping):  # as JSON gives it
+            object.__setattr__(self, "motion", MotionSettings(**self.motion))
+        if self.video_size < 1 or self.video_frames < 1:
+            raise OfakernValueError(
+                f"PreprocessConfig: video_size and video_frames must be at least 1, "
+                f"got {self.video_size} and {self.video_frames}"
+            )
         if self.audio_rate < 100 or self.speech_rate < 16_000:  # written speech has bins up to 8 kHz
             raise OfakernValueError(
                 "PreprocessConfig: audio_rate must be at least 100 and speech_rate at least 16000 samples a second, "
@@ -86,6 +104,11 @@ class PreprocessConfig:
             self.speech_mean,
             self.speech_std,
         )
+
+    @property
+    def video(self) -> VideoTransform:
+        """What becomes of videos."""
+        return VideoTransform(self.video_size, self.video_frames)
 
     def box_coder(self, vocabulary: Vocabulary) -> BoxCoder:
         """The box quantisation. Raises DataError when the vocabulary has fewer than two bins."""
@@ -138,7 +161,8 @@ class Encoder:
     plans: the instruction's alternatives; training draws one per sample, the other splits take the first.
     split: "train" (noise, random alternative), "valid" (neither) or "test" (a missing target is to be generated).
     closed_sets: by slot name (`build_closed_sets`). files: where file names are looked up. prepare: row -> row before
-    anything else. In "valid" and "test" an Example keeps the row's columns, `ROW_NUMBER` and `IMAGE_SIZES`; in "test"
+    anything else. image_tokenizer: turns the images of IMAGE targets into codes; None: rows hold codes.
+    In "valid" and "test" an Example keeps the row's columns, `ROW_NUMBER` and `IMAGE_SIZES`; in "test"
     also `IMAGES`.
 
     Raises OfakernRuntimeError for a plan with slots that cannot run yet, OfakernValueError when a closed set is
@@ -155,6 +179,7 @@ class Encoder:
         closed_sets: Mapping[str, ClosedSet] | None = None,
         files: FileSource | None = None,
         prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+        image_tokenizer: VQGAN | None = None,
     ) -> None:
         self.plans: tuple[Plan, ...] = (plans,) if isinstance(plans, Plan) else tuple(plans)
         self.tokenizer = tokenizer
@@ -163,6 +188,7 @@ class Encoder:
         self.closed_sets = dict(closed_sets or {})
         self.files = files
         self.prepare = prepare
+        self.image_tokenizer = image_tokenizer
         self.coder: BoxCoder | None = None
         for plan in self.plans:
             self._check(plan)
@@ -171,10 +197,11 @@ class Encoder:
         plan.require_available()
         for slot in plan.slots:
             self._check_slot(slot)
-        spoken = {segment.modality is Modality.AUDIO for one in self.plans for segment in one.target}
-        if len(plan.target) != 1 or not (plan.target[0].text_like or spoken == {True}) or len(spoken) > 1:
+        kinds = {"text" if segment.text_like else segment.modality for one in self.plans for segment in one.target}
+        repeated = any(not SPECS[slot.modality].text_like and slot.group is not None for slot in plan.target_slots)
+        if len(plan.target) != 1 or len(kinds) > 1 or repeated:
             raise OfakernValueError(
-                f"Encoder: target must be one run of text-like slots or one AUDIO slot, got {plan.instruction!r}"
+                f"Encoder: target must be one run of text-like slots or one {_ALONE} slot, got {plan.instruction!r}"
             )
 
     def _check_slot(self, slot: PlanSlot) -> None:
@@ -190,6 +217,11 @@ class Encoder:
         own, steps = self.config.frames_per_step, slot.attribute("n_frames_per_step")
         if steps is not None and steps != own:
             raise OfakernValueError(f"Encoder: n_frames_per_step of {slot} must be the model's ({own}), got {steps}")
+        if slot.adaptor == "image_vqgan" and not self.tokenizer.vocabulary.range("code"):
+            raise OfakernValueError(
+                f"Encoder: vocabulary must hold image codes for {slot}, got none\n"
+                "Try: GeneralistModel(image_tokenizer=...)"
+            )
         if slot.flag("closed_set") and slot.name not in self.closed_sets:
             raise OfakernValueError(f"Encoder: closed_sets must hold one for slot {slot}, got none")
 
@@ -216,9 +248,17 @@ class _Sample:
 
     def example(self) -> Example:
         self._check_columns()
+        modality = self.plan.target[0].modality
+        drop = self.encoder.config.motion.drop_prompt
+        if modality is Modality.MOTION and self.training and drop and self.rng.random() < drop:
+            self.row = unprompted(self.plan, self.row)
         source = list(self._source())
-        if self.plan.target[0].modality is Modality.AUDIO:
+        if modality is Modality.AUDIO:
             return self._spoken(source)
+        if modality is Modality.MOTION:
+            return self._moved(source)
+        if modality is Modality.IMAGE:
+            return self._coded(source)
         target = self._target()
         kept = [slot.flag("closed_set") for slot in self.plan.target_slots]
         labels = [token if loss else IGNORE_LABEL for token, loss in zip(target.clean, target.loss, strict=True)]
@@ -249,6 +289,31 @@ class _Sample:
         labels[-1] = 1
         target = Segment(segment.index, segment.adaptor, int(segment.modality), value, len(frames))
         return Example(source, [target], labels, columns=self._columns(), frames=frames)
+
+    def _moved(self, source: list[Segment]) -> Example:
+        """Of a target that is a motion: its clean frames; a still one of one frame stands for what is to be made."""
+        segment = self.plan.target[0]
+        if self._to_generate():
+            value = torch.zeros(1, self.encoder.config.motion.coder().width)
+        else:
+            value = self._motion(segment.slots[0], None)
+        target = Segment(segment.index, segment.adaptor, int(segment.modality), value)
+        labels = torch.zeros(len(value), dtype=torch.int64)
+        return Example(source, [target], labels, columns=self._columns())
+
+    def _coded(self, source: list[Segment]) -> Example:
+        """Of a target that is an image: the begin token and its codes; generation begins after the first."""
+        segment, vocabulary = self.plan.target[0], self.vocabulary
+        ids: list[int] = []
+        if not self._to_generate():
+            slot, span = segment.slots[0], vocabulary.range("code")
+            tokenizer, files = self.encoder.image_tokenizer, self.encoder.files
+            where = self._where(slot, None)
+            found = image_codes(self._value(slot, None), tokenizer, len(span), where=where, files=files)
+            ids = [span.start + code for code in found[: int(slot.attribute("length") or len(found))]]
+        target = Segment(segment.index, segment.adaptor, int(segment.modality), torch.tensor([vocabulary.bos, *ids]))
+        labels = torch.tensor([*ids, vocabulary.eos])
+        return Example(source, [target], labels, columns=self._columns())
 
     # ----------------------------------------------------------------------------------------------------- columns
 
@@ -313,9 +378,15 @@ class _Sample:
         if segment.modality is Modality.AUDIO:
             frames = self._sound(slot, item)
             return Segment(segment.index, segment.adaptor, int(segment.modality), frames, tokens_of(len(frames)))
+        if segment.modality is Modality.VIDEO:
+            value = self._video(slot, item)
+            length = len(value) * self.encoder.config.image_tokens[segment.adaptor]
+            return Segment(segment.index, segment.adaptor, int(segment.modality), value, length)
+        if segment.modality is Modality.MOTION:
+            return Segment(segment.index, segment.adaptor, int(segment.modality), self._motion(slot, item))
         if not segment.text_like:
-            length = self.encoder.config.image_tokens.get(segment.adaptor)
-            return Segment(segment.index, segment.adaptor, int(segment.modality), self._pixels(slot, item), length)
+            tokens = self.encoder.config.image_tokens.get(segment.adaptor)
+            return Segment(segment.index, segment.adaptor, int(segment.modality), self._pixels(slot, item), tokens)
         ids: list[int] = []
         for slot, place in self._placed(segment, item):
             clean = self._ids(slot, place)
@@ -464,6 +535,20 @@ class _Sample:
             files=self.encoder.files,
         )
 
+    def _video(self, slot: PlanSlot, item: int | None) -> Tensor:
+        transform, value = self.encoder.config.video, self._value(slot, item)
+        if transform.is_ready(value):
+            return torch.as_tensor(value, dtype=torch.float32)
+        rng = self.rng if self.training else None
+        where, files = self._where(slot, item), self.encoder.files
+        return transform(load_frames(value, transform.frames, where=where, files=files, rng=rng))
+
+    def _motion(self, slot: PlanSlot, item: int | None) -> Tensor:
+        settings, where = self.encoder.config.motion, self._where(slot, item)
+        motion = load_motion(self._value(slot, item), where=where, files=self.encoder.files, like=settings)
+        clip = MotionClip.of(dict(slot.attributes))
+        return encode_motion(motion, settings, clip, self.rng if self.training else None, where)
+
     def _pixels(self, slot: PlanSlot, item: int | None) -> Tensor:
         config = self.encoder.config
         ratio = float(slot.attribute("mask_ratio", 0.0) or 0.0)
@@ -485,6 +570,14 @@ class _Sample:
                     value, where=where, files=self.encoder.files, max_pixels=config.max_pixels
                 )
         return self._images[key]
+
+
+def unprompted(plan: Plan, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with empty text in every TEXT slot of the source: what guidance leads away from."""
+    slots = [slot for segment in plan.source for slot in segment.slots]
+    texts = {slot.name for slot in slots if slot.name and slot.modality is Modality.TEXT}
+    empty = {name: "" if isinstance(row[name], str) else [""] * len(row[name]) for name in texts}
+    return {**row, **empty}
 
 
 def _size(image: Image.Image | Tensor) -> tuple[int, int]:

@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ofakern.errors import DataError
 from ofakern.modality.audio.postprocess import Speech
+from ofakern.modality.motion.picture import save_animation, save_strip
+from ofakern.modality.motion.skeleton import Motion
 
 __all__ = ["Output"]
 
@@ -23,7 +25,9 @@ class Output:
     """One answer of a model.
 
     text: the decoded text, when the target has a text slot. box: x0, y0, x1, y1 in pixels of the original image, when
-    it has a box slot; boxes: all of them, when there are several. image: the sample's image (PIL, original size).
+    it has a box slot; boxes: all of them, when there are several. image: the sample's image (PIL, original size), or
+    the picture that was made, when the target is an IMAGE slot. motion: the motion that was made, when it is a MOTION
+    slot.
     speech: the written speech, when the target is an AUDIO slot (`.waveform()`, `.save_audio(path)`, ...).
     score: log-probability of the answer. tokens: vocabulary indices without the begin token.
     values: every target slot's value by its name (a list for a slot of a repeated group).
@@ -37,10 +41,28 @@ class Output:
     boxes: list[Box] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
     speech: Speech | None = None
+    motion: Motion | None = None
 
     def save_image(self, path: str | Path) -> None:
         """Writes the image; the format follows the file's suffix. Raises DataError when there is none."""
         self._image("save_image").save(path)
+
+    def save_motion(self, path: str | Path) -> None:
+        """Writes the motion: a BVH file, an animation (.gif) or a strip of poses (.png, .svg, .pdf).
+
+        Raises DataError when there is none, or for another suffix; OfakernRuntimeError for pictures without matplotlib.
+        """
+        if self.motion is None:
+            raise DataError("Output.save_motion: output must have a motion, got none")
+        suffix = Path(path).suffix.lower()
+        if suffix == ".bvh":
+            self.motion.write(path)
+        elif suffix == ".gif":
+            save_animation(self.motion, path)
+        elif suffix in (".png", ".svg", ".pdf"):
+            save_strip(self.motion, path)
+        else:
+            raise DataError(f"Output.save_motion: path must end in .bvh, .gif, .png, .svg or .pdf, got {str(path)!r}")
 
     def save_box(self, path: str | Path, label: str | None = None) -> None:
         """Writes the image with the box (all boxes) drawn on it. Raises DataError when there is no box or no image."""

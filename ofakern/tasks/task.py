@@ -191,6 +191,10 @@ class Task:
         for value in self._values(Modality.PHONE):
             yield from value.split() if isinstance(value, str) else map(str, value)
 
+    def motions(self) -> Iterable[Any]:
+        """What the MOTION columns of the first 10,000 training rows hold."""
+        yield from self._values(Modality.MOTION)
+
     def _row_texts(self) -> Iterable[str]:
         for value in self._values(Modality.TEXT):
             yield from (str(v) for v in (value if isinstance(value, (list, tuple)) else [value]) if v is not None)

@@ -17,6 +17,14 @@ from ofakern.modality.output import Output
 from ofakern.nn.loss import LossSums
 from ofakern.tasks import Task
 
+# What a metric is given of an answer, by the last target slot; text elsewhere.
+_ANSWERS = {
+    Modality.BOX: "box",
+    Modality.AUDIO: "speech",
+    Modality.MOTION: "motion",
+    Modality.IMAGE: "image",
+}
+
 
 class Evaluable(Protocol):
     """What an evaluation needs of a model."""
@@ -36,6 +44,7 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Task -> {"nll": per target token, metrics...}; tasks without rows for the split are left out.
 
+    Of motions "nll" is the diffusion loss per frame, always at the same steps and noise.
     Of speech "nll" is the loss per step, and its parts l1, mse and stop stand beside it. Random draws (a pre-net's
     dropout is on here too) follow from the seed and leave the caller's alone. Rows that cannot be read are left out of
     the numbers and counted as "broken". The network is put into eval mode and back.
@@ -89,7 +98,7 @@ def _metrics(model: Evaluable, task: Task, rows: Sequence[Mapping[str, Any]]) ->
     modality = task.target_slots[-1].modality
     is_box = modality is Modality.BOX
     outputs = model.answers(task, rows)
-    shown = {Modality.BOX: "box", Modality.AUDIO: "speech"}.get(modality, "text")
+    shown = _ANSWERS.get(modality, "text")
     predictions: list[Any] = [getattr(output, shown) for output in outputs]
     references = [row[task.target_field] for row in rows]
     if is_box:

@@ -165,17 +165,20 @@ def test_bad_rows(instruction: str, row: dict[str, Any], message: str) -> None:
 
 
 def test_bad_plans() -> None:
-    with pytest.raises(OfakernRuntimeError, match="VIDEO"):
-        encoder("[VIDEO:v] -> [TEXT:t]")
+    with pytest.raises(OfakernRuntimeError, match="CATEGORY"):
+        encoder("[IMAGE:i] -> [CATEGORY:c]")
+    for target in ("[IMAGE:i]", "([MOTION:m])*"):
+        with pytest.raises(OfakernValueError, match="vocabulary must hold image codes|must be one run"):
+            encoder(f"[TEXT:t] -> {target}")
     with pytest.raises(OfakernValueError, match="vocabulary must hold phones"):
         encoder("[PHONE:p] -> [TEXT:t]")
     with pytest.raises(OfakernValueError, match="n_frames_per_step of .* must be the model's"):
         encoder("[AUDIO:a,n_frames_per_step=2] -> [TEXT:t]")
     with pytest.raises(OfakernValueError, match="col_type of .* must be like c:k:c, got 'rows'"):
         encoder("[STRUCT:db,col_type=rows] -> [TEXT:t]")
-    with pytest.raises(OfakernValueError, match="one run of text-like slots or one AUDIO slot"):
+    with pytest.raises(OfakernValueError, match="one run of text-like slots or one AUDIO, MOTION"):
         encoder("[TEXT:t] -> say [AUDIO:a]")
-    with pytest.raises(OfakernValueError, match="one run of text-like slots or one AUDIO slot"):
+    with pytest.raises(OfakernValueError, match="one run of text-like slots or one AUDIO, MOTION"):
         Encoder(build_plans("[TEXT:t] -> [AUDIO:a] ||| [TEXT:t] -> [TEXT:b]"), TOKENIZER)
     with pytest.raises(OfakernValueError, match="closed_sets must hold one"):
         encoder("[TEXT:s] -> [TEXT:t,closed_set]")

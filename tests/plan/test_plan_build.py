@@ -142,14 +142,15 @@ def test_defaults_follow_side_adaptor_and_preprocessor() -> None:
 
     assert chosen("[IMAGE:a] -> [IMAGE:b]") == [("image", "image_resnet"), ("image_vqgan", "image_vqgan")]
     assert chosen("[AUDIO:a] -> [AUDIO:b]") == [("audio", "audio_fbank"), ("audio", "audio_fbank")]
-    assert chosen("[IMAGE:a,adaptor=image_vqgan] -> [TEXT:t]")[0] == ("image_vqgan", "image_vqgan")
+    assert chosen("[TEXT:t] -> [IMAGE:a,adaptor=image_vqgan]")[1] == ("image_vqgan", "image_vqgan")
+    assert chosen("[VIDEO:a] -> [MOTION:b]") == [("video", "video_image_sequence"), ("motion_6d", "motion_6d")]
     assert chosen("[IMAGE:a,preprocess=imagenet] -> [TEXT:t]")[0] == ("imagenet", "image_resnet")
 
 
 def test_default_image_adaptor_fills_only_what_is_open() -> None:
-    text = "[IMAGE:a] [IMAGE:b,adaptor=image_vit] [IMAGE:c,preprocess=image_vqgan] -> [IMAGE:d]"
+    text = "[IMAGE:a] [IMAGE:b,adaptor=image_vit] [IMAGE:c,adaptor=image_resnet] -> [IMAGE:d]"
     plan = build_plan(text, default_image_adaptor="image_patch_embed")
-    assert [s.adaptor for s in plan.segments] == ["image_patch_embed", "image_vit", "image_vqgan", "image_vqgan"]
+    assert [s.adaptor for s in plan.segments] == ["image_patch_embed", "image_vit", "image_resnet", "image_vqgan"]
     with pytest.raises(OfakernValueError, match="default_image_adaptor must be one of image_resnet"):
         build_plan(text, default_image_adaptor="resnet")
 
@@ -190,6 +191,10 @@ RUNS_NOW = (
     "[PHONE:p] -> [AUDIO:a]",
     "[TEXT:t] -> [PHONE:p]",
     "[STRUCT:db,col_type=c:k:c] in words -> [TEXT:t]",
+    "[VIDEO:v] what happens? -> [TEXT:cap]",
+    "motion capture: [TEXT:t] -> [MOTION:m,preprocess=motion_6d,adaptor=motion_6d]",
+    "[MOTION:m,max_length=60] what is it? -> [TEXT:t]",
+    "[TEXT:t] -> [IMAGE:i,preprocess=image_vqgan,adaptor=image_vqgan]",
     "[IMAGE:img] [TEXT:q] what? -> it is [TEXT:a,closed_set]",
     "[IMAGE:img,adaptor=image_vit] what? -> ([BOX:b] [TEXT:t])*",
     "[IMAGE:img,adaptor=image_patch_embed] region: [BOX:b] -> [TEXT:t]",
@@ -207,11 +212,8 @@ def test_what_runs_now(text: str) -> None:
     ("text", "slot"),
     [
         ("[AUDIO:wav,preprocess=audio_embed] what? -> [TEXT:t]", "[AUDIO:wav]"),
-        ("[VIDEO:v] what? -> [TEXT:t]", "[VIDEO:v]"),
-        ("[TEXT:t] -> [MOTION:m]", "[MOTION:m]"),
         ("[STRUCT:db,preprocess=database,max_length=8] -> [TEXT:t]", "[STRUCT:db,max_length=8]"),
         ("[IMAGE:i] -> [CATEGORY:c]", "[CATEGORY:c]"),
-        ("[TEXT:t] -> [IMAGE:i]", "[IMAGE:i]"),
         ("[IMAGE:i,preprocess=imagenet] -> [TEXT:t]", "[IMAGE:i]"),
         ("[TEXT:q] -> [BOX:b]", "[BOX:b]"),
     ],

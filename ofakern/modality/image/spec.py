@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ofakern.instruction import Modality
-from ofakern.modality.spec import SOURCE, AdaptorSpec, AttributeSpec, ModalitySpec, PreprocessorSpec, attributes
+from ofakern.modality.spec import SOURCE, TARGET, AdaptorSpec, AttributeSpec, ModalitySpec, PreprocessorSpec, attributes
 
 __all__ = ["SPEC"]
 
@@ -12,7 +12,6 @@ _ATTRIBUTES = attributes(
     AttributeSpec("mask_ratio", "float", "blank the centre square of this share of the side", minimum=0, maximum=1),
 )
 _NO_AUGMENTATION = "its random training augmentation is not available yet"
-_NO_CODES = "the image tokenizer is not available yet"
 
 SPEC = ModalitySpec(
     modality=Modality.IMAGE,
@@ -28,17 +27,16 @@ SPEC = ModalitySpec(
             "image_vqgan",
             ("image_vqgan",),
             attributes(AttributeSpec("length", "int", "keep this many codes", minimum=1)),
+            sides=TARGET,
             generator="image_codes",
             postprocess="image",
-            available=False,
-            note=_NO_CODES,
         ),
     },
     adaptors={
         "image_resnet": AdaptorSpec("image_resnet", sides=SOURCE),
         "image_vit": AdaptorSpec("image_vit", sides=SOURCE),
         "image_patch_embed": AdaptorSpec("image_patch_embed", sides=SOURCE),
-        "image_vqgan": AdaptorSpec("image_vqgan", available=False, note=_NO_CODES),
+        "image_vqgan": AdaptorSpec("image_vqgan", sides=TARGET),
     },
     default_preprocessor="image",
     default_adaptor="image_resnet",

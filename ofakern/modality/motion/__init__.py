@@ -1,1 +1,1 @@
-"""MOTION slots: they parse and plan; `spec.py` says what they accept."""
+"""Motions of a skeleton."""

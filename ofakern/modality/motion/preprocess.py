@@ -17,7 +17,7 @@ from ofakern.modality.image.preprocess import FileSource
 from ofakern.modality.motion.features import MotionCoder
 from ofakern.modality.motion.skeleton import Motion, Skeleton
 
-__all__ = ["MotionClip", "MotionSettings", "load_motion"]
+__all__ = ["MotionClip", "MotionSettings", "encode_motion", "load_motion"]
 
 PERSON = 1.7  # metres, the height that a skeleton is taken to have
 
@@ -76,6 +76,11 @@ class MotionClip:
     window: bool = False
     anchor_frame: int | None = None
 
+    @classmethod
+    def of(cls, attributes: Mapping[str, Any]) -> MotionClip:
+        """From a slot's attributes."""
+        return cls(**attributes)
+
     def __call__(self, motion: Motion, most: int, rng: np.random.Generator | None, where: str) -> Motion:
         """rng: of training, None elsewhere. Raises DataError for a motion that is too short."""
         if self.sample_rate > 1:
@@ -125,7 +130,8 @@ def encode_motion(
     taken = clip(motion.at_rate(config.frame_time), config.max_frames, rng, where)
     if len(taken) == 0:
         raise DataError(f"{where}: motion must have frames, got none")
-    return config.coder().encode(taken, clip.anchor_frame, where)
+    features: Tensor = config.coder().encode(taken, clip.anchor_frame, where)
+    return features
 
 
 def _read(name: str | Path, where: str, files: FileSource | None) -> bytes:

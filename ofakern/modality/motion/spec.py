@@ -7,7 +7,6 @@ from ofakern.modality.spec import AdaptorSpec, AttributeSpec, ModalitySpec, Prep
 
 __all__ = ["SPEC"]
 
-_NOTE = "motion is not available yet"
 _ATTRIBUTES = attributes(
     AttributeSpec("min_length", "int", "frames at least", minimum=1),
     AttributeSpec("max_length", "int", "frames at most", minimum=1),
@@ -27,13 +26,9 @@ SPEC = ModalitySpec(
             criterion="diffusion",
             generator="diffusion",
             postprocess="motion",
-            available=False,
-            note=_NOTE,
         ),
     },
-    adaptors={"motion_6d": AdaptorSpec("motion_6d", available=False, note=_NOTE)},
+    adaptors={"motion_6d": AdaptorSpec("motion_6d")},
     default_preprocessor="motion_6d",
     default_adaptor="motion_6d",
-    available=False,
-    note=_NOTE,
 )

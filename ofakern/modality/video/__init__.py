@@ -1,1 +1,1 @@
-"""VIDEO slots: they parse and plan; `spec.py` says what they accept."""
+"""Videos."""

@@ -7,18 +7,14 @@ from ofakern.modality.spec import SOURCE, AdaptorSpec, ModalitySpec, Preprocesso
 
 __all__ = ["SPEC"]
 
-_NOTE = "video is not available yet"
-
 SPEC = ModalitySpec(
     modality=Modality.VIDEO,
     preprocessors={
-        "video": PreprocessorSpec("video", ("video_image_sequence",), sides=SOURCE, available=False, note=_NOTE),
+        "video": PreprocessorSpec("video", ("video_image_sequence",), sides=SOURCE),
     },
     adaptors={
-        "video_image_sequence": AdaptorSpec("video_image_sequence", sides=SOURCE, available=False, note=_NOTE),
+        "video_image_sequence": AdaptorSpec("video_image_sequence", sides=SOURCE),
     },
     default_preprocessor="video",
     default_adaptor="video_image_sequence",
-    available=False,
-    note=_NOTE,
 )
