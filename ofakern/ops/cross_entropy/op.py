@@ -1,0 +1,208 @@
+"""The registered ops `ofakern::cross_entropy_fwd`, `cross_entropy_fwd_grad` and `cross_entropy_bwd`, and the autograd.
+
+`token_losses` gives per-token losses whose backward computes the scores a second time (four products in all).
+`summed_loss` knows that every token's gradient is the same number, so its forward computes the gradients of the sum
+with the losses (three products) and its backward multiplies them by that number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofakern.errors import BackendError
+from ofakern.ops import native
+from ofakern.ops.cross_entropy.backends import BACKENDS
+from ofakern.ops.library import define, differentiate_once, kernel_ready, refuse_vmap
+
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? offsets, Tensor? ids, Tensor? allowed_range, "
+    "int always_allowed, float epsilon"
+)
+_HIDDEN, _WEIGHT, _BIAS = 0, 1, 2
+_TENSORS = 7  # how many of the inputs are tensors
+_LOSSES = "Tensor loss, Tensor nll, Tensor lse, Tensor best"
+_GRADIENTS = "Tensor dhidden, Tensor dweight, Tensor dbias"
+
+
+def token_losses(*inputs: Any, best: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """loss (differentiable) and nll f32 `[N]`, best int64 `[N]` (`[0]` when not wanted) of `_INPUTS` in that order."""
+    if _wants_gradient(inputs):
+        loss, nll, _, ids = _TokenLosses.apply(best, *inputs)  # type: ignore[no-untyped-call]
+    else:
+        loss, nll, _, ids = torch.ops.ofakern.cross_entropy_fwd(*inputs, best)
+    return loss, nll, ids
+
+
+def summed_loss(*inputs: Any, best: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of loss and nll, f32 `[]`, and best as above; the loss differentiates."""
+    if _wants_gradient(inputs):
+        loss, nll, ids = _SummedLoss.apply(best, *inputs)  # type: ignore[no-untyped-call]
+        return loss, nll, ids
+    loss, nll, _, ids = torch.ops.ofakern.cross_entropy_fwd(*inputs, best)
+    return loss.sum(), nll.sum(), ids
+
+
+def _wanted(inputs: tuple[Any, ...]) -> tuple[bool, bool, bool]:
+    hidden, weight, bias = (x is not None and x.requires_grad for x in inputs[:3])
+    return hidden, weight, bias
+
+
+def _wants_gradient(inputs: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(_wanted(inputs))
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(best: bool, *inputs: Any) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = torch.ops.ofakern.cross_entropy_fwd(*inputs, best)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        _, nll, lse, best = output
+        ctx.mark_non_differentiable(nll, lse, best)
+        ctx.save_for_backward(lse, *inputs[1 : 1 + _TENSORS])
+        ctx.numbers = inputs[1 + _TENSORS :]
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dloss is None:
+            return (None,) * (1 + _TENSORS + len(ctx.numbers))
+        lse, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:4]
+        grads = differentiate_once("cross_entropy_bwd", dloss, lse, *tensors, *ctx.numbers, *wanted)
+        return _gradients(grads, wanted, len(ctx.numbers))
+
+    vmap = staticmethod(refuse_vmap("cross_entropy"))
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, best: bool, *inputs: Any) -> tuple[Tensor, ...]:
+        wanted = ctx.needs_input_grad[1:4]
+        loss, nll, lse, ids, *grads = torch.ops.ofakern.cross_entropy_fwd_grad(*inputs, best, *wanted)
+        ctx.set_materialize_grads(False)
+        ctx.numbers = inputs[_TENSORS:]
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*grads)
+        else:
+            # Not saved tensors: the first backward hands them over; a second one computes them again.
+            ctx.grads = grads
+            ctx.save_for_backward(lse, *inputs[:_TENSORS])
+        total, nlls = loss.sum(), nll.sum()
+        ctx.mark_non_differentiable(nlls, ids)
+        return total, nlls, ids
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dloss is None:
+            return (None,) * (1 + _TENSORS + len(ctx.numbers))
+        wanted = ctx.needs_input_grad[1:4]
+        if torch.compiler.is_compiling():
+            grads = tuple(grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors)
+        elif torch.is_grad_enabled() or ctx.grads is None:
+            lse, *tensors = ctx.saved_tensors
+            each = dloss.expand(lse.shape)
+            grads = differentiate_once("cross_entropy_bwd", each, lse, *tensors, *ctx.numbers, *wanted)
+        else:
+            grads, ctx.grads = tuple(ctx.grads), None
+            if float(dloss) != 1.0:
+                for grad in grads:
+                    grad.mul_(dloss)
+        return _gradients(grads, wanted, len(ctx.numbers))
+
+    vmap = staticmethod(refuse_vmap("cross_entropy"))
+
+
+def _gradients(grads: tuple[Tensor, ...], wanted: tuple[bool, ...], numbers: int) -> tuple[Tensor | None, ...]:
+    given = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    return (None, *given, *[None] * (_TENSORS - 3 + numbers))
+
+
+def _module() -> Any:
+    reason = BACKENDS.unavailable["cpu"]
+    if reason is not None:
+        raise BackendError(f"cross_entropy: backend 'cpu' cannot run this call: {reason}")
+    return native.cpu
+
+
+def _prepare(inputs: tuple[Any, ...]) -> list[Any]:
+    return [kernel_ready(x) if isinstance(x, Tensor) else x for x in inputs]
+
+
+def _empty_losses(inputs: Any, best: bool) -> list[Tensor]:
+    tokens, device = inputs[_HIDDEN].shape[0], inputs[_HIDDEN].device
+    losses = [torch.empty(tokens, dtype=torch.float32, device=device) for _ in range(3)]
+    return [*losses, torch.empty(tokens if best else 0, dtype=torch.int64, device=device)]
+
+
+def _empty_gradients(inputs: Any, wanted: tuple[bool, ...]) -> list[Tensor]:
+    """A gradient that is not wanted is a tensor without elements: a schema cannot return `Tensor?`."""
+    return [
+        torch.empty(x.shape if want and x is not None else 0, dtype=inputs[0].dtype, device=inputs[0].device)
+        for x, want in zip(inputs[:3], wanted, strict=True)
+    ]
+
+
+def _forward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, best = arguments
+    return tuple(_run_forward(tuple(inputs), best, (False, False, False))[:4])
+
+
+def _forward_grad_cpu(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, best, wanted = arguments[:-4], arguments[-4], arguments[-3:]
+    return tuple(_run_forward(inputs, best, wanted))
+
+
+def _run_forward(inputs: tuple[Any, ...], best: bool, wanted: tuple[bool, ...]) -> list[Tensor]:
+    module, threads = _module(), torch.get_num_threads()
+    ready = _prepare(inputs)
+    losses, grads = _empty_losses(ready, best), _empty_gradients(ready, wanted)
+    given = [*losses[:3], losses[3] if best else None]
+    given += [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    workspace = torch.empty(module.cross_entropy_forward_workspace(*given, *ready, threads), dtype=torch.uint8)
+    module.cross_entropy_forward(*given, workspace, *ready, threads)
+    return [*losses, *grads]
+
+
+def _backward_cpu(dloss: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    module, threads = _module(), torch.get_num_threads()
+    inputs, wanted = arguments[:-3], arguments[-3:]
+    ready = _prepare(inputs)
+    grads = _empty_gradients(ready, wanted)
+    given = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    workspace = torch.empty(module.cross_entropy_backward_workspace(*given, *ready, threads), dtype=torch.uint8)
+    module.cross_entropy_backward(*given, workspace, kernel_ready(dloss), kernel_ready(lse), *ready, threads)
+    return tuple(grads)
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_empty_losses(arguments, arguments[-1]))
+
+
+def _forward_grad_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return (*_empty_losses(arguments, arguments[-4]), *_empty_gradients(arguments, arguments[-3:]))
+
+
+def _backward_fake(dloss: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_empty_gradients(arguments, arguments[-3:]))
+
+
+_WANTED = "bool wants_hidden, bool wants_weight, bool wants_bias"
+define("cross_entropy_fwd", f"({_INPUTS}, bool best) -> ({_LOSSES})", cpu=_forward_cpu, fake=_forward_fake)
+define(
+    "cross_entropy_fwd_grad",
+    f"({_INPUTS}, bool best, {_WANTED}) -> ({_LOSSES}, {_GRADIENTS})",
+    cpu=_forward_grad_cpu,
+    fake=_forward_grad_fake,
+)
+define(
+    "cross_entropy_bwd",
+    f"(Tensor dloss, Tensor lse, {_INPUTS}, {_WANTED}) -> ({_GRADIENTS})",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)
