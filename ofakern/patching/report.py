@@ -67,7 +67,7 @@ class PatchReport:
                 f"{type(swap.parent._modules.get(swap.name)).__name__} now)"
             )
         for swap in self.swaps:
-            swap.before.training = swap.after.training  # all the rest is shared between the two
+            _hand_back(swap.before, swap.after)
             swap.parent._modules[swap.name] = swap.before
         for cleanup in self.cleanups:
             cleanup()
@@ -90,3 +90,11 @@ class PatchReport:
         lines += [f"  {row.path:<{width}}  {row.before} -> {row.after}" for row in self.replaced]
         lines += [f"  {row.path:<{width}}  {row.kind} left alone: {row.reason}" for row in self.left_alone]
         return "\n".join(lines)
+
+
+def _hand_back(before: nn.Module, after: nn.Module) -> None:
+    """The mode set while patched goes back; all the rest is shared between the two."""
+    now = dict(after.named_modules())
+    for path, module in before.named_modules():
+        if path in now:
+            module.training = now[path].training

@@ -11,10 +11,19 @@ from functools import cache
 
 from torch import nn
 
-from ofakern.nn import dropin
+import ofakern.nn as nn_
 from ofakern.nn.dropin import CannotReplace, DropIn
+from ofakern.patching.ofa_hf import OFADecoder, OFAEncoder
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+
+# What may be replaced. The other layers of `ofakern.nn` need a caller that knows them.
+_LAYERS: tuple[type[DropIn], ...] = (
+    *(nn_.T5Attention, nn_.UMT5Attention, nn_.BloomAttention, nn_.MptAttention),
+    *(nn_.BeitAttention, nn_.BeitRelativePositionBias, nn_.PatchEmbeddings),
+    *(nn_.SwinAttention, nn_.SwinPatchEmbeddings, nn_.MultiheadAttention),
+    *(OFAEncoder, OFADecoder),
+)
 
 # Layers that hand each other a bias which no other class reads -> its name, and the end of the class name of the module
 # inside which all of them are replaced or none.
@@ -24,21 +33,13 @@ _TOGETHER = {
     "BeitRelativePositionBias": ("BEiT bias", "Model"),
 }
 
-# Layers that fit only where the caller is known -> callers that are, and why others are left.
-_KNOWN_CALLERS = {
-    "MultiheadAttention": (
-        ("torch.nn.TransformerEncoderLayer", "torch.nn.TransformerDecoderLayer"),
-        "its caller may ask for attention weights (need_weights=True is torch's default)",
-    ),
-    "TimmBeitAttention": ((), "its model may pass a dense shared bias"),
-}
+# torch's attention returns weights unless it is told not to; these callers tell it.
+_CALLERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 @cache
 def _layers() -> dict[str, type[DropIn]]:
-    found = [getattr(dropin, name) for name in dropin.__all__]
-    layers = [item for item in found if isinstance(item, type) and issubclass(item, DropIn)]
-    return {name: layer for layer in layers for name in layer.replaced_names}
+    return {name: layer for layer in _LAYERS for name in layer.replaced_names}
 
 
 def layer_for(module: nn.Module) -> type[DropIn] | None:
@@ -48,14 +49,16 @@ def layer_for(module: nn.Module) -> type[DropIn] | None:
 
 def replacement(module: nn.Module, layer: type[DropIn], parent: nn.Module) -> DropIn | str:
     """The layer in the module's place, sharing its parameters; or why there can be none."""
-    callers, why = _KNOWN_CALLERS.get(layer.__name__, (None, ""))
-    kind = type(parent)
-    known = callers is None or f"{kind.__module__.rpartition('.modules')[0]}.{kind.__name__}" in callers
     try:
         result = layer.replacing(module)
     except CannotReplace as error:
         return error.reason
-    return result if known else f"{why}; where it does not: ofakern.nn.{layer.__name__}.replacing(module)"
+    if layer is nn_.MultiheadAttention and not isinstance(parent, _CALLERS):
+        return (
+            "its caller may ask for attention weights (need_weights=True is torch's default); "
+            "where it does not: ofakern.nn.MultiheadAttention.replacing(module)"
+        )
+    return result
 
 
 def group_of(layer: type[DropIn], ancestors: Sequence[tuple[str, nn.Module]]) -> tuple[str, str] | None:

@@ -39,7 +39,7 @@ def patch(model: nn.Module) -> PatchReport:
         object.__setattr__(swap.after, _MARK, True)
         swap.parent._modules[swap.name] = swap.after
     replaced = tuple(
-        Replaced(path, type(swap.before).__name__, f"ofakern.nn.{type(swap.after).__name__}")
+        Replaced(path, type(swap.before).__name__, f"ofakern {type(swap.after).__name__}")
         for path, swap in swaps.items()
     )
     return PatchReport(

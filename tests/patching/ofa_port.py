@@ -289,9 +289,7 @@ class OFAEncoder(OFAPreTrainedModel):
             padding = torch.cat([image_padding, padding], 1)
         has_pads = padding.any()
         pos_embed = self.embed_positions(torch.arange(input_ids.size(1)).expand_as(input_ids))
-        x, _ = self.forward_embedding(
-            input_ids, image_embed, None, token_embeddings, pos_embed, image_pos_embed, None
-        )
+        x, _ = self.forward_embedding(input_ids, image_embed, None, token_embeddings, pos_embed, image_pos_embed, None)
         if has_pads:
             x = x * (1 - padding.unsqueeze(-1).type_as(x))
         pos_embed = self.pos_ln(pos_embed)
@@ -355,7 +353,7 @@ class OFADecoder(OFAPreTrainedModel):
         length = input_shape[-1]
         mask = None
         if length > 1:
-            mask = torch.full((length, length), torch.finfo(dtype).min).triu(1).to(dtype)[None, None]
+            mask = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)[None, None]
         if attention_mask is not None:
             expanded = _expand_mask(attention_mask, dtype, length)
             mask = expanded if mask is None else mask + expanded

@@ -158,7 +158,26 @@ def test_beit_keeps_outputs_and_gradients(options, training: bool, implementatio
     model = without_dropout(beit(**options)).train(training)
     model.set_attn_implementation(implementation)
     report = assert_patch_keeps(model, look(32))
-    assert {row.before for row in report.replaced} == {"BeitAttention", "BeitRelativePositionBias"}
+    kinds = {"BeitAttention", "BeitRelativePositionBias", "BeitPatchEmbeddings"}
+    assert {row.before for row in report.replaced} == kinds
+
+
+def swin() -> nn.Module:
+    config = transformers.SwinConfig(
+        **{"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "image_size": 32, "patch_size": 2},
+        drop_path_rate=0.0,
+    )
+    model = transformers.SwinModel(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize(("training", "size"), [(False, 32), (True, 28)], ids=["eval", "train, padded windows"])
+def test_swin_keeps_outputs_and_gradients(training: bool, size: int) -> None:
+    report = assert_patch_keeps(without_dropout(swin()).train(training), look(size))
+    assert [row.before for row in report.replaced] == ["SwinPatchEmbeddings"] + ["SwinAttention"] * 4
 
 
 def test_beit_with_another_image_size() -> None:
@@ -169,7 +188,7 @@ def test_beits_bias_and_attention_go_together() -> None:
     model = beit()
     model.layers[0].attention.forward = model.layers[0].attention.forward
     report = ofakern.patch(model)
-    assert not report.replaced and len(report.left_alone) == 4
+    assert [row.before for row in report.replaced] == ["BeitPatchEmbeddings"] and len(report.left_alone) == 4
     assert sum("shares the BEiT bias with layers.0.attention" in row.reason for row in report.left_alone) == 3
 
 
@@ -209,7 +228,14 @@ def test_gradient_checkpointing() -> None:
     assert_patch_keeps(model, translate)
 
 
-CHECKPOINTS = [(t5, translate), (umt5, translate), (bloom, complete("left")), (mpt, complete("left")), (beit, look(32))]
+CHECKPOINTS = [
+    (t5, translate),
+    (umt5, translate),
+    (bloom, complete("left")),
+    (mpt, complete("left")),
+    (beit, look(32)),
+    (swin, look(32)),
+]
 
 
 @pytest.mark.parametrize(("build", "run"), CHECKPOINTS)
