@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ofakern import GeneralistModel, Task, Trainer
+from ofakern.data.example import PreprocessConfig
+from ofakern.data.readers import open_files
 from ofakern.modality.audio.adaptor import AudioFbankConfig
+from ofakern.modality.audio.preprocess import speech_statistics
 from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import OFAConfig
 
@@ -49,7 +52,9 @@ def small_model() -> GeneralistModel:
         dim=64, ffn_dim=128, heads=4, encoder_layers=2, decoder_layers=2, dropout=0.0, init_std=0.08,
         adaptors=(text, audio),
     )  # fmt: skip
-    return GeneralistModel(config, vocab_size=300, bins=0)
+    mean, std = speech_statistics((row["wav"] for row in rows(5)), files=open_files(DATA))
+    preprocess = PreprocessConfig(max_source_length=64, max_target_length=64, speech_mean=mean, speech_std=std)
+    return GeneralistModel(config, vocab_size=300, bins=0, preprocess=preprocess)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

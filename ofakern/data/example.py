@@ -52,8 +52,8 @@ class PreprocessConfig:
     image read. audio_rate, speech_rate: samples a second of sound that is heard and of speech that is written;
     audio_tokens: most tokens of heard sound and most steps of written speech; frames_per_step: frames that make one
     step; speech_mean, speech_std: per mel bin, taken out of the frames that are learnt and put back into written ones
-    (empty: neither). video_size, video_frames: side of the square frames (pixels) and how many are taken of a video.
-    motion: what all motions share.
+    (`speech_statistics` finds them; empty: neither). video_size, video_frames: side of the square frames (pixels) and
+    how many are taken of a video. motion: what all motions share.
     """
 
     image_size: int = 480

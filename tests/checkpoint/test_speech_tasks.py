@@ -121,6 +121,22 @@ def test_a_sample_alone_and_in_a_batch(trained: tuple[GeneralistModel, Any]) -> 
             assert torch.allclose(found.network(PackedBatch.collate([example])), part, atol=1e-4)
 
 
+def test_a_resumed_run_gives_the_same_bits(tmp_path: Path) -> None:
+    """The pre-net's dropout and the post-net's statistics included."""
+
+    def run(name: str, resume: Path | None = None) -> GeneralistModel:
+        task = Task("say", "[PHONE:ph] -> [AUDIO:wav]", micro_batch_size=2).add_dataset(rows()[:2])
+        found = model()
+        trainer = Trainer(max_updates=4, save_every=2, progress=False, output_dir=tmp_path / name)
+        trainer.fit(model=found, tasks=[task], resume=resume)
+        return found
+
+    whole, resumed = run("whole"), run("resumed", tmp_path / "whole" / "checkpoint-00000002")
+    again = resumed.network.state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in whole.network.state_dict().items())
+    assert any("running_mean" in key and value.any() for key, value in again.items())
+
+
 def test_guided_attention_is_part_of_the_loss_where_it_is_asked_for() -> None:
     task = Task("say", "[PHONE:ph] -> [AUDIO:wav]").add_dataset(rows())
     losses = []

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ofakern.errors import DataError, OfakernRuntimeError, OfakernValueError
 from ofakern.modality.audio.features import griffin_lim, resample, sound_frames, speech_frames
-from ofakern.modality.audio.preprocess import AudioTransform, load_audio, pack_frames, spec_augment
+from ofakern.modality.audio.preprocess import AudioTransform, load_audio, pack_frames, spec_augment, speech_statistics
 
 MAIN = Path(__file__).parents[1] / "golden" / "ofasys" / "main"
 WAVES = [MAIN / "raw" / name for name in ("wav1.wav", "wav2.wav")]
@@ -166,6 +166,17 @@ def test_ready_frames_normalisation_and_steps() -> None:
     assert torch.equal(pack_frames(frames, 1), frames)
     known = AudioTransform(frames_per_step=2, mean=(5.0,) * 80, std=(3.0,) * 80)
     assert torch.allclose(known.restore(known.target(frames)), frames[:8], atol=1e-5)
+
+
+def test_statistics_of_speech() -> None:
+    frames = torch.cat([AudioTransform().target(path) for path in WAVES])
+    mean, std = speech_statistics(WAVES)
+    assert torch.allclose(torch.tensor(mean), frames.mean(0), atol=1e-4)
+    assert torch.allclose(torch.tensor(std), frames.std(0, correction=0), atol=1e-4)
+    with pytest.raises(DataError, match="at least one sound, got 0"):
+        speech_statistics([])
+    with pytest.raises(DataError, match="value 1: sound must be an existing file"):
+        speech_statistics([WAVES[0], "nowhere.wav"])
 
 
 def test_spec_augment_hides_one_band_and_one_span() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ofakern.modality.audio.adaptor import MEL_BINS, tokens_of
 from ofakern.modality.audio.features import N_FFT, resample, sound_frames, speech_frames
 from ofakern.modality.image.preprocess import FileSource
 
-__all__ = ["AudioTransform", "load_audio", "pack_frames", "spec_augment"]
+__all__ = ["AudioTransform", "load_audio", "pack_frames", "spec_augment", "speech_statistics"]
 
 # Of a row's own words: what holds so many samples is no list of channels.
 _MOST_CHANNELS = 16
@@ -90,6 +90,24 @@ class AudioTransform:
         """Written steps `[steps, F]` as log-mel frames f32 `[frames, 80]`."""
         frames = steps.float().reshape(-1, MEL_BINS)
         return frames * torch.tensor(self.std) + torch.tensor(self.mean) if self.mean else frames
+
+
+def speech_statistics(
+    values: Iterable[Any], rate: int = 16_000, *, files: FileSource | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of written speech per mel bin over all frames of `values` (anything a row may hold): what
+    `PreprocessConfig(speech_mean=, speech_std=)` takes. Raises DataError for sound that cannot be used, and for none.
+    """
+    transform = AudioTransform(speech_rate=rate, most=1 << 62)
+    count, total, squares = 0, torch.zeros(MEL_BINS, dtype=torch.float64), torch.zeros(MEL_BINS, dtype=torch.float64)
+    for number, value in enumerate(values):
+        frames = transform.target(value, where=f"speech_statistics: value {number}", files=files).double()
+        count, total, squares = count + len(frames), total + frames.sum(0), squares + frames.square().sum(0)
+    if not count:
+        raise DataError("speech_statistics: values must hold at least one sound, got 0")
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=1e-10).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def pack_frames(frames: Tensor, count: int) -> Tensor:
