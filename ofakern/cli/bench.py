@@ -16,6 +16,7 @@ _EPILOG = """examples:
   ofakern bench attention --case ofa_base_enc_1024 --dtype bf16 --threads 1
   ofakern bench attention --case long_16384 --dtype f32
   ofakern bench attention --quick --compare old.json
+  ofakern bench patch --case t5_base_enc_1024 --dtype bf16
   ofakern bench all --quick --json now.json
 
 Needs a checkout of the repository (benchmarks/ and tests/ops/): the op's own tests decide whether it may be timed."""

@@ -11,6 +11,7 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/ARCHITECTURE.md",
+    "docs/PATCH.md",
     "benchmarks/results/README.md",
     *sorted(
         str(page.relative_to(ROOT)) for half in ("csrc", "ofakern") for page in ROOT.glob(f"{half}/ops/*/README.md")
