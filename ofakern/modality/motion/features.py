@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ofakern.errors import DataError
-from ofakern.modality.motion.rotations import axis_rotation, matrix_to_euler, matrix_to_sixd, sixd_to_matrix
+from ofakern.modality.motion.rotations import axis_rotation, matrix_to_euler
 from ofakern.modality.motion.skeleton import Motion, Skeleton
+from ofakern.ops.rotation_6d import rotation_6d, rotation_6d_of
 
 __all__ = ["MotionCoder", "heading", "orthonormal_features"]
 
@@ -52,12 +53,12 @@ class MotionCoder:
         speed[1:] = place[1:] - place[:-1]
         back = axis_rotation("Y", -heading(turns[:, 0]))
         local = (back @ speed[:, :, None])[:, :, 0] * _SPEED_FACTOR
-        return torch.cat([place, local, matrix_to_sixd(turns).flatten(1)], dim=1).float()
+        return torch.cat([place, local, rotation_6d_of(turns).flatten(1)], dim=1).float()
 
     def decode(self, features: Tensor, frame_time: float) -> Motion:
         """The motion of predicted features `[T, D]`, whatever numbers they are."""
         wide = features.detach().cpu().double()
-        turns = sixd_to_matrix(_sixd(wide))
+        turns = rotation_6d(_sixd(wide))
         forward = axis_rotation("Y", heading(turns[:, 0]))
         moved = (forward @ wide[:, _SPEED, None])[:, :, 0] / _SPEED_FACTOR
         place = wide[:, _PLACE].clone()
@@ -88,8 +89,8 @@ def heading(root: Tensor) -> Tensor:
 
 def orthonormal_features(features: Tensor) -> Tensor:
     """Predicted features `[N, D]` with every rotation made one."""
-    turns = sixd_to_matrix(_sixd(features))
-    return torch.cat([features[:, :_TURNS], matrix_to_sixd(turns).flatten(1)], dim=1)
+    turns = rotation_6d(_sixd(features))
+    return torch.cat([features[:, :_TURNS], rotation_6d_of(turns).flatten(1)], dim=1)
 
 
 def _sixd(features: Tensor) -> Tensor:

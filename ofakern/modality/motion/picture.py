@@ -12,6 +12,7 @@ from ofakern.modality.motion.skeleton import Motion
 
 __all__ = ["save_animation", "save_strip"]
 
+_INCHES = 2.4  # height of a pose
 _LEFT, _RIGHT, _MIDDLE = "#1f77b4", "#d62728", "#333333"
 
 
@@ -25,10 +26,12 @@ def save_strip(motion: Motion, path: str | Path, poses: int = 8) -> None:
     plt = _pyplot()
     points = _points(motion)
     moments = np.linspace(0, len(points) - 1, min(poses, len(points))).round().astype(int)
-    figure, axes = plt.subplots(1, len(moments) + 1, figsize=(1.6 * (len(moments) + 1), 3.0), squeeze=False)
-    low, high, reach = _extent(points)
+    extent = _extent(points)
+    widths = [_INCHES * _shape(extent)] * len(moments) + [_INCHES]
+    size = (sum(widths) + 0.3, _INCHES + 0.4)
+    figure, axes = plt.subplots(1, len(widths), figsize=size, width_ratios=widths, squeeze=False)
     for axis, moment in zip(axes[0], moments, strict=False):
-        _draw(axis, motion, points[moment], low, high, reach)
+        _draw(axis, motion, points[moment], extent)
         axis.set_title(f"{moment * motion.frame_time:.2f} s", fontsize=9)
     _draw_way(axes[0][-1], points[:, 0], moments)
     figure.tight_layout()
@@ -44,12 +47,12 @@ def save_animation(motion: Motion, path: str | Path, frames: int = 60) -> None:
     points = _points(motion)
     step = max(1, -(-len(points) // max(frames, 1)))
     shown = points[::step]
-    figure, axis = plt.subplots(figsize=(2.6, 3.2))
     extent = _extent(points)
+    figure, axis = plt.subplots(figsize=(_INCHES * _shape(extent), _INCHES))
 
     def draw(number: int) -> list[Any]:
         axis.clear()
-        _draw(axis, motion, shown[number], *extent)
+        _draw(axis, motion, shown[number], extent)
         return []
 
     rate = 1.0 / (motion.frame_time * step)
@@ -64,22 +67,34 @@ def _points(motion: Motion) -> np.ndarray:
     return points
 
 
+def _seen(points: np.ndarray) -> np.ndarray:
+    """`[..., points, 2]` of poses `[..., points, 3]`: from an oblique front, the root in the middle."""
+    from_root = points - points[..., :1, :]
+    return np.stack([from_root[..., 0] + 0.35 * from_root[..., 2], points[..., 1]], axis=-1)
+
+
 def _extent(points: np.ndarray) -> tuple[float, float, float]:
     """(lowest, highest) of the height, and how far a pose reaches to either side of its root."""
-    reach = np.abs(points[:, :, [0, 2]] - points[:, :1, [0, 2]]).max()
-    return float(points[..., 1].min()), float(points[..., 1].max()), float(reach)
+    seen = _seen(points)
+    low, high = float(seen[..., 1].min()), float(seen[..., 1].max())
+    return low, max(high, low + 1e-6), max(float(np.abs(seen[..., 0]).max()), 1e-6)
 
 
-def _draw(axis: Any, motion: Motion, pose: np.ndarray, low: float, high: float, reach: float) -> None:
-    """A pose from an oblique front, its root in the middle."""
+def _shape(extent: tuple[float, float, float]) -> float:
+    """Width over height of a pose's picture."""
+    low, high, reach = extent
+    return float(np.clip(2 * reach / (high - low), 0.4, 2.0))
+
+
+def _draw(axis: Any, motion: Motion, pose: np.ndarray, extent: tuple[float, float, float]) -> None:
     names = [joint.name.lower() for joint in motion.skeleton.joints]
-    side = (pose[:, 0] - pose[0, 0]) + 0.35 * (pose[:, 2] - pose[0, 2])
+    seen, (low, high, reach) = _seen(pose), extent
     for first, second in motion.bones():
         name = names[second] if second < len(names) else names[first]
         colour = _LEFT if name.startswith("l") else _RIGHT if name.startswith("r") else _MIDDLE
-        axis.plot(side[[first, second]], pose[[first, second], 1], color=colour, linewidth=1.8, solid_capstyle="round")
-    margin = 0.05 * max(high - low, 1e-9)
-    axis.set_xlim(-1.35 * reach, 1.35 * reach)
+        axis.plot(*seen[[first, second]].T, color=colour, linewidth=1.8, solid_capstyle="round")
+    margin = 0.05 * (high - low)
+    axis.set_xlim(-1.05 * reach, 1.05 * reach)
     axis.set_ylim(low - margin, high + margin)
     axis.set_aspect("equal")
     axis.axis("off")

@@ -1,16 +1,11 @@
-"""Rotations: Euler angles in any axis order, 3 x 3 matrices, and the 6-D form (a matrix's first two columns).
-
-The 6-D form is continuous, so networks can predict it; any six numbers become a rotation by Gram-Schmidt. Source:
-Zhou et al. 2019.
-"""
+"""Rotations: Euler angles in any axis order and 3 x 3 matrices. (Their 6-D form is the op rotation_6d.)"""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["axis_rotation", "euler_to_matrix", "matrix_to_euler", "matrix_to_sixd", "sixd_to_matrix"]
+__all__ = ["axis_rotation", "euler_to_matrix", "matrix_to_euler"]
 
 _AXES = "XYZ"
 _NEARLY_UP = 1.0 - 1e-7  # sine of a middle angle beyond which the outer two turn about the same axis
@@ -44,16 +39,3 @@ def matrix_to_euler(matrix: Tensor, order: str) -> Tensor:
     third = torch.atan2(-sign * matrix[..., i, j], matrix[..., i, i])
     first = torch.where(locked, torch.atan2(sign * matrix[..., k, j], matrix[..., j, j]), first)
     return torch.stack([first, sine.asin(), third.where(~locked, 0.0)], dim=-1)
-
-
-def matrix_to_sixd(matrix: Tensor) -> Tensor:
-    """`[..., 3, 3]` to `[..., 6]`: the first column, then the second."""
-    return torch.cat([matrix[..., 0], matrix[..., 1]], dim=-1)
-
-
-def sixd_to_matrix(sixd: Tensor) -> Tensor:
-    """Any `[..., 6]` to rotations `[..., 3, 3]`: the first three normalised, the next made orthogonal to them."""
-    x = F.normalize(sixd[..., :3], dim=-1)
-    raw = sixd[..., 3:]
-    y = F.normalize(raw - (x * raw).sum(-1, keepdim=True) * x, dim=-1)
-    return torch.stack([x, y, torch.linalg.cross(x, y, dim=-1)], dim=-1)
