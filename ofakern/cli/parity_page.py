@@ -125,6 +125,7 @@ def markdown(results: Mapping[Path, Sequence[CaseResult]], backend: str) -> str:
         "",
         "- *adaptors*, *bias*: embeddings, positions, and the bias matrices that tables and coordinates stand for;",
         "- *encoder*, *decoder*: the states before, between and after all layers;",
+        "- *cross attention*: what the last layer's target tokens give to the source, mean over the heads;",
         "- *any order*: each sample alone and the batch reversed, against the same recording;",
         "- *incremental*: one token at a time over the key-value cache;",
         "- *gradients*, *gradient norms*: of the smoothed loss per token, for every parameter. Key biases have the",
