@@ -1,7 +1,7 @@
 """OFA's drop-in layers against what the Hugging Face port itself computed (tests/golden/ofa_hf).
 
-States, logits and gradients: the layers stand between the recorded embeddings and the recorded logits, on positions from
-the port's own parameters.
+States, logits and gradients: the layers stand between the recorded embeddings and the recorded logits, on positions
+from the port's own parameters.
 """
 
 from __future__ import annotations
