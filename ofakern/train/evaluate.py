@@ -57,7 +57,8 @@ def evaluate(
         for task in tasks:
             rows = task.rows(split)
             if rows is not None:
-                with torch.random.fork_rng():
+                device = next(network.parameters()).device
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                     torch.manual_seed(seed)
                     found[task.name] = _evaluate_task(model, task, split, seed, bf16)
         return found

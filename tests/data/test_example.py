@@ -57,6 +57,19 @@ def test_repeated_groups_unroll_columns_on_both_sides() -> None:
     assert example.prefix_length == 0
 
 
+def test_sounds_repeat_and_are_hidden_in_training_only() -> None:
+    row = {"a": [torch.randn(1600), torch.randn(3200)], "t": ["red", "cat"], "y": "yes"}
+    text = "([AUDIO:a,freq_mask=20,time_mask=4] [TEXT:t])* -> [TEXT:y]"
+    example = encoder(text, "valid")(row)
+    assert [segment.adaptor for segment in example.source] == ["audio_fbank", "text"] * 2
+    assert [segment.length for segment in example.source[::2]] == [1, 3]  # 8 and 18 frames
+    again, trained = encoder(text, "valid")(row, 0, rng(1)), encoder(text)(row, 0, rng(1))
+    assert torch.equal(again.source[2].value, example.source[2].value)
+    assert not torch.equal(trained.source[2].value, example.source[2].value)
+    batch = PackedBatch.collate([example])
+    assert [tuple(values.value.shape) for values in batch.source.segments if values.adaptor != "text"] == [(2, 18, 80)]
+
+
 def test_a_group_that_mixes_kinds_repeats_its_segments() -> None:
     row = {"img": [IMAGE, Image.new("RGB", (20, 20), "blue")], "t": ["red", "blue"], "a": "yes"}
     example = encoder("see: ([IMAGE:img] is [TEXT:t])* ? -> [TEXT:a]", "test")(row)
