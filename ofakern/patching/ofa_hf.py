@@ -1,16 +1,13 @@
 """OFA's Hugging Face port: its encoder and decoder hand positions to their layers, where the port hands on `[B*H,T,S]`.
 
-The bias is made by the stack and read by its layers, so a stack is replaced with all of them. The replacement is of a
-subclass of the replaced stack's own class: everything but `forward` stays as it is.
+The bias is made by the stack and read by its layers, so a stack is replaced with all of them.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +15,15 @@ from torch import Tensor, nn
 from ofakern.errors import OfakernValueError
 from ofakern.nn import OFADecoderLayer, OFAEncoderLayer, OFAPositions, PositionBias
 from ofakern.nn.dropin import DropIn
+from ofakern.patching.around import Around, each_replaced
 
 _TABLES = ("token_bucket_size", "token_rel_pos_table_list", "token_rp_bucket")
 
 
-class _Stack(DropIn):
-    """A stack whose layers are drop-in layers, around the replaced stack's own class."""
+class _Stack(Around):
+    """A stack whose layers are drop-in layers."""
 
     layer_class: ClassVar[type[DropIn]]
-    home: ClassVar[str | None] = None  # the module of the replaced class, where its output classes are
 
     layers: Sequence[nn.Module]
     num_attention_heads: int
@@ -36,29 +33,13 @@ class _Stack(DropIn):
     token_rel_pos_table_list: Sequence[nn.Embedding]
 
     @classmethod
-    def replacing(cls, module: nn.Module) -> Self:
-        if cls.home is None and type(module).__name__ in cls.replaced_names:
-            kind = type(module)
-            around: type[Self] = type(cls.__name__, (cls, kind), {"home": kind.__module__})
-            return around.replacing(module)
-        return super().replacing(module)
-
-    @classmethod
     def refusal(cls, module: Any) -> str | None:
         for layer in module.layers:
             cls.layer_class.replacing(layer)  # raises with the layer's own reason
         return None
 
     def adopt(self) -> None:
-        # Containers of their own: the replaced stack keeps its layers.
-        layers: Any = copy(self.layers)
-        layers._modules = {name: self.layer_class.replacing(layer) for name, layer in layers._modules.items()}
-        vars(self)["_modules"] = dict(self._modules) | {"layers": layers}
-
-    def output(self, name: str, **fields: Any) -> Any:
-        """One of the port's own output classes."""
-        assert self.home is not None
-        return getattr(sys.modules[self.home], name)(**fields)
+        self.hold(layers=each_replaced(self.layers, self.layer_class))
 
     def projected(self, linear: nn.Module, positions: Tensor) -> Tensor:
         """`[B,T,D]` to `[B,T,H,P]`."""
@@ -128,8 +109,7 @@ class OFAEncoder(_Stack):
             x = layer(x, seen, attn_bias=replace(bias, tables=(layout.table(*weights),)))[0]
         states = None if states is None else (*states, x)
         x = x if this.layer_norm is None else this.layer_norm(x)
-        return self.output(
-            "OFAEncoderOutput",
+        return self.named_there("OFAEncoderOutput")(
             **{"last_hidden_state": x, "padding_mask": padding, "hidden_states": states, "attentions": None},
             position_embedding=positions,
         )
@@ -208,8 +188,7 @@ class OFADecoder(_Stack):
         states = None if states is None else (*states, x)
         x = x if this.layer_norm is None else this.layer_norm(x)
         x = x if this.output_projection is None else this.output_projection(x)
-        return self.output(
-            "BaseModelOutputWithPastAndCrossAttentions",
+        return self.named_there("BaseModelOutputWithPastAndCrossAttentions")(
             **{"last_hidden_state": x, "past_key_values": caches, "hidden_states": states},
             **{"attentions": None, "cross_attentions": None},
         )

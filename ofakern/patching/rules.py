@@ -14,6 +14,7 @@ from torch import nn
 import ofakern.nn as nn_
 from ofakern.nn.dropin import CannotReplace, DropIn
 from ofakern.patching.ofa_hf import OFADecoder, OFAEncoder
+from ofakern.patching.ofasys import OFASysDecoder, OFASysEncoder
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 
@@ -22,7 +23,7 @@ _LAYERS: tuple[type[DropIn], ...] = (
     *(nn_.T5Attention, nn_.UMT5Attention, nn_.BloomAttention, nn_.MptAttention),
     *(nn_.BeitAttention, nn_.BeitRelativePositionBias, nn_.PatchEmbeddings),
     *(nn_.SwinAttention, nn_.SwinPatchEmbeddings, nn_.MultiheadAttention),
-    *(OFAEncoder, OFADecoder),
+    *(OFAEncoder, OFADecoder, OFASysEncoder, OFASysDecoder),
 )
 
 # Layers that hand each other a bias which no other class reads -> its name, and the end of the class name of the module
@@ -44,7 +45,10 @@ def _layers() -> dict[str, type[DropIn]]:
 
 def layer_for(module: nn.Module) -> type[DropIn] | None:
     """The drop-in class for modules of this name; `replacement` still looks at the attributes and the caller."""
-    return _layers().get(type(module).__name__)
+    layer = _layers().get(type(module).__name__)
+    if layer in (OFASysEncoder, OFASysDecoder) and not hasattr(module, "adaptor"):
+        return None  # torch's classes have these names too; what is inside them may be replaced
+    return layer
 
 
 def replacement(module: nn.Module, layer: type[DropIn], parent: nn.Module) -> DropIn | str:
