@@ -247,6 +247,10 @@ def test_refusals() -> None:
     patched.forward = original.forward
     with pytest.raises(CannotReplace, match="forward of its own"):
         T5Attention.replacing(patched)
+    compiled = layer(HFT5Attention)
+    compiled.compile()
+    with pytest.raises(CannotReplace, match="must not be compiled in place yet"):
+        T5Attention.replacing(compiled)
     with pytest.raises(OfakernValueError, match="output_attentions must not be given"):
         ours(x, output_attentions=True)
     with pytest.raises(OfakernValueError, match="position_bias must be what"):

@@ -48,8 +48,7 @@ class DropIn(nn.Module):
         where = f"{cls.__name__}.replacing"
         if isinstance(module, DropIn):
             raise CannotReplace(f"{where}: module must not be a drop-in layer already, got {type(module).__name__}")
-        names = {base.__name__ for base in type(module).__mro__[:1]}
-        if not names & set(cls.replaced_names):
+        if type(module).__name__ not in cls.replaced_names:
             expected = " or ".join(cls.replaced_names)
             raise CannotReplace(f"{where}: module must be {expected}, got {type(module).__name__}")
         missing = [name for name in cls.needed if not hasattr(module, name)]
@@ -57,6 +56,9 @@ class DropIn(nn.Module):
             raise CannotReplace(f"{where}: module must have {', '.join(cls.needed)}, got none of {', '.join(missing)}")
         if "forward" in vars(module):
             raise CannotReplace(f"{where}: module must not carry a forward of its own instance, got one")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            # The compiled call is bound to the module it was made for: ours would run the replaced forward.
+            raise CannotReplace(f"{where}: module must not be compiled in place yet, got one that is")
         reason = cls.refusal(module)
         if reason is not None:
             raise CannotReplace(f"{where}: {reason}")

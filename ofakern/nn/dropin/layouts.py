@@ -28,7 +28,7 @@ from ofakern.ops.library import LIBRARY, refuse_vmap
 T = TypeVar("T")
 
 _ENTRIES = 64
-_CONTENT_ENTRIES = 8
+_CONTENT_ENTRIES = 4  # each keeps a copy of its masks
 
 
 class Term(ABC):
