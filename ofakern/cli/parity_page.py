@@ -128,7 +128,7 @@ def markdown(results: Mapping[Path, Sequence[CaseResult]], backend: str) -> str:
         "- *cross attention*: what the last layer's target tokens give to the source, mean over the heads;",
         "- *any order*: each sample alone and the batch reversed, against the same recording;",
         "- *incremental*: one token at a time over the key-value cache;",
-        "- *frames*: of a motion, predicted from noisy ones; *schedule*, *sample*: its diffusion; *codes*: of an image;",
+        "- *frames*: of a motion, from noisy ones; *schedule*, *sample*: its diffusion; *codes*: of an image;",
         "- *gradients*, *gradient norms*: of the smoothed loss per token, for every parameter. Key biases have the",
         "  exact gradient 0 (the recording holds rounding noise): they count as equal below 1e-7 of the largest norm.",
         f"  *backbone*: inside the vision trunk the bound is {BACKBONE_TOLERANCE:g}, because the recording's own",
