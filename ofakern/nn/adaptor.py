@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ofakern.nn.norm import embed_norm
 from ofakern.nn.relative import RelativeBlock
 
 
@@ -118,21 +119,32 @@ class Adaptor(nn.Module, ABC):
     def forward(self, values: SegmentValues, embed_tokens: nn.Embedding) -> tuple[Tensor, Tensor]:
         """(embedding, position embedding), `[n_tokens, D]` each, after scale, type embedding, norms and dropout."""
         position = self.position(values)
+        embed = self._normed_embedding(values, embed_tokens, position)
+        if self.layernorm_position is not None:
+            position = self.layernorm_position(position)
+        return F.dropout(embed, self.dropout, self.training), position
+
+    def table(self, embed_tokens: nn.Embedding) -> Tensor | None:
+        """`[V, D]` where the raw embeddings are its rows at `value` and nothing more, else None."""
+        return None
+
+    def _normed_embedding(self, values: SegmentValues, embed_tokens: nn.Embedding, position: Tensor) -> Tensor:
+        """The embeddings after scale, raw position, type embedding and norm."""
+        types = self.type_embedding.weight if self.type_embedding is not None and self.side.source else None
+        factor = self.options.scale_embedding_gradient
+        table = self.table(embed_tokens)
+        if table is not None and self.layernorm_embedding is not None and not self.entangle and factor == 1.0:
+            return embed_norm(values.value, table, self.layernorm_embedding, types, self.embed_scale)
         embed = self.embed(values, embed_tokens)
         if self.embed_scale != 1.0:
             embed = embed * self.embed_scale
         if self.entangle:  # the raw position: its norm serves the bias only
             embed = embed + position
-        if self.type_embedding is not None and self.side.source:
-            embed = embed + self.type_embedding.weight
-        factor = self.options.scale_embedding_gradient
+        if types is not None:
+            embed = embed + types
         if factor != 1.0:
             embed = embed * factor + embed.detach() * (1.0 - factor)
-        if self.layernorm_embedding is not None:
-            embed = self.layernorm_embedding(embed)
-        if self.layernorm_position is not None:
-            position = self.layernorm_position(position)
-        return F.dropout(embed, self.dropout, self.training), position
+        return embed if self.layernorm_embedding is None else self.layernorm_embedding(embed)
 
 
 class TokenAdaptor(Adaptor):

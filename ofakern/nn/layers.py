@@ -16,6 +16,7 @@ from ofakern.errors import OfakernValueError
 from ofakern.nn.attention import MultiheadAttention, Positions, gelu_or_relu
 from ofakern.nn.experts import Routing
 from ofakern.nn.light import Bottleneck
+from ofakern.nn.norm import add_norm, gelu_norm
 
 
 @dataclass(frozen=True)
@@ -83,27 +84,35 @@ class _Layer(nn.Module):
         self.experts_fc1 = _experts(config.experts, config.dim, config.ffn_dim)
         self.experts_fc2 = _experts(config.experts, config.ffn_dim, config.dim)
 
-    def branch(
-        self, y: Tensor, extra_norm: nn.LayerNorm | None, samples: Samples | None, adapter: Bottleneck | None = None
-    ) -> Tensor:
-        """What a sub-layer's output goes through before it joins the residual."""
-        if extra_norm is not None:
-            y = extra_norm(y)
-        y = F.dropout(y, self.config.dropout, self.training)
-        if adapter is not None:
-            y = adapter(y)
-        if self.training and self.config.drop_path > 0 and samples is not None:
-            y = drop_path(y, self.config.drop_path, samples.sample_id, samples.count)
-        return y
+    def join(
+        self,
+        y: Tensor,
+        x: Tensor,
+        own_norm: nn.LayerNorm,
+        next_norm: nn.LayerNorm,
+        samples: Samples | None,
+        extra_norm: nn.LayerNorm | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Adds a sub-layer's output y to the residual x, both `[N, D]`.
+
+        Returns the new residual and what the next sub-layer's projections see of it: its norm's result, the residual
+        itself in a post-norm layer (where own_norm has been applied).
+        """
+        y, dropout = self._branch(y, extra_norm, samples)
+        if self.config.normalize_before:
+            seen, total = add_norm(y, x, next_norm, dropout)
+            return total, seen
+        normed, _ = add_norm(y, x, own_norm, dropout)
+        return normed, normed
 
     def before(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         return norm(x) if self.config.normalize_before else x
 
-    def after(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return x if self.config.normalize_before else norm(x)
-
-    def feed_forward(self, x: Tensor, samples: Samples | None, routing: Routing | None) -> Tensor:
-        y = self.before(x, self.final_layer_norm)
+    def feed_forward(
+        self, x: Tensor, samples: Samples | None, routing: Routing | None, seen: Tensor | None = None
+    ) -> Tensor:
+        """The second half of a layer. x: the residual; seen: what `join` says fc1 sees of it (default: made here)."""
+        y = self.before(x, self.final_layer_norm) if seen is None else seen
         if self.experts_fc1 is None or self.experts_fc2 is None:
             y = self.fc2(self._hidden(self.fc1(y)))
         elif routing is None:
@@ -111,12 +120,35 @@ class _Layer(nn.Module):
         else:
             y = self._hidden(routing.linear(routing.sort(y), self.experts_fc1))
             y = routing.unsort(routing.linear(y, self.experts_fc2))
-        y = self.branch(y, None, samples, self.adapter)
+        y, dropout = self._branch(y, None, samples, self.adapter)
         residual = x if self.w_resid is None else x * self.w_resid
-        return self.after(residual + y, self.final_layer_norm)
+        if self.config.normalize_before:  # the next norm is another layer's
+            return residual + F.dropout(y, dropout)
+        return add_norm(y, residual, self.final_layer_norm, dropout)[0]
+
+    def _branch(
+        self, y: Tensor, extra_norm: nn.LayerNorm | None, samples: Samples | None, adapter: Bottleneck | None = None
+    ) -> tuple[Tensor, float]:
+        """What a sub-layer's output goes through before it joins the residual, and the rate of the dropout that is left
+        to the addition: all of it, unless something stands between the two."""
+        if extra_norm is not None:
+            y = extra_norm(y)
+        dropout = self.config.dropout if self.training else 0.0
+        drop_paths = self.training and self.config.drop_path > 0 and samples is not None
+        if adapter is None and not drop_paths:
+            return y, dropout
+        y = F.dropout(y, dropout)
+        if adapter is not None:
+            y = adapter(y)
+        if drop_paths and samples is not None:
+            y = drop_path(y, self.config.drop_path, samples.sample_id, samples.count)
+        return y, 0.0
 
     def _hidden(self, y: Tensor) -> Tensor:
-        y = F.dropout(gelu_or_relu(self.config.activation, y), self.config.activation_dropout, self.training)
+        dropout = self.config.activation_dropout if self.training else 0.0
+        if self.ffn_layernorm is not None and self.config.activation == "gelu" and dropout == 0.0:
+            return gelu_norm(y, self.ffn_layernorm)
+        y = F.dropout(gelu_or_relu(self.config.activation, y), dropout)
         return y if self.ffn_layernorm is None else self.ffn_layernorm(y)
 
 
@@ -143,8 +175,8 @@ class EncoderLayer(_Layer):
         prefix: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         y = self.self_attn(self.before(x, self.self_attn_layer_norm), positions, tables, prefix=prefix)
-        x = self.after(x + self.branch(y, self.attn_ln, samples), self.self_attn_layer_norm)
-        return self.feed_forward(x, samples, routing)
+        x, seen = self.join(y, x, self.self_attn_layer_norm, self.final_layer_norm, samples, self.attn_ln)
+        return self.feed_forward(x, samples, routing, seen)
 
 
 class DecoderLayer(_Layer):
@@ -177,7 +209,7 @@ class DecoderLayer(_Layer):
     ) -> Tensor:
         """source_keys_values: `encoder_attn.keys_values` of the encoder; self_keys_values: of a cache (default: x)."""
         y = self.self_attn(self.self_input(x), positions, tables, self_keys_values, prefix)
-        x = self.after(x + self.branch(y, self.self_attn_ln, samples), self.self_attn_layer_norm)
-        y = self.encoder_attn(self.before(x, self.encoder_attn_layer_norm), cross, keys_values=source_keys_values)
-        x = self.after(x + self.branch(y, self.cross_attn_ln, samples), self.encoder_attn_layer_norm)
-        return self.feed_forward(x, samples, routing)
+        x, seen = self.join(y, x, self.self_attn_layer_norm, self.encoder_attn_layer_norm, samples, self.self_attn_ln)
+        y = self.encoder_attn(seen, cross, keys_values=source_keys_values)
+        x, seen = self.join(y, x, self.encoder_attn_layer_norm, self.final_layer_norm, samples, self.cross_attn_ln)
+        return self.feed_forward(x, samples, routing, seen)

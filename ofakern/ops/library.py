@@ -13,8 +13,10 @@ from ofakern.errors import OfakernRuntimeError
 LIBRARY: Any = torch.library.Library("ofakern", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def define(name: str, schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define(name: str, schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Registers `ofakern::<name><schema>`, e.g. `("log_mel", "(Tensor wave) -> Tensor", ...)`, with its CPU kernel.
+
+    Returns the op to call: an OpOverload, which skips the choice among overloads that `torch.ops.ofakern.<name>` makes.
 
     `cpu` takes and returns what the schema says and never falls back; `fake` gives results of the right shape and
     dtype without data. Under vmap the op raises; gradients are an autograd.Function outside (half the call overhead of
@@ -24,6 +26,18 @@ def define(name: str, schema: str, *, cpu: Callable[..., Any], fake: Callable[..
     LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"ofakern::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"ofakern::{name}", refuse_vmap(name), lib=LIBRARY)
+    return getattr(torch.ops.ofakern, name).default
+
+
+def apply_function(function: Any, *arguments: Any) -> Any:
+    """`function.apply(*arguments)` of an autograd.Function, at less than half its overhead where no transform runs.
+
+    Function.apply inspects and binds the signature of `forward` on every call, which costs more than all the rest, and
+    then does what stands here. Under torch.func's transforms and torch.compile it is left to torch.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)
 
 
 def refuse_vmap(name: str) -> Callable[..., NoReturn]:

@@ -75,7 +75,10 @@ struct Gelu {
   template <bool BACKWARD>
   OFAKERN_ALWAYS_INLINE void load(i64 row, float* z, float* slope) const {
     for_lanes(width, [&](i64 i, i64 n) {
-      const Vec value = vload_n(x + row * width + i, n);
+      const T* const here = x + row * width + i;
+      // So much arithmetic hides the memory only when the next row is already on its way.
+      __builtin_prefetch(here + width);
+      const Vec value = vload_n(here, n);
       const NormalLanes normal = vnormal(value);
       vstore(z + i, vmul(value, normal.distribution));
       if (BACKWARD) vstore(slope + i, vfma(value, normal.density, normal.distribution));

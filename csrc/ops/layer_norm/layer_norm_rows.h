@@ -21,7 +21,7 @@ constexpr i64 kMaxChunks = 64;  // partial sums of a backward pass
 constexpr i64 kMinChunkRows = 16;
 constexpr i64 kTaskElements = 1 << 15;
 
-OFAKERN_HOT i64 padded_width(i64 width) { return round_up(width, 32); }  // whole groups of dropout factors
+OFAKERN_HOT i64 padded_width(i64 width) { return round_up(width, 128); }  // whole groups of dropout factors
 OFAKERN_HOT i64 rows_per_chunk(i64 rows) { return max_of(kMinChunkRows, ceil_div(rows, kMaxChunks)); }
 OFAKERN_HOT i64 chunks_of(i64 rows) { return ceil_div(rows, rows_per_chunk(rows)); }
 OFAKERN_HOT i64 row_buffer_floats(i64 width, int threads) { return threads * kRowBuffers * padded_width(width); }

@@ -37,6 +37,9 @@ class TextAdaptor(TokenAdaptor):
     def embed(self, values: SegmentValues, embed_tokens: nn.Embedding) -> Tensor:
         return torch.nn.functional.embedding(values.value, embed_tokens.weight)
 
+    def table(self, embed_tokens: nn.Embedding) -> Tensor:
+        return embed_tokens.weight
+
     def position(self, values: SegmentValues) -> Tensor:
         return torch.nn.functional.embedding(values.positions, self.embed_positions.weight)
 

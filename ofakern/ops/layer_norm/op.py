@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ofakern.ops import native
-from ofakern.ops.library import define, differentiate_once, kernel_ready, refuse_vmap
+from ofakern.ops.library import apply_function, define, differentiate_once, kernel_ready, refuse_vmap
 
 _F32 = torch.float32
 _AFFINE = "Tensor weight, Tensor bias"
@@ -27,26 +27,26 @@ def add_layer_norm(
     if torch.is_grad_enabled() and (
         x.requires_grad or residual.requires_grad or weight.requires_grad or bias.requires_grad
     ):
-        out, total, _ = _Add.apply(*arguments)  # type: ignore[no-untyped-call]
+        out, total, _ = apply_function(_Add, *arguments)
     else:
-        out, total, _ = torch.ops.ofakern.add_layer_norm_fwd(*arguments)
+        out, total, _ = _ADD_FORWARD(*arguments)
     return out, total
 
 
 def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        out, _ = _Gelu.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+        out, _ = apply_function(_Gelu, x, weight, bias, eps)
     else:
-        out, _ = torch.ops.ofakern.gelu_layer_norm_fwd(x, weight, bias, eps)
+        out, _ = _GELU_FORWARD(x, weight, bias, eps)
     return out  # type: ignore[no-any-return]
 
 
 def head_scale_layer_norm(x: Tensor, head_scale: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     differentiable = (x, head_scale, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
-        out, _ = _HeadScale.apply(*differentiable, eps)  # type: ignore[no-untyped-call]
+        out, _ = apply_function(_HeadScale, *differentiable, eps)
     else:
-        out, _ = torch.ops.ofakern.head_scale_layer_norm_fwd(*differentiable, eps)
+        out, _ = _HEAD_FORWARD(*differentiable, eps)
     return out  # type: ignore[no-any-return]
 
 
@@ -63,9 +63,9 @@ def embed_layer_norm(
     arguments = (tokens, table, types, type_table, weight, bias, scale, eps)
     differentiable = (table, weight, bias) if type_table is None else (table, type_table, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
-        out, _ = _Embed.apply(*arguments)  # type: ignore[no-untyped-call]
+        out, _ = apply_function(_Embed, *arguments)
     else:
-        out, _ = torch.ops.ofakern.embed_layer_norm_fwd(*arguments)
+        out, _ = _EMBED_FORWARD(*arguments)
     return out  # type: ignore[no-any-return]
 
 
@@ -75,7 +75,7 @@ def embed_layer_norm(
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        return torch.ops.ofakern.add_layer_norm_fwd(*inputs)
+        return _ADD_FORWARD(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -102,7 +102,7 @@ class _Add(torch.autograd.Function):
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        return torch.ops.ofakern.gelu_layer_norm_fwd(*inputs)
+        return _GELU_FORWARD(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -120,7 +120,7 @@ class _Gelu(torch.autograd.Function):
 class _HeadScale(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        return torch.ops.ofakern.head_scale_layer_norm_fwd(*inputs)
+        return _HEAD_FORWARD(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -138,7 +138,7 @@ class _HeadScale(torch.autograd.Function):
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        return torch.ops.ofakern.embed_layer_norm_fwd(*inputs)
+        return _EMBED_FORWARD(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -334,7 +334,7 @@ def _embed_backward_fake(
     return _like(table), dtype_table, _like(weight), _like(weight)
 
 
-define(
+_ADD_FORWARD = define(
     "add_layer_norm_fwd",
     f"(Tensor x, Tensor residual, {_AFFINE}, Tensor? dropout_seed, float eps, float dropout_p) -> "
     "(Tensor out, Tensor total, Tensor stats)",
@@ -348,7 +348,7 @@ define(
     cpu=_add_backward,
     fake=_add_backward_fake,
 )
-define(
+_GELU_FORWARD = define(
     "gelu_layer_norm_fwd",
     f"(Tensor x, {_AFFINE}, float eps) -> (Tensor out, Tensor stats)",
     cpu=_gelu_forward,
@@ -360,7 +360,7 @@ define(
     cpu=_gelu_backward,
     fake=_gelu_backward_fake,
 )
-define(
+_HEAD_FORWARD = define(
     "head_scale_layer_norm_fwd",
     f"(Tensor x, Tensor head_scale, {_AFFINE}, float eps) -> (Tensor out, Tensor stats)",
     cpu=_head_forward,
@@ -373,7 +373,7 @@ define(
     cpu=_head_backward,
     fake=_head_backward_fake,
 )
-define(
+_EMBED_FORWARD = define(
     "embed_layer_norm_fwd",
     f"({_EMBED}, {_AFFINE}, float scale, float eps) -> (Tensor out, Tensor stats)",
     cpu=_embed_forward,

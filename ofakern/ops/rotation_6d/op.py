@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from ofakern.ops import native
-from ofakern.ops.library import define, differentiate_once, kernel_ready, refuse_vmap
+from ofakern.ops.library import apply_function, define, differentiate_once, kernel_ready, refuse_vmap
 
 
 def rotation_6d(x: Tensor) -> Tensor:
     """`[..., 6]` to `[..., 3, 3]`."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotation.apply(x)  # type: ignore[no-untyped-call, no-any-return]
-    return torch.ops.ofakern.rotation_6d_fwd(x)  # type: ignore[no-any-return]
+        return apply_function(_Rotation, x)  # type: ignore[no-any-return]
+    return _FORWARD(x)  # type: ignore[no-any-return]
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> Any:
-        return torch.ops.ofakern.rotation_6d_fwd(x)
+        return _FORWARD(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -56,5 +56,5 @@ def _backward_fake(dout: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-define("rotation_6d_fwd", "(Tensor x) -> Tensor", cpu=_forward_cpu, fake=_forward_fake)
+_FORWARD = define("rotation_6d_fwd", "(Tensor x) -> Tensor", cpu=_forward_cpu, fake=_forward_fake)
 define("rotation_6d_bwd", "(Tensor dout, Tensor x) -> Tensor", cpu=_backward_cpu, fake=_backward_fake)
