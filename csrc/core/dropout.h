@@ -26,10 +26,12 @@ static_assert(kDropoutColumns % (4 * kPhiloxCounters) == 0, "every instruction s
 OFAKERN_LOCAL void dropout_row(const DropoutKey& dropout, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,
                                i64 count, float* out) {
   constexpr int kGroup = 4 * kPhiloxCounters;
+  const std::uint32_t threshold = dropout.threshold;  // copies: out could be where `dropout` is, for all compilers know
+  const float scale = dropout.scale;
   std::uint32_t words[kGroup];
   for (i64 column = 0; column < round_up(count, kDropoutColumns); column += kGroup) {
     philox(words, static_cast<std::uint32_t>(column / 4), 0xFFFFFFFFu, c1, c2, c3, dropout.key);
-    for (int n = 0; n < kGroup; ++n) out[column + n] = words[n] >= dropout.threshold ? dropout.scale : 0.0f;
+    for (int n = 0; n < kGroup; ++n) out[column + n] = words[n] >= threshold ? scale : 0.0f;
   }
 }
 
