@@ -40,6 +40,15 @@ def run(source: str) -> dict[str, Any]:
     return names
 
 
+def test_digits_are_heard_and_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "digits").mkdir()
+    for name in ("7_jackson_5.flac", "2_jackson_5.flac"):
+        shutil.copy(ROOT / "examples" / "data" / "spoken_digits" / name, folder / "digits")
+    run(BLOCKS[0])
+    assert capsys.readouterr().out and (folder / "seven.wav").read_bytes()[:4] == b"RIFF"
+    assert Image.open(folder / "seven.png").width > 300
+
+
 def test_a_clip_is_described(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("cars", "fruit"):
         strip = Image.open(REAL / "video" / f"{name}_0.jpg")
@@ -48,14 +57,14 @@ def test_a_clip_is_described(folder: Path, capsys: pytest.CaptureFixture[str]) -
         for number, frame in enumerate(frames):
             frame.save(folder / name / f"{number}.png")
         frames[0].save(folder / f"{name}.gif", save_all=True, append_images=frames[1:])
-    run(BLOCKS[0])
+    run(BLOCKS[1])
     assert capsys.readouterr().out
 
 
 def test_a_motion_is_made(folder: Path) -> None:
     shutil.copy(REAL / "motion" / "indian_04.bvh", folder / "indian.bvh")
     shutil.copy(REAL / "motion" / "martial_05.bvh", folder / "martial.bvh")
-    run(BLOCKS[1])
+    run(BLOCKS[2])
     assert len(Motion.read(folder / "made.bvh")) == 30 and Image.open(folder / "made.png").width > 300
 
 
@@ -63,5 +72,5 @@ def test_a_picture_is_made(folder: Path) -> None:
     config = VQGANConfig(16, 8, 16, channels=32, multipliers=(1, 2), blocks=1, attention=(), latent=8)
     torch.manual_seed(0)
     torch.save({"state_dict": VQGAN(config).state_dict()}, folder / "vqgan.ckpt")
-    run(BLOCKS[2])
+    run(BLOCKS[3])
     assert Image.open(folder / "red.png").size == (16, 16)
