@@ -142,7 +142,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dance"], "OP must be one of attention"),
+        (["dance"], "all, got 'dance'"),
         (["attention", "--device", "cuda"], "--device must be cpu"),
         (["attention", "--dtype", "f8"], "--dtype must be one of f32, bf16, f16, got 'f8'"),
         (["attention", "--case", "x"], "--case must be one of ofa_base_enc_1024, "),
