@@ -99,11 +99,12 @@ template <class T, class Elem>
 OFAKERN_LOCAL void pack_panel_by_columns(const T* src, i64 n_stride, i64 columns, i64 k, Elem* dst) {
   constexpr i64 kPair = Gemm<Elem>::kPair, kColumns = Blocking<Elem>::kColumns, kChunk = 64 * kPair;
   alignas(64) Elem rows[kColumns * kChunk];
-  for (i64 n = columns; n < kColumns; ++n) zero_row(rows + n * kChunk, kChunk);
+  const i64 padded = round_up(columns, kWidth);  // further columns are never read
+  for (i64 n = columns; n < padded; ++n) zero_row(rows + n * kChunk, kChunk);
   for (i64 k0 = 0; k0 < k; k0 += kChunk) {
     const i64 width = min_of(kChunk, k - k0), units = ceil_div(width, kPair);
     for (i64 n = 0; n < columns; ++n) copy_row(src + n * n_stride + k0, width, rows + n * kChunk, units * kPair);
-    transpose_units(as_units(rows), kChunk / kPair, kColumns, units, as_units(dst + k0 * kColumns), kColumns);
+    transpose_units(as_units(rows), kChunk / kPair, padded, units, as_units(dst + k0 * kColumns), kColumns);
   }
 }
 

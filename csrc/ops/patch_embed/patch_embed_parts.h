@@ -98,8 +98,12 @@ class PatchWalk {
 
 template <class Pixel, class Elem>
 OFAKERN_HOT void centred_run(const Pixel* src, i64 count, const float* centre, Elem* dst) {
-  for (i64 x = 0; x < count; x += kWidth)
-    vstore_n(dst + x, vsub(vload_n(src + x, count - x), vload(centre + x)), count - x);
+  i64 x = 0;
+  for (; x + kWidth <= count; x += kWidth) vstore_as(dst + x, vsub(vload_as(src + x), vload(centre + x)));
+  if (x < count) {
+    const int left = static_cast<int>(count - x);
+    vstore_partial(dst + x, vsub(vload_partial(src + x, left), vload(centre + x)), left);
+  }
 }
 
 // dst[0, k) = the patch's pixels minus centre.
@@ -197,23 +201,40 @@ OFAKERN_HOT void each_weight(const PatchProblem<T>& p, const Body& body) {
     for (i64 x = 0; x < volume; ++x) body(c * volume + x, p.planar ? c * volume + x : x * p.channels + c, c);
 }
 
+// One channel of a row of the weight times `ratio`, rounded; returns the sum of what was written.
+template <class T, class Elem>
+OFAKERN_HOT float fold_planar(const T* src, i64 count, float ratio, Elem* dst) {
+  Vec sum = vzero();
+  for (i64 x = 0; x < count; x += kWidth) {
+    vstore_n(dst + x, vmul(vload_n(src + x, count - x), vset(ratio)), count - x);
+    sum = vadd(sum, vload_n(dst + x, count - x));
+  }
+  return hsum(sum);
+}
+template <class T, class Elem>
+OFAKERN_HOT float fold_interleaved(const T* src, i64 count, float ratio, Elem* dst, i64 step) {
+  float sum = 0.0f;
+  for (i64 x = 0; x < count; ++x) {
+    from_float(to_float(src[x]) * ratio, dst + x * step);
+    sum += to_float(dst[x * step]);
+  }
+  return sum;
+}
+
 // The offsets are summed with the weights as they were rounded: what is left of the rounding then scales with the
 // normalised pixel, as in a product of normalised pixels.
 template <class T>
 OFAKERN_LOCAL float fold_row(const PatchProblem<T>& p, const Normaliser& normal, i64 d,
                              typename FoldedWeight<T>::Elem* dst) {
   const T* row = p.in->weight.template as<const T>() + d * p.k;
-  const i64 volume = p.frames * p.area(), step = p.planar ? 1 : p.channels;
+  const i64 volume = p.frames * p.area();
   double total = 0.0;
   for (i64 c = 0; c < p.channels; ++c) {
     const float ratio = static_cast<float>(normal.scale[c] / normal.scale[0]);
-    typename FoldedWeight<T>::Elem* to = dst + (p.planar ? c * volume : c);
-    double sum = 0.0;
-    for (i64 x = 0; x < volume; ++x) {
-      from_float(to_float(row[c * volume + x]) * ratio, to + x * step);
-      sum += static_cast<double>(to_float(to[x * step]));
-    }
-    total += sum * normal.offset(c) / normal.scale[c];
+    const T* from = row + c * volume;
+    const float sum = p.planar ? fold_planar(from, volume, ratio, dst + c * volume)
+                               : fold_interleaved(from, volume, ratio, dst + c, p.channels);
+    total += static_cast<double>(sum) * normal.offset(c) / normal.scale[c];
   }
   return static_cast<float>(total * normal.scale[0]);
 }
