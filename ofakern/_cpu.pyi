@@ -425,3 +425,18 @@ def cross_entropy_backward_workspace(
     threads: int,
     /,
 ) -> int: ...
+def decode_linear_packed_bytes(weight: Tensor, like: Tensor, /) -> int: ...
+def decode_linear_pack(packed: Tensor, weight: Tensor, like: Tensor, threads: int, /) -> None: ...
+def decode_linear_workspace(
+    x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, threads: int, /
+) -> int: ...
+def decode_linear_forward(
+    out: Tensor,
+    workspace: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    threads: int,
+    /,
+) -> None: ...

@@ -12,6 +12,7 @@ void bind_log_mel(pybind11::module_& m);
 void bind_patch_embed(pybind11::module_& m);
 void bind_layer_norm(pybind11::module_& m);
 void bind_rotation_6d(pybind11::module_& m);
+void bind_decode_linear(pybind11::module_& m);
 }  // namespace ofakern
 
 PYBIND11_MODULE(_cpu, m) {
@@ -28,4 +29,5 @@ PYBIND11_MODULE(_cpu, m) {
   ofakern::bind_patch_embed(m);
   ofakern::bind_layer_norm(m);
   ofakern::bind_rotation_6d(m);
+  ofakern::bind_decode_linear(m);
 }

@@ -1,6 +1,7 @@
 // Forward pass: one product whose rows of A are read from pixels and whose epilogue writes normalised tokens.
 #pragma once
 
+#include "core/vec_stream.h"
 #include "ops/patch_embed/patch_embed_parts.h"
 
 namespace ofakern::OFAKERN_ISA {
@@ -26,6 +27,7 @@ struct WriteTokens {
   const PatchProblem<T>& p;
   const FoldedWeight<T>& weight;
   T* out;
+  bool stream;  // past the caches
 
   void operator()(i64 row, i64 rows, i64, i64, float* c, i64 ldc) const {
     PositionWalk<T> position(p, row);
@@ -34,12 +36,13 @@ struct WriteTokens {
       const float sum = finish_row(weight, p.width, position.row(), c);
       write(c, sum, out + (row + r) * p.width);
     }
+    if (stream) stream_fence();
   }
 
  private:
   void write(const float* y, float sum, T* dst) const {
     if (!p.in->ln_weight.defined()) {
-      for (i64 x = 0; x < p.width; x += kWidth) vstore_n(dst + x, vload(y + x), p.width - x);
+      for (i64 x = 0; x < p.width; x += kWidth) vstore_out(dst + x, vload(y + x), p.width - x, stream);
       return;
     }
     const RowStatistics s = row_statistics(y, p.width, sum, static_cast<float>(p.in->eps));
@@ -47,8 +50,10 @@ struct WriteTokens {
     const float* bias = p.in->ln_bias.template as<const float>();
     const Vec rstd = vset(s.rstd), mean = vset(s.mean);
     i64 x = 0;
-    for (; x + kWidth <= p.width; x += kWidth)
-      vstore_as(dst + x, vfma(vmul(vsub(vload(y + x), mean), rstd), vload(gain + x), vload(bias + x)));
+    for (; x + kWidth <= p.width; x += kWidth) {
+      const Vec row = vfma(vmul(vsub(vload(y + x), mean), rstd), vload(gain + x), vload(bias + x));
+      vstore_out(dst + x, row, kWidth, stream);
+    }
     if (x < p.width) {
       const int left = static_cast<int>(p.width - x);
       const Vec unit = vmul(vsub(vload(y + x), mean), rstd);
@@ -66,7 +71,9 @@ OFAKERN_LOCAL void patch_forward(const PatchEmbedInputs& in, const TensorView& o
   PatchForwardMemory<T> memory = PatchForwardMemory<T>::take(p, threads, arena);
   fold_weight(p, memory.weight, threads);
   const Weight<Elem> weight = make_weight<Elem, Elem>(memory.weight.panels, p.width, p.k);
-  const WriteTokens<T> epilogue = {p, memory.weight, out.as<T>()};
+  T* tokens = out.as<T>();
+  const bool stream = should_stream(tokens, p.width, p.tokens * p.width * static_cast<i64>(sizeof(T)));
+  const WriteTokens<T> epilogue = {p, memory.weight, tokens, stream};
   with_pixels(p, [&](auto pixel) {
     multiply(plan_matmul<Elem>(p.tokens, p.width, p.k, true), weight, memory.scratch, threads,
              PatchRows<decltype(pixel), T>{p, memory.weight.centre}, epilogue);

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ofakern.errors import OfakernValueError
+from ofakern.modality.image.preprocess import ImageTransform
 from ofakern.modality.image.resnet import STRIDE, WIDTH, ResNet
 from ofakern.modality.image.vit import VisionTransformer
 from ofakern.nn.adaptor import Adaptor, AdaptorConfig, SegmentValues, SideShape, relative_tables, table_weights
 from ofakern.nn.relative import RelativeBlock, grid_block, grid_coordinates
+from ofakern.ops.patch_embed import patch_embed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +178,7 @@ class ImageVitAdaptor(_GridAdaptor):
 
 
 class ImagePatchEmbedAdaptor(Adaptor):
-    """One strided convolution per image, positions by patch number. It has no relative bias."""
+    """One product per patch, positions by patch number. It has no relative bias. `proj` holds a Conv2d's parameters."""
 
     def __init__(self, config: ImagePatchEmbedConfig, side: SideShape) -> None:
         super().__init__(config, side)
@@ -200,10 +202,22 @@ class ImagePatchEmbedAdaptor(Adaptor):
                 f"ImagePatchEmbedAdaptor: images must be {list(expected)} each, got {list(images.shape[1:])}"
             )
         _check_tokens("ImagePatchEmbedAdaptor", values, self.tokens)
-        x: Tensor = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        x = self._patches(images)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         return x.flatten(0, 1)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """`[n, cells, D]`; bytes are pixels before the transform's mean and deviation."""
+        if images.device.type == "cpu" and not images.requires_grad:
+            plain = images.dtype != torch.uint8
+            mean, std = (None, None) if plain else (ImageTransform.mean, ImageTransform.std)
+            tokens = patch_embed(images, self.proj.weight, self.proj.bias, mean=mean, std=std)
+            return tokens.view(images.shape[0], self.tokens - int(self.config.class_token), tokens.shape[1])
+        if images.dtype == torch.uint8:
+            raise OfakernValueError("ImagePatchEmbedAdaptor: images must be floating point on a GPU, got torch.uint8")
+        convolved: Tensor = self.proj(images.to(self.proj.weight.dtype))
+        return convolved.flatten(2).transpose(1, 2)
 
     def position(self, values: SegmentValues) -> Tensor:
         return self.embed_image_positions.weight.repeat(values.value.shape[0], 1)

@@ -1,0 +1,76 @@
+// ops.decode_linear: every argument becomes a checked view with the GIL held, the kernel runs without it.
+#include <pybind11/pybind11.h>
+
+#include "ops/decode_linear/decode_linear.h"
+#include "tensor_caster.h"
+
+namespace py = pybind11;
+
+namespace ofakern {
+namespace {
+
+constexpr std::size_t kInputs = 5;  // what read_inputs takes, threads included
+
+int read_threads(Arguments& args) {
+  const std::int64_t threads = args.integer("threads");
+  Checker("decode_linear").that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
+  return static_cast<int>(threads);
+}
+
+DecodeLinearInputs read_inputs(Arguments& args) {
+  DecodeLinearInputs in;
+  in.x = args.tensor("x");
+  in.packed = args.tensor("packed");
+  in.scale = args.tensor("scale");
+  in.bias = args.tensor("bias");
+  return in;
+}
+
+// `like` carries the dtype of x.
+std::int64_t packed_bytes(const py::args& values) {
+  Arguments args("decode_linear", values, 2);
+  const TensorView weight = args.tensor("weight"), like = args.tensor("like");
+  const Checker check("decode_linear");
+  check.given("weight", weight);
+  check.ndim("weight", weight, 2, "[N, K]");
+  check.given("like", like);
+  check.dtype("like", like, {DType::f32, DType::bf16, DType::f16});
+  return decode_linear_packed_bytes(weight.shape[0], weight.shape[1], like.dtype, weight.dtype == DType::u8);
+}
+
+void pack(const py::args& values) {
+  Arguments args("decode_linear", values, 4);
+  const TensorView packed = args.tensor("packed"), weight = args.tensor("weight"), like = args.tensor("like");
+  const int threads = read_threads(args);
+  const Checker check("decode_linear");
+  check.given("like", like);
+  check.dtype("like", like, {DType::f32, DType::bf16, DType::f16});
+  const py::gil_scoped_release release;
+  decode_linear_pack(weight, like.dtype, packed, threads);
+}
+
+std::int64_t workspace_bytes(const py::args& values) {
+  Arguments args("decode_linear", values, kInputs);
+  const DecodeLinearInputs in = read_inputs(args);
+  return decode_linear_workspace(in, read_threads(args));
+}
+
+void forward(const py::args& values) {
+  Arguments args("decode_linear", values, 2 + kInputs);
+  const TensorView out = args.tensor("out"), workspace = args.tensor("workspace");
+  const DecodeLinearInputs in = read_inputs(args);
+  const int threads = read_threads(args);
+  const py::gil_scoped_release release;
+  decode_linear_cpu(in, out, workspace, threads);
+}
+
+}  // namespace
+
+void bind_decode_linear(py::module_& m) {
+  m.def("decode_linear_packed_bytes", &packed_bytes);
+  m.def("decode_linear_pack", &pack);
+  m.def("decode_linear_workspace", &workspace_bytes);
+  m.def("decode_linear_forward", &forward);
+}
+
+}  // namespace ofakern
