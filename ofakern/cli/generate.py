@@ -6,16 +6,20 @@ import argparse
 import json
 from typing import Any
 
+from PIL import Image
+
 from ofakern.checkpoint import GeneralistModel
 from ofakern.errors import OfakernValueError
 from ofakern.modality.audio.postprocess import Speech
+from ofakern.modality.motion.skeleton import Motion
 from ofakern.modality.output import Output
 
 _EPILOG = """examples:
   ofakern generate demo-output/model caption --data img=photo.png
   ofakern generate demo-output/model "[IMAGE:img] [TEXT:q] -> [TEXT:a]" --data img=photo.png "q=what colour is it?"
   ofakern generate demo-output/model grounding --data img=photo.png card="ace of spades" --save-box boxed.png
-  ofakern generate spoken-model "[TEXT:t] -> [AUDIO:a]" --data t=seven --save-audio seven.wav"""
+  ofakern generate spoken-model "[TEXT:t] -> [AUDIO:a]" --data t=seven --save-audio seven.wav
+  ofakern generate dance-model "[TEXT:t] -> [MOTION:m]" --data "t=martial arts" --frames 90 --save-motion kick.bvh"""
 
 _SETTINGS: dict[str, tuple[type, str]] = {
     "num_beams": (int, "beams of the search; 1 is greedy (default: 5, or 1 for a closed set)"),
@@ -27,7 +31,10 @@ _SETTINGS: dict[str, tuple[type, str]] = {
     "temperature": (float, "logits are divided by it (default: 1.0)"),
     "top_k": (int, "with --do-sample: from this many best tokens; 0: all (default: 0)"),
     "top_p": (float, "with --do-sample: from the tokens that hold this probability (default: 1.0)"),
-    "seed": (int, "with --do-sample (default: 0)"),
+    "seed": (int, "with --do-sample, and of a motion's noise (default: 0)"),
+    "diffusion_steps": (int, "denoising steps of a motion (default: 50)"),
+    "guidance": (float, "how far a motion is led away from what no text gives (default: 0)"),
+    "frames": (int, "of a motion (default: the slot's max_length, else 120)"),
 }
 
 
@@ -52,6 +59,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=meaning)
     parser.add_argument("--json", action="store_true", help="print one JSON object per answer: values, score, tokens")
     parser.add_argument("--save-box", metavar="FILE", help="write the image with the best answer's boxes drawn on it")
+    parser.add_argument("--save-image", metavar="FILE", help="write the best answer's picture (or the sample's image)")
+    parser.add_argument(
+        "--save-motion", metavar="FILE", help="write the best answer's motion: .bvh, .gif or a strip of poses (.png)"
+    )
     parser.add_argument("--save-audio", metavar="FILE", help="write the best answer's speech; the suffix is its format")
     parser.add_argument("--save-spectrogram", metavar="FILE", help="write a picture of the best answer's speech")
 
@@ -73,6 +84,10 @@ def run(args: argparse.Namespace) -> int:
         print(_line(output, args.json))
     if args.save_box:
         outputs[0].save_box(args.save_box)
+    if args.save_image:
+        outputs[0].save_image(args.save_image)
+    if args.save_motion:
+        outputs[0].save_motion(args.save_motion)
     if args.save_audio:
         outputs[0].spoken("--save-audio").save_audio(args.save_audio)
     if args.save_spectrogram:
@@ -82,12 +97,27 @@ def run(args: argparse.Namespace) -> int:
 
 def _line(output: Output, as_json: bool) -> str:
     if as_json:
-        values = {
-            name: value.summary() if isinstance(value, Speech) else value for name, value in output.values.items()
-        }
+        values = {name: _plain(value) for name, value in output.values.items()}
         shown: dict[str, Any] = {"values": values, "score": output.score, "tokens": output.tokens}
         return json.dumps(shown, ensure_ascii=False)
     parts = [output.text] if output.text is not None else []
     parts += [", ".join(f"{value:.1f}" for value in box) for box in output.boxes]
     parts += [] if output.speech is None else [f"speech of {output.speech.seconds:.2f} seconds"]
+    parts += [f"{value['kind']} of {value['size']}" for value in map(_plain, output.values.values()) if _is_made(value)]
     return "\t".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, Speech):
+        return value.summary()
+    if isinstance(value, Motion):
+        seconds = len(value) * value.frame_time
+        return {"kind": "motion", "size": f"{len(value)} frames", "seconds": seconds}
+    if isinstance(value, Image.Image):
+        return {"kind": "picture", "size": f"{value.width} x {value.height} pixels"}
+    return value
+
+
+def _is_made(plain: Any) -> bool:
+    return isinstance(plain, dict) and "kind" in plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from ofakern import GeneralistModel, Task, Trainer
+from ofakern.cli.main import main
 from ofakern.data.example import PreprocessConfig
 from ofakern.errors import DataError, OfakernRuntimeError, OfakernTypeError, OfakernValueError
 from ofakern.modality.image.adaptor import ImageResnetConfig
@@ -213,7 +215,7 @@ def test_a_motion_follows_from_its_seed(dancer: tuple[GeneralistModel, Task, tup
 
 
 def test_a_saved_model_moves_the_same(
-    dancer: tuple[GeneralistModel, Task, tuple[float, float]], tmp_path: Path
+    dancer: tuple[GeneralistModel, Task, tuple[float, float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = dancer[0]
     model.save_pretrained(tmp_path / "dancer")
@@ -221,6 +223,14 @@ def test_a_saved_model_moves_the_same(
     assert again.preprocess == model.preprocess
     made = [m.inference("dance", {"t": "martial arts"}, diffusion_steps=3, frames=4).motion for m in (model, again)]
     assert torch.equal(made[0].frames, made[1].frames)
+    command = ["generate", str(tmp_path / "dancer"), "dance", "--data", "t=martial arts", "--diffusion-steps", "3"]
+    assert main([*command, "--frames", "4", "--save-motion", str(tmp_path / "shell.bvh")]) == 0
+    assert capsys.readouterr().out == "motion of 4 frames\n"
+    torch.testing.assert_close(Motion.read(tmp_path / "shell.bvh").frames, made[0].frames, atol=1e-4, rtol=0)
+    assert main([*command, "--frames", "4", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["values"]["m"]
+    assert shown == {"kind": "motion", "size": "4 frames", "seconds": pytest.approx(0.4, rel=1e-3)}
+    assert main([*command, "--save-image", str(tmp_path / "none.png")]) == 2
 
 
 def test_a_motion_can_be_described() -> None:
