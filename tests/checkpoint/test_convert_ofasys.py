@@ -15,7 +15,7 @@ import torch
 
 from ofakern.checkpoint import GeneralistModel
 from ofakern.checkpoint.foreign import read_foreign
-from ofakern.checkpoint.ofasys import EMBEDDING
+from ofakern.checkpoint.ofasys import EMBEDDING, config_from_ofasys
 from ofakern.checkpoint.ofasys_files import config_to_ofasys, write_ofasys_file
 from ofakern.checkpoint.pickles import read_pickle
 from ofakern.cli.main import main
@@ -201,3 +201,11 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="dictionary"):
         torch.save([1, 2], path)
         GeneralistModel.from_pretrained(path)
+
+
+def test_every_adaptor_of_ofasys_goes_there_and_back() -> None:
+    recorded = json.loads((GOLDEN / "main" / "config.json").read_text())["model"]
+    config, missing = config_from_ofasys(recorded, 434)
+    names = {"text", "image_resnet", "image_vqgan", "audio_fbank", "video_image_sequence", "motion_6d"}
+    assert {adaptor.name for adaptor in config.adaptors} == names and not missing
+    assert config_from_ofasys(config_to_ofasys(config), 434) == (config, [])
