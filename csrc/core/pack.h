@@ -31,22 +31,32 @@ struct Rows {
   i64 width = 0;
 };
 
+template <class Elem>
+OFAKERN_HOT void zero_row(Elem* dst, i64 padded) {
+  std::memset(static_cast<void*>(dst), 0, static_cast<std::size_t>(padded) * sizeof(Elem));
+}
+
 // dst[0, width) = src, dst[width, padded) = 0.
 template <class T, class Elem>
 OFAKERN_LOCAL void copy_row(const T* src, i64 width, Elem* dst, i64 padded) {
   for (i64 x = 0; x < width; x += kWidth) vstore_n(dst + x, vload_n(src + x, width - x), width - x);
-  std::memset(static_cast<void*>(dst + width), 0, static_cast<std::size_t>(padded - width) * sizeof(Elem));
+  if (width < padded) zero_row(dst + width, padded - width);
 }
 
+// Rows are short and many: pieces of a fixed size become moves, where a memcpy of the whole would be a call.
 template <class Elem>
 OFAKERN_HOT void copy_row(const Elem* src, i64 width, Elem* dst, i64 padded) {
-  std::memcpy(static_cast<void*>(dst), src, static_cast<std::size_t>(width) * sizeof(Elem));
-  std::memset(static_cast<void*>(dst + width), 0, static_cast<std::size_t>(padded - width) * sizeof(Elem));
+  constexpr i64 kPiece = 64 / sizeof(Elem);
+  i64 x = 0;
+  for (; x + kPiece <= width; x += kPiece) std::memcpy(static_cast<void*>(dst + x), src + x, 64);
+  if (x < width) std::memcpy(static_cast<void*>(dst + x), src + x, static_cast<std::size_t>(width - x) * sizeof(Elem));
+  if (width < padded) zero_row(dst + width, padded - width);
 }
 
-template <class Elem>
-OFAKERN_HOT void zero_row(Elem* dst, i64 padded) {
-  std::memset(static_cast<void*>(dst), 0, static_cast<std::size_t>(padded) * sizeof(Elem));
+// Asks for a row that will be read soon: rows of one head lie too far apart for the hardware to see them coming.
+template <class T>
+OFAKERN_HOT void prefetch_row(const T* src, i64 width) {
+  for (i64 x = 0; x < width; x += static_cast<i64>(64 / sizeof(T))) __builtin_prefetch(src + x);
 }
 
 template <class T>

@@ -51,6 +51,9 @@ OFAKERN_HOT float hsum(Vec a) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
+OFAKERN_HOT bool vany_above(Vec a, float limit) {  // false for NaN
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
+}
 
 OFAKERN_HOT __m256i lane_index() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 OFAKERN_HOT Mask mask_first(int n) { return {_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane_index())}; }

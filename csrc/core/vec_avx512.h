@@ -41,6 +41,9 @@ OFAKERN_HOT Vec vscale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }  
 OFAKERN_HOT Vec vselect(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 OFAKERN_HOT float hmax(Vec a) { return _mm512_reduce_max_ps(a.v); }
 OFAKERN_HOT float hsum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+OFAKERN_HOT bool vany_above(Vec a, float limit) {  // false for NaN
+  return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+}
 
 OFAKERN_HOT Mask mask_first(int n) {
   return n >= kWidth ? Mask{0xffff} : n <= 0 ? Mask{0} : static_cast<Mask>((1u << n) - 1u);

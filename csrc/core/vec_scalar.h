@@ -81,6 +81,11 @@ OFAKERN_HOT float hmax(Vec a) {
   return r;
 }
 OFAKERN_HOT float hsum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+OFAKERN_HOT bool vany_above(Vec a, float limit) {  // false for NaN
+  bool any = false;
+  OFAKERN_LANES any = any || a.v[l] > limit;
+  return any;
+}
 
 OFAKERN_HOT Mask mask_first(int n) { return n >= kWidth ? 0xfu : n <= 0 ? 0u : (1u << n) - 1u; }
 OFAKERN_HOT Mask mask_bits(std::uint32_t bits) { return bits & 0xfu; }

@@ -67,7 +67,7 @@ struct BackwardScratch {
   }
 
   // P and dS as B operands: row-major within the tile, panels are column ranges.
-  static Panels<Elem> pairs(const Elem* data) { return {data, kPanel * kPair, kKeys * kPair}; }
+  static Panels<Elem> pairs(const Elem* data) { return {data, Gemm<Elem>::kPanel * kPair, kKeys * kPair}; }
 };
 
 // What the backward pass reads of the forward's results and writes.
@@ -120,7 +120,7 @@ OFAKERN_LOCAL void backward_row(const Problem<T>& p, const TilePlan<T>& plan, co
   Vec sum = head_scale_sum;
   for (int v = begin; v < end; ++v) {
     const i64 x = v * kWidth;
-    Vec probability = vexp2_for(vsub(score_lanes<TERMS>(plan, row, scores, scale, v), lse2), s.queries);
+    Vec probability = vexp2_for(score_lanes<TERMS>(plan, row, scores, scale, lse2, v), s.queries);
     Vec dp = vload(dscores + x);
     if (!plan.whole) {
       const Mask lanes = mask_range(plan.lo - v * kWidth, plan.hi - v * kWidth);
@@ -217,9 +217,9 @@ OFAKERN_LOCAL void backward_step(const Problem<T>& p, BackwardScratch<T>& s, Til
   const i64 padded_keys = round_up(keys, max_of<i64>(Gemm<Elem>::kDepth, kWidth));
   const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows), depth_rows = round_up(rows, Gemm<Elem>::kDepth);
   gemm(gemm_rows, columns, p.depth, s.queries + q * p.depth, p.depth,
-       KeySide<T>::transposed(s.keys.k_transposed, tile, p.depth), s.scores + q * kKeys, kKeys, false);
+       s.keys.transposed(s.keys.k_transposed, tile, p.depth), s.scores + q * kKeys, kKeys, false);
   gemm(gemm_rows, columns, p.columns, s.outputs + q * p.columns, p.columns,
-       KeySide<T>::transposed(s.keys.v_transposed, tile, p.columns), s.dscores + q * kKeys, kKeys, false);
+       s.keys.transposed(s.keys.v_transposed, tile, p.columns), s.dscores + q * kKeys, kKeys, false);
   const float head_scale = p.head_scale == nullptr ? 1.0f : p.head_scale[head];
   for (i64 r = q; r < q + rows; ++r) {
     const i64 i = first + r;
@@ -262,8 +262,8 @@ OFAKERN_LOCAL void backward_rows(const Problem<T>& p, const BackwardTensors<T>& 
     gemm(round_up(p.width + p.pos_width, Gemm<Elem>::kRows), columns, depth_rows, s.queries_t, kQueries,
          s.pairs(s.ds_pairs), s.dk + tile * kKeys * p.depth, kKeys, s.touched[tile]);
     s.touched[tile] = true;
-    gemm(gemm_rows, p.depth, padded_keys, s.ds_rows, kKeys, KeySide<T>::rows(s.keys.k_rows, tile, p.depth), s.dq,
-         p.depth, true);
+    gemm(gemm_rows, p.depth, padded_keys, s.ds_rows, kKeys, s.keys.rows(s.keys.k_rows, tile, p.depth), s.dq, p.depth,
+         true);
   }
   *s.dhead_scale += hsum(head_scale_sum);
   for (i64 r = 0; r < rows; ++r) {

@@ -10,94 +10,147 @@ namespace {
 // A task packs its keys once and lets this many query rows (over the heads that share them) use the packing.
 constexpr i64 kForwardRows = 1024;
 
+// A row may hold probabilities of up to this much (a power of two) before its reference is moved.
+constexpr float kRowLimit = 4294967296.0f;
+
 template <class T>
 struct ForwardScratch {
   using Elem = Packed<T>;
   static constexpr i64 kQueries = Tile<Elem>::kQueries, kStep = Tile<Elem>::kStep, kKeys = Tile<Elem>::kKeys;
+  // Probabilities take the place of their scores: a row of them, with a row of scores as its stride.
+  static constexpr i64 kRowStride = kKeys * static_cast<i64>(sizeof(float) / sizeof(Elem));
 
   KeySide<T> keys;
-  Elem* queries;             // [kQueries, depth]
-  float* scores;             // [kStep, kKeys]
-  Elem* probabilities;       // [kStep, kKeys]; for f32 the same memory as scores
-  float* output;             // [kQueries, columns]
-  float *maximum, *sum;      // [kQueries], maximum in units of log2(e)
-  float *growth, *tile_sum;  // of this tile: old maximum minus new, sum of probabilities
-  float* dropout;            // [kKeys]
+  Elem* queries;     // [kQueries, depth]
+  float* scores;     // [kStep, kKeys]
+  float* again;      // [Gemm::kRows, kKeys]: scores of a row that has to be done twice
+  float* output;     // [kQueries, columns]
+  float* reference;  // [kQueries]: what probabilities are relative to, in units of log2(e)
+  float* sum;        // [kQueries, kWidth]: lane by lane
+  float* dropout;    // [kKeys]
+
+  Elem* probabilities(i64 row) const { return reinterpret_cast<Elem*>(scores) + row * kRowStride; }
 
   static ForwardScratch take(const Problem<T>& p, i64 span, Arena& arena) {
     ForwardScratch s = {};
     s.keys = KeySide<T>::take(p, span, false, arena);
     s.queries = arena.take<Elem>(kQueries * p.depth);
     s.scores = arena.take<float>(kStep * kKeys);
-    s.probabilities =
-        sizeof(Elem) == sizeof(float) ? reinterpret_cast<Elem*>(s.scores) : arena.take<Elem>(kStep * kKeys);
+    s.again = arena.take<float>(Gemm<Elem>::kRows * kKeys);
     s.output = arena.take<float>(kQueries * p.columns);
-    s.maximum = arena.take<float>(kQueries);
-    s.sum = arena.take<float>(kQueries);
-    s.growth = arena.take<float>(kQueries);
-    s.tile_sum = arena.take<float>(kQueries);
+    s.reference = arena.take<float>(kQueries);
+    s.sum = arena.take<float>(kQueries * kWidth);
     s.dropout = arena.take<float>(kKeys);
     return s;
   }
 };
 
-// Turns row r of the step's dot products into unnormalised probabilities (Elem, zero where masked), and moves the
-// maximum of query row q. `padded` vectors are written.
-template <int TERMS, class T>
-OFAKERN_LOCAL void softmax_row(const Problem<T>& p, const TilePlan<T>& plan, const RowTables& row, ForwardScratch<T>& s,
-                               i64 r, i64 q, int padded, const float* dropout) {
-  using Elem = Packed<T>;
-  float* scores = s.scores + r * s.kKeys;
-  Elem* probabilities = s.probabilities + r * s.kKeys;
-  const int begin = plan.begin, end = plan.end;
-  if (plan.empty()) {
-    zero_row(probabilities, padded * kWidth);
-    s.growth[q] = 0.0f;
-    s.tile_sum[q] = 0.0f;
-    return;
-  }
-  const Vec scale = vset(p.scale * kLog2e);
-  Vec top = vset(-kInfinity);
-  for (int v = begin; v < end; ++v) {
-    Vec score = score_lanes<TERMS>(plan, row, scores, scale, v);
-    if (!plan.whole) score = vselect(mask_range(plan.lo - v * kWidth, plan.hi - v * kWidth), score, vset(-kInfinity));
-    vstore(scores + v * kWidth, score);
-    top = vmax(top, score);
-  }
-  const float before = s.maximum[q];
-  const float now = max_of(before, hmax(top));
-  const float reference = now == -kInfinity ? 0.0f : now;
-  s.maximum[q] = now;
-  s.growth[q] = before - reference;
+// One row of a step on its way through a tile.
+template <class T>
+struct ForwardRow {
+  const Problem<T>& p;
+  const TilePlan<T>& plan;
+  RowTables tables;
+  const float* dropout;  // factors of the tile's keys, or null
+  Packed<T>* probabilities;
+  int padded;  // vectors to be written
+};
 
-  const Vec shift = vset(reference);
-  Vec total = vzero();
-  for (int v = 0; v < begin; ++v) vstore_as(probabilities + v * kWidth, vzero());
-  for (int v = begin; v < end; ++v) {
-    Vec probability = vexp2_for(vsub(vload(scores + v * kWidth), shift), probabilities);
-    total = vadd(total, probability);
-    if (dropout != nullptr) probability = vmul(probability, vload(dropout + v * kWidth));
-    vstore_as(probabilities + v * kWidth, probability);
-  }
-  for (int v = end; v < padded; ++v) vstore_as(probabilities + v * kWidth, vzero());
-  s.tile_sum[q] = hsum(total);
+// Scores minus `shift` of vector v, -inf where the row sees nothing.
+template <int TERMS, class T>
+OFAKERN_HOT Vec visible_scores(const ForwardRow<T>& row, const float* products, Vec scale, Vec shift, int v) {
+  const Vec score = score_lanes<TERMS>(row.plan, row.tables, products, scale, shift, v);
+  return row.plan.whole ? score : vselect(row.plan.lanes(v), score, vset(-kInfinity));
 }
 
-// Applies the rows' new maxima to what was accumulated under the old ones.
+template <int TERMS, class T>
+OFAKERN_LOCAL float row_maximum(const ForwardRow<T>& row, const float* products) {
+  const Vec scale = vset(row.p.scale * kLog2e);
+  Vec top = vset(-kInfinity);
+  for (int v = row.plan.begin; v < row.plan.end; ++v)
+    top = vmax(top, visible_scores<TERMS>(row, products, scale, vzero(), v));
+  return hmax(top);
+}
+
+// Probabilities of vectors [from, to), which go through the first TERMS terms that `score` knows; adds them to `total`.
+template <bool DROPOUT, class T, class Score>
+OFAKERN_HOT Vec exponentiate_run(const ForwardRow<T>& row, int from, int to, Vec total, const Score& score) {
+  Packed<T>* probabilities = row.probabilities;
+  for (int v = from; v < to; ++v) {
+    Vec probability = vexp2_for(score(v), probabilities);
+    total = vadd(total, probability);
+    if (DROPOUT) probability = vmul(probability, vload(row.dropout + v * kWidth));
+    vstore_as(probabilities + v * kWidth, probability);
+  }
+  return total;
+}
+
+// Writes probabilities relative to `reference`, zero where the row sees nothing, and returns their sums. `products` may
+// be where probabilities go.
+template <int TERMS, class T>
+OFAKERN_HOT Vec exponentiate(const ForwardRow<T>& row, const float* products, float reference) {
+  const Vec scale = vset(row.p.scale * kLog2e), shift = vset(reference);
+  const int begin = row.plan.begin, end = row.plan.end;
+  Vec total = vzero();
+  const auto any_score = [&](int v) { return visible_scores<TERMS>(row, products, scale, shift, v); };
+  if (row.dropout != nullptr) {
+    total = exponentiate_run<true>(row, begin, end, total, any_score);
+  } else if (TERMS == 1 && row.plan.whole) {
+    // The usual row, without a question per vector: before its segment, inside it, behind it.
+    const auto& term = row.plan.terms[0];
+    const int from = term.begin < term.end ? term.begin : end, to = max_of(from, term.end);
+    const Vec less = vsub(vzero(), shift);
+    const auto product = [&](int v) { return vfma(vload(products + v * kWidth), scale, less); };
+    const auto biased = [&](int v) { return vadd(product(v), table_lanes(term, row.tables.table[0], v)); };
+    total = exponentiate_run<false>(row, begin, from, total, product);
+    total = exponentiate_run<false>(row, from, to, total, biased);
+    total = exponentiate_run<false>(row, to, end, total, product);
+  } else {
+    total = exponentiate_run<false>(row, begin, end, total, any_score);
+  }
+  for (int v = 0; v < begin; ++v) vstore_as(row.probabilities + v * kWidth, vzero());
+  for (int v = end; v < row.padded; ++v) vstore_as(row.probabilities + v * kWidth, vzero());
+  return total;
+}
+
+// Multiplies what row q has accumulated by 2^growth.
 template <class T>
-OFAKERN_LOCAL void rescale_rows(const Problem<T>& p, ForwardScratch<T>& s, i64 first, i64 rows) {
-  alignas(64) float factors[ForwardScratch<T>::kStep];
-  for (i64 r = 0; r < rows; r += kWidth) {
-    const Vec factor = vexp2(vload(s.growth + first + r));
-    vstore(factors + r, factor);
-    vstore(s.sum + first + r, vfma(vload(s.sum + first + r), factor, vload(s.tile_sum + first + r)));
+OFAKERN_LOCAL void rescale_row(const Problem<T>& p, ForwardScratch<T>& s, i64 q, float growth) {
+  const Vec factor = vexp2(vset(growth));
+  float *output = s.output + q * p.columns, *sum = s.sum + q * kWidth;
+  vstore(sum, vmul(vload(sum), factor));
+  for (i64 x = 0; x < p.columns; x += kWidth) vstore(output + x, vmul(vload(output + x), factor));
+}
+
+// Row r of the step, row q of the block: dot products become probabilities, and their sum is added to the row's.
+//
+// Probabilities are relative to the maximum of the first tile that the row saw: any reference gives the same result,
+// and one that stays spares a pass over the scores. It moves, as in an online softmax, only when a sum grows beyond
+// kRowLimit; the dot products, gone by then, are computed again.
+template <int TERMS, class T>
+OFAKERN_HOT void softmax_row(const ForwardRow<T>& row, ForwardScratch<T>& s, i64 r, i64 q) {
+  using Elem = Packed<T>;
+  constexpr i64 kRows = Gemm<Elem>::kRows;
+  const float* products = s.scores + r * s.kKeys;
+  float* sum = s.sum + q * kWidth;
+  if (s.reference[q] != -kInfinity) {
+    const Vec total = exponentiate<TERMS>(row, products, s.reference[q]);
+    if (!vany_above(total, kRowLimit)) {
+      vstore(sum, vadd(vload(sum), total));
+      return;
+    }
+    const i64 first = q / kRows * kRows;
+    gemm(kRows, round_up(s.keys.tile_keys(row.plan.tile), Gemm<Elem>::kColumns), row.p.depth,
+         s.queries + first * row.p.depth, row.p.depth,
+         s.keys.transposed(s.keys.k_transposed, row.plan.tile, row.p.depth), s.again, s.kKeys, false);
+    products = s.again + (q - first) * s.kKeys;
   }
-  for (i64 r = 0; r < rows; ++r) {
-    if (factors[r] == 1.0f) continue;
-    const Vec factor = vset(factors[r]);
-    float* output = s.output + (first + r) * p.columns;
-    for (i64 x = 0; x < p.columns; x += kWidth) vstore(output + x, vmul(vload(output + x), factor));
-  }
+  const float before = s.reference[q], top = max_of(before, row_maximum<TERMS>(row, products));
+  if (before != -kInfinity) rescale_row(row.p, s, q, before - top);
+  s.reference[q] = top;
+  // Scores that are all -inf leave no reference; they count for nothing.
+  const Vec total = exponentiate<TERMS>(row, products, top == -kInfinity ? 0.0f : top);
+  vstore(sum, vadd(vload(sum), total));
 }
 
 // Writes out = head_scale * output / sum and lse for one row.
@@ -106,12 +159,13 @@ OFAKERN_LOCAL void finish_row(const Problem<T>& p, const ForwardScratch<T>& s, i
                               float* lse) {
   const bool empty = p.visible[i].empty();
   const float head_scale = p.head_scale == nullptr ? 1.0f : p.head_scale[head];
-  const Vec factor = vset(empty ? 0.0f : head_scale / s.sum[r]);
+  const float sum = hsum(vload(s.sum + r * kWidth));
+  const Vec factor = vset(empty ? 0.0f : head_scale / sum);
   const float* output = s.output + r * p.columns;
   T* row = out + (i * p.heads + head) * p.value_width;
   for (i64 x = 0; x < p.value_width; x += kWidth)
     vstore_n(row + x, empty ? vzero() : vmul(vload(output + x), factor), p.value_width - x);
-  lse[i * p.heads + head] = empty ? -kInfinity : s.maximum[r] * kLn2 + __builtin_logf(s.sum[r]);
+  lse[i * p.heads + head] = empty ? -kInfinity : s.reference[r] * kLn2 + __builtin_logf(sum);
 }
 
 // Query rows [q, q + rows) of the block against one tile of keys.
@@ -119,24 +173,29 @@ template <int TERMS, class T>
 OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, TilePlan<T>& plan, i64 tile, i64 sample,
                                 i64 head, i64 first, i64 q, i64 rows) {
   using Elem = Packed<T>;
-  constexpr i64 kKeys = ForwardScratch<T>::kKeys;
+  constexpr i64 kKeys = ForwardScratch<T>::kKeys, kRowStride = ForwardScratch<T>::kRowStride;
   const i64 keys = s.keys.tile_keys(tile), gemm_rows = round_up(rows, Gemm<Elem>::kRows);
   const i64 padded_keys = round_up(keys, max_of<i64>(Gemm<Elem>::kDepth, kWidth));
   gemm(gemm_rows, round_up(keys, Gemm<Elem>::kColumns), p.depth, s.queries + q * p.depth, p.depth,
-       KeySide<T>::transposed(s.keys.k_transposed, tile, p.depth), s.scores, kKeys, false);
+       s.keys.transposed(s.keys.k_transposed, tile, p.depth), s.scores, kKeys, false);
   for (i64 r = 0; r < rows; ++r) {
     const i64 i = first + q + r;
     plan.set(p, s.keys, tile, i);
-    const float* dropout = nullptr;
-    if (p.dropout && !plan.empty()) {
-      dropout_factors(p, sample, head, i, s.keys.first + tile * kKeys, padded_keys, s.dropout);
-      dropout = s.dropout;
+    if (plan.empty()) {
+      zero_row(s.probabilities(r), padded_keys);
+      continue;
     }
-    softmax_row<TERMS>(p, plan, row_tables(p, head, i), s, r, q + r, static_cast<int>(padded_keys / kWidth), dropout);
+    if (p.dropout) dropout_factors(p, sample, head, i, s.keys.first + tile * kKeys, padded_keys, s.dropout);
+    const ForwardRow<T> row = {p,
+                               plan,
+                               row_tables(p, head, i),
+                               p.dropout ? s.dropout : nullptr,
+                               s.probabilities(r),
+                               static_cast<int>(padded_keys / kWidth)};
+    softmax_row<TERMS>(row, s, r, q + r);
   }
-  zero_row(s.probabilities + rows * kKeys, (gemm_rows - rows) * kKeys);
-  rescale_rows(p, s, q, round_up(rows, kWidth));
-  gemm(gemm_rows, p.columns, padded_keys, s.probabilities, kKeys, KeySide<T>::rows(s.keys.v_rows, tile, p.columns),
+  for (i64 r = rows; r < gemm_rows; ++r) zero_row(s.probabilities(r), padded_keys);
+  gemm(gemm_rows, p.columns, padded_keys, s.probabilities(0), kRowStride, s.keys.rows(s.keys.v_rows, tile, p.columns),
        s.output + q * p.columns, p.columns, true);
 }
 
@@ -145,16 +204,12 @@ template <int TERMS, class T>
 OFAKERN_LOCAL void forward_rows(const Problem<T>& p, ForwardScratch<T>& s, i64 sample, i64 head, i64 first, i64 rows,
                                 T* out, float* lse) {
   constexpr i64 kKeys = ForwardScratch<T>::kKeys, kStep = ForwardScratch<T>::kStep;
-  static_assert(kStep % kWidth == 0, "the rows' state is updated by whole vectors");
-  const i64 padded_rows = round_up(rows, kStep);
   const Interval hull = hull_of(p, first, rows);
-  for (i64 r = 0; r < padded_rows; ++r) {
-    s.maximum[r] = -kInfinity;
-    s.sum[r] = s.growth[r] = s.tile_sum[r] = 0.0f;
-  }
+  for (i64 r = 0; r < rows; ++r) s.reference[r] = -kInfinity;
+  zero_row(s.sum, rows * kWidth);
   if (!hull.empty()) {
     pack_queries(p, head, first, rows, s.queries);
-    zero_row(s.output, padded_rows * p.columns);
+    zero_row(s.output, round_up(rows, Gemm<Packed<T>>::kRows) * p.columns);
     TilePlan<T> plan;
     for (i64 tile = (hull.lo - s.keys.first) / kKeys; tile * kKeys < hull.hi - s.keys.first; ++tile)
       for (i64 q = 0; q < rows; q += kStep)

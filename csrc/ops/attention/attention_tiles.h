@@ -30,6 +30,9 @@ struct Tile<bf16> {
 // Packed rows come in multiples of this, of which every product's own multiple is a divisor.
 constexpr i64 kRowMultiple = 32;
 
+// How many rows ahead of the one being packed are asked for.
+constexpr i64 kRowsAhead = 8;
+
 struct Interval {
   std::int32_t lo, hi;
   bool empty() const { return lo >= hi; }
@@ -174,13 +177,18 @@ template <class T>
 struct KeySide {
   using Elem = Packed<T>;
   static constexpr i64 kKeys = Tile<Elem>::kKeys;
-  static constexpr int kPair = Gemm<Elem>::kPair;
+  static constexpr int kPair = Gemm<Elem>::kPair, kPanel = Gemm<Elem>::kPanel;
+  static constexpr i64 kStage =
+      64;  // keys whose rows are gathered before they are packed: they stay in the first level
+  static_assert(kStage % kPanel == 0 && kStage % Gemm<Elem>::kDepth == 0, "a stage holds whole panels");
+
+  using Source = Rows<T>;
 
   Elem* k_transposed;   // scores:  B = K^T  [depth, keys]
   Elem* v_rows;         // output:  B = V    [keys, columns]          (forward)
   Elem* v_transposed;   // dP:      B = V^T  [columns, keys]          (backward)
   Elem* k_rows;         // dQ:      B = K    [keys, depth]            (backward)
-  Elem* staging;        // one tile of rows
+  Elem* staging;        // kStage rows
   KeyGroup* groups[2];  // per term
   i64 first, count;
 
@@ -197,14 +205,14 @@ struct KeySide {
     } else {
       side.v_rows = arena.take<Elem>(keys * panel_columns(p.columns));
     }
-    side.staging = arena.take<Elem>(kKeys * max_of(p.depth, p.columns));
+    side.staging = arena.take<Elem>(kStage * max_of(p.depth, p.columns));
     for (int t = 0; t < p.term_count; ++t) side.groups[t] = arena.take<KeyGroup>(keys / kWidth);
     return side;
   }
 
   i64 tile_count() const { return tiles(count); }
   i64 tile_keys(i64 tile) const { return min_of(kKeys, count - tile * kKeys); }
-  i64 padded_tile_keys(i64 tile) const { return round_up(tile_keys(tile), kPanel); }
+  i64 padded_tile_keys(i64 tile) const { return round_up(tile_keys(tile), max_of(kPanel, Gemm<Elem>::kDepth)); }
   const KeyGroup* tile_groups(int term, i64 tile) const { return groups[term] + tile * (kKeys / kWidth); }
 
   // B operands of one tile.
@@ -218,47 +226,55 @@ struct KeySide {
   void pack(const Problem<T>& p, i64 key_head, Interval range, bool backward) {
     first = range.lo;
     count = range.hi - range.lo;
-    for (i64 tile = 0; tile < tile_count(); ++tile) {
-      stage(p, key_head, tile, p.k, p.k_stride, p.width, p.k_pos, p.k_pos_stride, p.pos_width, p.depth);
-      pack_transposed(k_transposed, tile, p.depth);
-      if (backward) pack_rows(k_rows, tile, p.depth);
-      stage(p, key_head, tile, p.v, p.v_stride, p.value_width, static_cast<const T*>(nullptr), nullptr, 0, p.columns);
-      if (backward)
-        pack_transposed(v_transposed, tile, p.columns);
-      else
-        pack_rows(v_rows, tile, p.columns);
-    }
+    const Source k = {p.k + key_head * p.k_stride[1], p.k_stride[0], p.width};
+    const Source k_pos = {p.pos_width == 0 ? nullptr : p.k_pos + key_head * p.k_pos_stride[1], p.k_pos_stride[0],
+                          p.pos_width};
+    const Source v = {p.v + key_head * p.v_stride[1], p.v_stride[0], p.value_width};
+    for (i64 tile = 0; tile < tile_count(); ++tile)
+      for (i64 key = 0; key < padded_tile_keys(tile); key += kStage) {
+        const i64 keys = min_of(kStage, padded_tile_keys(tile) - key);
+        stage(p, tile, key, keys, k, k_pos, p.depth);
+        pack_transposed(k_transposed, tile, key, keys, p.depth);
+        if (backward) pack_rows(k_rows, tile, key, keys, p.depth);
+        stage(p, tile, key, keys, v, Source{}, p.columns);
+        if (backward)
+          pack_transposed(v_transposed, tile, key, keys, p.columns);
+        else
+          pack_rows(v_rows, tile, key, keys, p.columns);
+      }
     for (int t = 0; t < p.term_count; ++t)
       for (i64 j = 0; j < count; j += kWidth)
         groups[t][j / kWidth] = describe_keys(p.terms[t].k_coord + first + j, min_of<i64>(kWidth, count - j));
   }
 
  private:
-  // Rows of one tile, two tensors side by side; keys that no query sees, and pads, become zero.
-  void stage(const Problem<T>& p, i64 key_head, i64 tile, const T* a, const i64* a_stride, i64 a_width, const T* b,
-             const i64* b_stride, i64 b_width, i64 padded) {
-    const i64 keys = tile_keys(tile);
-    for (i64 r = 0; r < padded_tile_keys(tile); ++r) {
+  // Keys [key, key + keys) of a tile, two tensors side by side; keys that no query sees, and pads, become zero.
+  void stage(const Problem<T>& p, i64 tile, i64 key, i64 keys, Source a, Source b, i64 padded) {
+    const i64 last = first + count;
+    for (i64 r = 0; r < keys; ++r) {
       Elem* row = staging + r * padded;
-      const i64 j = first + tile * kKeys + r;
-      if (r >= keys || p.key_seen[j] == 0) {
+      const i64 j = first + tile * kKeys + key + r;
+      if (j + kRowsAhead < last) {
+        prefetch_row(a.data + (j + kRowsAhead) * a.stride, a.width);
+        if (b.data != nullptr) prefetch_row(b.data + (j + kRowsAhead) * b.stride, b.width);
+      }
+      if (j >= last || p.key_seen[j] == 0) {
         zero_row(row, padded);
         continue;
       }
-      copy_row(a + j * a_stride[0] + key_head * a_stride[1], a_width, row, b_width == 0 ? padded : a_width);
-      if (b_width != 0)
-        copy_row(b + j * b_stride[0] + key_head * b_stride[1], b_width, row + a_width, padded - a_width);
+      copy_row(a.data + j * a.stride, a.width, row, b.data == nullptr ? padded : a.width);
+      if (b.data != nullptr) copy_row(b.data + j * b.stride, b.width, row + a.width, padded - a.width);
     }
   }
-  void pack_transposed(Elem* data, i64 tile, i64 width) {
-    for (i64 panel = 0; panel < padded_tile_keys(tile) / kPanel; ++panel)
-      transpose_units(as_units(staging + panel * kPanel * width), width / kPair, kPanel, width / kPair,
-                      as_units(data + (tile * kKeys + panel * kPanel) * width), kPanel);
+  void pack_transposed(Elem* data, i64 tile, i64 key, i64 keys, i64 width) {
+    for (i64 x = 0; x < keys; x += kPanel)
+      transpose_units(as_units(staging + x * width), width / kPair, min_of<i64>(kPanel, keys - x), width / kPair,
+                      as_units(data + (tile * kKeys + key + x) * width), kPanel);
   }
-  void pack_rows(Elem* data, i64 tile, i64 width) {
+  void pack_rows(Elem* data, i64 tile, i64 key, i64 keys, i64 width) {
     for (i64 c = 0; c < width; c += kPanel)
-      interleave(staging + c, width, padded_tile_keys(tile), min_of<i64>(kPanel, width - c),
-                 as_units(data + tile * kKeys * panel_columns(width) + c * kKeys), kPanel);
+      interleave(staging + c, width, keys, min_of<i64>(kPanel, width - c),
+                 as_units(data + tile * kKeys * panel_columns(width) + c * kKeys + key * kPanel), kPanel);
   }
 };
 
@@ -266,17 +282,21 @@ struct KeySide {
 // Rows without keys, and pads, are zero: their scores are never used, but 0 * NaN must not reach a gradient.
 template <class T>
 OFAKERN_LOCAL void pack_queries(const Problem<T>& p, i64 head, i64 first, i64 count, Packed<T>* rows) {
+  const T* q = p.q + head * p.q_stride[1];
+  const T* q_pos = p.pos_width == 0 ? nullptr : p.q_pos + head * p.q_pos_stride[1];
   for (i64 r = 0; r < round_up(count, kRowMultiple); ++r) {
     Packed<T>* row = rows + r * p.depth;
     const i64 i = first + r;
+    if (r + kRowsAhead < count) {
+      prefetch_row(q + (i + kRowsAhead) * p.q_stride[0], p.width);
+      if (q_pos != nullptr) prefetch_row(q_pos + (i + kRowsAhead) * p.q_pos_stride[0], p.pos_width);
+    }
     if (r >= count || p.visible[i].empty()) {
       zero_row(row, p.depth);
       continue;
     }
-    copy_row(p.q + i * p.q_stride[0] + head * p.q_stride[1], p.width, row, p.pos_width == 0 ? p.depth : p.width);
-    if (p.pos_width != 0)
-      copy_row(p.q_pos + i * p.q_pos_stride[0] + head * p.q_pos_stride[1], p.pos_width, row + p.width,
-               p.depth - p.width);
+    copy_row(q + i * p.q_stride[0], p.width, row, q_pos == nullptr ? p.depth : p.width);
+    if (q_pos != nullptr) copy_row(q_pos + i * p.q_pos_stride[0], p.pos_width, row + p.width, p.depth - p.width);
   }
 }
 
@@ -301,6 +321,7 @@ struct TilePlan {
     Interval same = {-1, -1};  // as the layout has it
     int begin, end;            // vectors with an entry
     bool scattered;            // some vector must be gathered
+    bool whole[kVectors];      // all lanes read table[base + lane]
     const std::int32_t* coords;
     // Lanes `first` read table[base + lane], lanes `second` read table[base_second + lane].
     i64 base[kVectors], base_second[kVectors];
@@ -315,6 +336,7 @@ struct TilePlan {
   Entries terms[2];
 
   bool empty() const { return lo >= hi; }
+  Mask lanes(int v) const { return mask_range(lo - v * kWidth, hi - v * kWidth); }
 
   void set(const Problem<T>& p, const KeySide<T>& side, i64 new_tile, i64 i) {
     const bool same_keys = new_tile == tile && p.visible[i].lo == visible.lo && p.visible[i].hi == visible.hi;
@@ -356,6 +378,7 @@ struct TilePlan {
       const KeyGroup& group = groups[v];
       const Mask lanes = mask_range(keys.lo - v * kWidth, keys.hi - v * kWidth);
       entries.scattered = entries.scattered || group.kind == KeyGroup::scattered;
+      entries.whole[v] = group.kind == KeyGroup::one_run && keys.lo <= v * kWidth && keys.hi >= (v + 1) * kWidth;
       entries.base[v] = group.base[0];
       entries.base_second[v] = group.base[1];
       entries.first[v] = group.kind == KeyGroup::scattered ? lanes : mask_and(lanes, mask_bits(group.first));
@@ -380,16 +403,18 @@ OFAKERN_HOT RowTables row_tables(const Problem<T>& p, i64 head, i64 i) {
 // The entries of one term for vector v of a row.
 template <class Entries>
 OFAKERN_HOT Vec table_lanes(const Entries& entries, const float* table, int v) {
+  if (entries.whole[v]) return vload(table + entries.base[v]);
   if (entries.scattered)
     return vgather(table, entries.coords + v * kWidth, mask_or(entries.first[v], entries.second[v]));
   return vload_merge(vload_masked(table + entries.base[v], entries.first[v]), table + entries.base_second[v],
                      entries.second[v]);
 }
 
-// Scores in units of log2(e) for vector v: the scaled dot product plus the relative terms.
-template <int TERMS, class T>
-OFAKERN_HOT Vec score_lanes(const TilePlan<T>& plan, const RowTables& row, const float* products, Vec scale, int v) {
-  Vec score = vmul(vload(products + v * kWidth), scale);
+// Scores minus `shift`, in units of log2(e), for vector v: the scaled dot product plus the relative terms.
+template <int TERMS, class Plan>
+OFAKERN_HOT Vec score_lanes(const Plan& plan, const RowTables& row, const float* products, Vec scale, Vec shift,
+                            int v) {
+  Vec score = vfma(vload(products + v * kWidth), scale, vsub(vzero(), shift));
   for (int t = 0; t < TERMS; ++t)
     if (v >= plan.terms[t].begin && v < plan.terms[t].end)
       score = vadd(score, table_lanes(plan.terms[t], row.table[t], v));
