@@ -1,10 +1,9 @@
 // Block matrix products on packed operands: C[M, N] (+)= A[M, K] B[K, N], accumulated in f32.
 //
 // `Elem` is what the operands are packed as: f32, or bf16 where the ISA multiplies it natively (VDPBF16PS, AMX).
-// A is row-major, K contiguous. B is cut into panels of Gemm<Elem>::kPanel columns; within a panel, kPair consecutive k
-// of one column stand together (1 for f32, 2 for bf16), so a panel row is kPanel * kPair elements. An AMX panel is one
-// tile wide: its tiles are then contiguous, and a column of them is one ascending stream for the prefetchers.
-// Padding is the caller's: K is a multiple of kDepth, M of kRows, N of kColumns, and pads of A or B hold zeros.
+// A is row-major, K contiguous. B is cut into panels of kPanel columns; within a panel, `kPair<Elem>` consecutive k of
+// one column stand together (1 for f32, 2 for bf16), so a panel row is kPanel * kPair elements. Padding is the
+// caller's: K is a multiple of kDepth<Elem>, M of kRows<Elem>, N of kColumns<Elem>, and pads of A or B hold zeros.
 #pragma once
 
 #include "core/vec.h"
@@ -28,23 +27,24 @@ constexpr int kTileRows = 6, kTileVecs = 2;
 #else
 constexpr int kTileRows = 4, kTileVecs = 2;
 #endif
+constexpr int kPanel = kTileVecs * kWidth;
 
 template <class Elem>
 struct Gemm;
 
 template <>
 struct Gemm<float> {
-  static constexpr int kPair = 1, kDepth = 1, kRows = 1, kColumns = kWidth, kPanel = kTileVecs * kWidth;
+  static constexpr int kPair = 1, kDepth = 1, kRows = 1, kColumns = kWidth;
 };
 #if defined(OFAKERN_AMX)
 template <>
 struct Gemm<bf16> {
-  static constexpr int kPair = 2, kDepth = 32, kRows = 16, kColumns = 16, kPanel = 16;
+  static constexpr int kPair = 2, kDepth = 32, kRows = 16, kColumns = 16;
 };
 #elif defined(OFAKERN_NATIVE_BF16)
 template <>
 struct Gemm<bf16> {
-  static constexpr int kPair = 2, kDepth = 2, kRows = 1, kColumns = kWidth, kPanel = kTileVecs * kWidth;
+  static constexpr int kPair = 2, kDepth = 2, kRows = 1, kColumns = kWidth;
 };
 #endif
 
@@ -118,10 +118,9 @@ OFAKERN_LOCAL void gemm_tile_vecs(int vecs, i64 groups, const Elem* a, i64 lda, 
 template <class Elem>
 OFAKERN_LOCAL void gemm_vector(i64 m, i64 n, i64 k, const Elem* a, i64 lda, Panels<Elem> b, float* c, i64 ldc,
                                bool add) {
-  constexpr i64 kPanel = Gemm<Elem>::kPanel;
   const i64 groups = k / Gemm<Elem>::kPair;
   for (i64 n0 = 0; n0 < n; n0 += kPanel) {
-    const int vecs = static_cast<int>(min_of(kPanel, n - n0) / kWidth);
+    const int vecs = static_cast<int>(min_of<i64>(kPanel, n - n0) / kWidth);
     const Elem* panel = b.data + n0 / kPanel * b.panel_stride;
     i64 m0 = 0;
     for (; m0 + kTileRows <= m; m0 += kTileRows)
@@ -156,8 +155,8 @@ struct AmxTiles {
 
 // A 16*ROWS x 16*COLS block of C (ROWS, COLS in {1, 2}).
 template <int ROWS, int COLS>
-OFAKERN_LOCAL void amx_block(i64 k, const bf16* a, i64 lda, Panels<bf16> b, float* c, i64 ldc, bool add) {
-  const i64 c_bytes = ldc * 4, a_bytes = lda * 2, b_bytes = b.row_stride * 2;
+OFAKERN_LOCAL void amx_block(i64 k, const bf16* a, i64 lda, const bf16* b, i64 b_row, float* c, i64 ldc, bool add) {
+  const i64 c_bytes = ldc * 4, a_bytes = lda * 2, b_bytes = b_row * 2;
   float* c1 = c + 16 * ldc;
   if (add) {
     _tile_loadd(0, c, c_bytes);
@@ -171,7 +170,7 @@ OFAKERN_LOCAL void amx_block(i64 k, const bf16* a, i64 lda, Panels<bf16> b, floa
     if (ROWS == 2 && COLS == 2) _tile_zero(3);
   }
   for (i64 k0 = 0; k0 < k; k0 += 32) {
-    const bf16* b0 = b.data + k0 / 2 * b.row_stride;
+    const bf16* b0 = b + k0 / 2 * b_row;
     _tile_loadd(4, a + k0, a_bytes);
     _tile_loadd(6, b0, b_bytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -180,7 +179,7 @@ OFAKERN_LOCAL void amx_block(i64 k, const bf16* a, i64 lda, Panels<bf16> b, floa
       _tile_dpbf16ps(2, 5, 6);
     }
     if (COLS == 2) {
-      _tile_loadd(7, b0 + b.panel_stride, b_bytes);
+      _tile_loadd(7, b0 + 32, b_bytes);
       _tile_dpbf16ps(1, 4, 7);
       if (ROWS == 2) _tile_dpbf16ps(3, 5, 7);
     }
@@ -193,17 +192,17 @@ OFAKERN_LOCAL void amx_block(i64 k, const bf16* a, i64 lda, Panels<bf16> b, floa
 
 OFAKERN_LOCAL void gemm_amx(i64 m, i64 n, i64 k, const bf16* a, i64 lda, Panels<bf16> b, float* c, i64 ldc, bool add) {
   for (i64 n0 = 0; n0 < n; n0 += 32) {
-    const Panels<bf16> columns = {b.data + n0 / Gemm<bf16>::kPanel * b.panel_stride, b.panel_stride, b.row_stride};
+    const bf16* columns = b.data + n0 / kPanel * b.panel_stride + n0 % kPanel * 2;
     const bool two = n0 + 32 <= n;
     for (i64 m0 = 0; m0 < m; m0 += 32) {
       const bf16* rows = a + m0 * lda;
       float* block = c + m0 * ldc + n0;
       if (m0 + 32 <= m)
-        two ? amx_block<2, 2>(k, rows, lda, columns, block, ldc, add)
-            : amx_block<2, 1>(k, rows, lda, columns, block, ldc, add);
+        two ? amx_block<2, 2>(k, rows, lda, columns, b.row_stride, block, ldc, add)
+            : amx_block<2, 1>(k, rows, lda, columns, b.row_stride, block, ldc, add);
       else
-        two ? amx_block<1, 2>(k, rows, lda, columns, block, ldc, add)
-            : amx_block<1, 1>(k, rows, lda, columns, block, ldc, add);
+        two ? amx_block<1, 2>(k, rows, lda, columns, b.row_stride, block, ldc, add)
+            : amx_block<1, 1>(k, rows, lda, columns, b.row_stride, block, ldc, add);
     }
   }
 }

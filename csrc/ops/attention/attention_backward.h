@@ -67,7 +67,7 @@ struct BackwardScratch {
   }
 
   // P and dS as B operands: row-major within the tile, panels are column ranges.
-  static Panels<Elem> pairs(const Elem* data) { return {data, Gemm<Elem>::kPanel * kPair, kKeys * kPair}; }
+  static Panels<Elem> pairs(const Elem* data) { return {data, kPanel * kPair, kKeys * kPair}; }
 };
 
 // What the backward pass reads of the forward's results and writes.

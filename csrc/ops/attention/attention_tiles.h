@@ -177,7 +177,7 @@ template <class T>
 struct KeySide {
   using Elem = Packed<T>;
   static constexpr i64 kKeys = Tile<Elem>::kKeys;
-  static constexpr int kPair = Gemm<Elem>::kPair, kPanel = Gemm<Elem>::kPanel;
+  static constexpr int kPair = Gemm<Elem>::kPair;
   static constexpr i64 kStage =
       64;  // keys whose rows are gathered before they are packed: they stay in the first level
   static_assert(kStage % kPanel == 0 && kStage % Gemm<Elem>::kDepth == 0, "a stage holds whole panels");
@@ -212,7 +212,7 @@ struct KeySide {
 
   i64 tile_count() const { return tiles(count); }
   i64 tile_keys(i64 tile) const { return min_of(kKeys, count - tile * kKeys); }
-  i64 padded_tile_keys(i64 tile) const { return round_up(tile_keys(tile), max_of(kPanel, Gemm<Elem>::kDepth)); }
+  i64 padded_tile_keys(i64 tile) const { return round_up(tile_keys(tile), kPanel); }
   const KeyGroup* tile_groups(int term, i64 tile) const { return groups[term] + tile * (kKeys / kWidth); }
 
   // B operands of one tile.
@@ -268,7 +268,7 @@ struct KeySide {
   }
   void pack_transposed(Elem* data, i64 tile, i64 key, i64 keys, i64 width) {
     for (i64 x = 0; x < keys; x += kPanel)
-      transpose_units(as_units(staging + x * width), width / kPair, min_of<i64>(kPanel, keys - x), width / kPair,
+      transpose_units(as_units(staging + x * width), width / kPair, kPanel, width / kPair,
                       as_units(data + (tile * kKeys + key + x) * width), kPanel);
   }
   void pack_rows(Elem* data, i64 tile, i64 key, i64 keys, i64 width) {
