@@ -155,7 +155,11 @@ OFAKERN_HOT const Elem* widened(const Elem* slice, i64, Elem*) {
 }
 template <class Stored, class Elem>
 OFAKERN_HOT const Elem* widened(const Stored* slice, i64 count, Elem* buffer) {
-  for (i64 x = 0; x < count; x += kWidth) vstore_as(buffer + x, vload_as(slice + x));
+  for (i64 x = 0; x < count; x += 2 * kWidth) {
+    __builtin_prefetch(slice + x + count, 0, 2);  // the next slice: its memory time passes under this one's product
+    vstore_as(buffer + x, vload_as(slice + x));
+    vstore_as(buffer + x + kWidth, vload_as(slice + x + kWidth));
+  }
   return buffer;
 }
 
@@ -220,9 +224,9 @@ OFAKERN_LOCAL void block_product(i64 m, const Elem* a, i64 lda, const Weight<Sto
   // Slices of equal depth, rather than a short last one.
   const i64 slices = ceil_div(b.depth, Blocking<Elem>::kDepthStep);
   const i64 step = round_up(ceil_div(b.depth, slices), Gemm<Elem>::kDepth);
-  for (i64 k0 = 0; k0 < b.depth; k0 += step) {
-    const i64 depth = min_of(step, b.depth - k0);
-    for (i64 x = 0; x < columns; x += kColumns) {
+  for (i64 x = 0; x < columns; x += kColumns) {  // a panel's slices follow one another: the weight is one stream
+    for (i64 k0 = 0; k0 < b.depth; k0 += step) {
+      const i64 depth = min_of(step, b.depth - k0);
       const Stored* stored = b.data + (first + x) * b.depth + k0 * kColumns;
       const Elem* slice = widened(stored, depth * kColumns, slice_buffer);
       slice_product(m, min_of(kColumns, columns - x), depth, a + k0, lda, slice, c + x, ldc, add || k0 > 0);
