@@ -440,3 +440,53 @@ def decode_linear_forward(
     threads: int,
     /,
 ) -> None: ...
+def routed_linear_forward(
+    y: Tensor,
+    workspace: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    counts: Tensor,
+    source: Tensor | None,
+    target: Tensor | None,
+    threads: int,
+    /,
+) -> None: ...
+def routed_linear_backward(
+    dx: Tensor | None,
+    dweights: list[Tensor],
+    dbiases: list[Tensor],
+    workspace: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    counts: Tensor,
+    source: Tensor | None,
+    target: Tensor | None,
+    threads: int,
+    /,
+) -> None: ...
+def routed_linear_forward_workspace(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    counts: Tensor,
+    source: Tensor | None,
+    target: Tensor | None,
+    threads: int,
+    /,
+) -> int: ...
+def routed_linear_backward_workspace(
+    dx: Tensor | None,
+    dweights: list[Tensor],
+    dbiases: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    counts: Tensor,
+    source: Tensor | None,
+    target: Tensor | None,
+    threads: int,
+    /,
+) -> int: ...

@@ -130,7 +130,7 @@ class DecodeState:
         own = Positions(self._plan_self(), q_pos, keys, decoder.backend, prefix_layout)
         cross = Positions(self._cross_layout, decoder.cross_queries(positions), self._source_k_pos, decoder.backend)
         # Every row continues the same slot, so one expert takes them all.
-        routing = Routing(None, None, ((self.modality - 1, self.rows),)) if decoder.config.modal_ffn else None
+        routing = Routing(None, ((self.modality - 1, self.rows),)) if decoder.config.modal_ffn else None
         for number, layer in enumerate(layers):
             k, v = layer.self_attn.keys_values(layer.self_input(x))
             own_keys = self._remember(number, k, v)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+
+from ofakern.ops.routed_ffn import routed_linear
 
 
 @dataclass(frozen=True)
 class Routing:
     """Tokens grouped by expert, prepared once per batch.
 
-    order: int64 `[N]`, packed rows sorted by expert; inverse undoes it (both None when one expert takes all).
+    order: int64 `[N]`, packed rows sorted by expert (None when one expert takes all).
     runs: (expert, its number of tokens), in that order.
     """
 
     order: Tensor | None
-    inverse: Tensor | None
     runs: tuple[tuple[int, int], ...]
 
     @classmethod
@@ -25,28 +27,22 @@ class Routing:
         """expert: integers `[N]` on the CPU."""
         found, counts = torch.unique(expert, return_counts=True)
         runs = tuple(zip(found.tolist(), counts.tolist(), strict=True))
-        if len(runs) < 2:
-            return cls(None, None, runs)
-        order = torch.argsort(expert, stable=True)
-        return cls(order, torch.argsort(order), runs)
+        return cls(torch.argsort(expert, stable=True) if len(runs) > 1 else None, runs)
 
     def to(self, device: torch.device | str) -> Routing:
-        if self.order is None or self.inverse is None:
-            return self
-        return replace(self, order=self.order.to(device), inverse=self.inverse.to(device))
+        return self if self.order is None else replace(self, order=self.order.to(device))
 
-    def sort(self, x: Tensor) -> Tensor:
-        """`[N, D]` in packed order to `[N, D]` by expert."""
-        return x if self.order is None else x.index_select(0, self.order)
+    def enter(self, x: Tensor, experts: nn.ModuleList) -> Tensor:
+        """Packed tokens `[N, D]`, each through its own expert: `[N, D']`, grouped by expert."""
+        return routed_linear(x, *self._parameters(experts), source=self.order)
 
-    def unsort(self, x: Tensor) -> Tensor:
-        return x if self.inverse is None else x.index_select(0, self.inverse)
+    def leave(self, x: Tensor, experts: nn.ModuleList) -> Tensor:
+        """Grouped tokens `[N, D']`, each through its own expert: `[N, D]` in packed order."""
+        return routed_linear(x, *self._parameters(experts), target=self.order)
 
-    def linear(self, x: Tensor, experts: nn.ModuleList) -> Tensor:
-        """Sorted tokens `[N, D]`, each through its own expert: `[N, D']`."""
-        parts = torch.split(x, [count for _, count in self.runs])
-        outs = [experts[expert](part) for (expert, _), part in zip(self.runs, parts, strict=True)]
-        if not outs:
-            empty: Tensor = experts[0](x)
-            return empty
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+    def _parameters(self, experts: nn.ModuleList) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[int]]:
+        """Weights, biases and counts of the experts that have tokens (the first one where there are no tokens)."""
+        runs = self.runs or ((0, 0),)
+        weights = [experts.get_parameter(f"{expert}.weight") for expert, _ in runs]
+        biases = [experts.get_parameter(f"{expert}.bias") for expert, _ in runs]
+        return weights, biases, [count for _, count in runs]

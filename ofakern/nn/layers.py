@@ -118,8 +118,7 @@ class _Layer(nn.Module):
         elif routing is None:
             raise OfakernValueError("feed_forward: routing must be given to a layer with experts, got None")
         else:
-            y = self._hidden(routing.linear(routing.sort(y), self.experts_fc1))
-            y = routing.unsort(routing.linear(y, self.experts_fc2))
+            y = routing.leave(self._hidden(routing.enter(y, self.experts_fc1)), self.experts_fc2)
         y, dropout = self._branch(y, None, samples, self.adapter)
         residual = x if self.w_resid is None else x * self.w_resid
         if self.config.normalize_before:  # the next norm is another layer's

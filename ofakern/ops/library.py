@@ -64,7 +64,8 @@ def differentiate_once(name: str, *arguments: Any) -> Any:
 class _Once(torch.autograd.Function):
     @staticmethod
     def forward(name: str, *arguments: Any) -> Any:
-        return getattr(torch.ops.ofakern, name)(*arguments)
+        results = getattr(torch.ops.ofakern, name)(*arguments)
+        return tuple(results) if isinstance(results, list) else results  # autograd tracks tuples
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/arena.h"
+#include "core/operand.h"
 #include "core/pack.h"
 #include "core/parallel.h"
 #include "ops/cross_entropy/cross_entropy.h"
@@ -13,12 +14,6 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = __builtin_inff();
 constexpr i64 kIgnored = -100;
 
-// What products multiply. bf16 goes through f32 where there is no AMX: measured on Sapphire Rapids, VDPBF16PS reaches
-// 80 GFLOP/s a core and f32's FMA 145.
-template <class T>
-struct OperandOf {
-  using type = float;
-};
 // What exp(score - maximum) is kept as from the first product to the last two; bf16 rounds its gradients so anyway.
 template <class T>
 struct StoredOf {
@@ -28,14 +23,6 @@ template <>
 struct StoredOf<bf16> {
   using type = bf16;
 };
-#if defined(OFAKERN_AMX)
-template <>
-struct OperandOf<bf16> {
-  using type = bf16;
-};
-#endif
-template <class T>
-using Operand = typename OperandOf<T>::type;
 template <class T>
 using Stored = typename StoredOf<T>::type;
 

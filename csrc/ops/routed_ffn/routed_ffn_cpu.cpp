@@ -1,0 +1,322 @@
+// Compiled once per instruction set; see core/isa.h. Expert by expert: pack its tokens, then blocks of its products.
+#include "core/arena.h"
+#include "core/operand.h"
+#include "core/pack.h"
+#include "core/parallel.h"
+#include "core/with_type.h"
+#include "ops/routed_ffn/routed_ffn_call.h"
+
+namespace ofakern::OFAKERN_ISA {
+namespace {
+
+constexpr i64 kGroup = 64;            // tokens of a packing task, and of a tile of results
+constexpr i64 kMultiple = 32;         // what every product's own multiples divide
+constexpr i64 kBlockBytes = 3 << 19;  // of a block of weight, which stays in the second-level cache
+constexpr i64 kSide = 256;            // the most rows (columns) of such a block
+
+// Rows or columns of a block of weight whose other side is `depth`.
+template <class Elem>
+OFAKERN_HOT i64 block_side(i64 depth) {
+  const i64 fit = kBlockBytes / (depth * static_cast<i64>(sizeof(Elem))) / kGroup * kGroup;
+  return max_of(min_of(fit, kSide), kGroup);
+}
+
+// f32's panels go by in slices that stay in the first-level cache; AMX takes the depth at once.
+template <class Elem>
+OFAKERN_LOCAL void product(i64 m, i64 n, i64 k, const Elem* a, i64 lda, Panels<Elem> b, float* c, i64 ldc) {
+  constexpr i64 kSlice = sizeof(Elem) == 4 ? 256 : 1 << 30;
+  for (i64 k0 = 0; k0 < k; k0 += kSlice)
+    gemm(m, n, min_of(kSlice, k - k0), a + k0, lda, Panels<Elem>{b.data + k0 * kPanel, b.panel_stride, b.row_stride}, c,
+         ldc, k0 > 0);
+}
+
+// Scratch. Arrays over an expert's tokens have `tokens` of them (the largest expert's, padded).
+template <class T>
+struct Room {
+  using Elem = Operand<T>;
+  i64 in, out;       // padded widths
+  i64 tokens;        // padded
+  Elem* x_columns;   // B [in, tokens]: forward
+  Elem* x_rows;      // B [tokens, in]: dweight
+  Elem* dy_rows;     // A [tokens, out]: dx
+  Elem* dy_columns;  // A [out, tokens]: dweight
+  struct Bench {
+    Elem* rows;     // a group of tokens, or a block of weight
+    Elem* panels;   // a block of weight as a B operand
+    float* tile;    // results
+    float* turned;  // the same, transposed
+  };
+  Bench* benches;
+
+  static Room take(const RoutedLinearCall& call, bool backward, int threads, Arena& arena) {
+    Room room = {};
+    room.in = round_up(call.in, kMultiple);
+    room.out = round_up(call.out, kMultiple);
+    room.tokens = round_up(call.most, kGroup);
+    if (!backward) room.x_columns = arena.take<Elem>(room.in * room.tokens);
+    if (backward && call.wants_dx) room.dy_rows = arena.take<Elem>(room.tokens * room.out);
+    if (backward && call.wants_dweight) {
+      room.x_rows = arena.take<Elem>(room.tokens * round_up(room.in, kPanel));
+      room.dy_columns = arena.take<Elem>(room.out * room.tokens);
+    }
+    room.benches = arena.take<Bench>(threads);
+    const i64 widest = max_of(room.in, room.out);
+    for (int t = 0; t < threads; ++t) {
+      Bench bench = {};
+      bench.rows = arena.take<Elem>(max_of(kGroup * widest, room.row_block() * room.in));
+      if (backward) bench.panels = arena.take<Elem>(max_of(room.out * room.column_block(), kGroup * widest));
+      bench.tile = arena.take<float>(kSide * kSide);
+      bench.turned = arena.take<float>(kSide * kGroup);
+      if (room.benches != nullptr) room.benches[t] = bench;
+    }
+    return room;
+  }
+  i64 row_block() const { return block_side<Elem>(in); }      // rows of weight of a forward or dweight task
+  i64 column_block() const { return block_side<Elem>(out); }  // columns of weight of a dx task
+};
+
+// One group of rows of `data`, in the order of `index`, as operands: `rows` padded with zeros.
+template <class T>
+OFAKERN_LOCAL void stage_rows(const void* data, i64 width, i64 padded, const std::int64_t* index, i64 first, i64 count,
+                              Operand<T>* rows) {
+  const T* from = static_cast<const T*>(data);
+  for (i64 t = 0; t < kGroup; ++t) {
+    if (t < count)
+      copy_row(from + (index == nullptr ? first + t : index[first + t]) * width, width, rows + t * padded, padded);
+    else
+      zero_row(rows + t * padded, padded);
+  }
+}
+
+// Rows [row, row + count) of weight as an A operand: in place where they lie as products want them.
+template <class Elem>
+OFAKERN_HOT const Elem* rows_in_place(const Elem* weight, i64 width, i64 padded, i64 row, i64 count) {
+  return width == padded && count % kMultiple == 0 ? weight + row * width : nullptr;
+}
+template <class T>
+OFAKERN_LOCAL const Operand<T>* weight_rows(const T* weight, i64 width, i64 padded, i64 row, i64 count,
+                                            Operand<T>* scratch) {
+  using Elem = Operand<T>;
+  if constexpr (sizeof(T) == sizeof(Elem)) {
+    const Elem* rows = rows_in_place(reinterpret_cast<const Elem*>(weight), width, padded, row, count);
+    if (rows != nullptr) return rows;
+  }
+  for (i64 r = 0; r < round_up(count, kMultiple); ++r) {
+    if (r < count)
+      copy_row(weight + (row + r) * width, width, scratch + r * padded, padded);
+    else
+      zero_row(scratch + r * padded, padded);
+  }
+  return scratch;
+}
+
+// Where a gradient `width` wide can be written by the product itself.
+OFAKERN_HOT float* sum_in_place(float* out, i64 width) { return width % kWidth == 0 ? out : nullptr; }
+template <class T>
+OFAKERN_HOT float* sum_in_place(T*, i64) {
+  return nullptr;
+}
+
+template <class T>
+struct Expert {
+  using Elem = Operand<T>;
+  using Bench = typename Room<T>::Bench;
+  static constexpr int kPair = Gemm<Elem>::kPair;
+  const RoutedLinearCall& call;
+  const RoutedExpert& expert;
+  const Room<T>& room;
+
+  i64 groups() const { return ceil_div(expert.count, kGroup); }
+  i64 group_tokens(i64 group) const { return min_of(kGroup, expert.count - group * kGroup); }
+  i64 padded_tokens(i64 group) const { return round_up(group_tokens(group), kMultiple); }
+  i64 row_of(const std::int64_t* index, i64 group, i64 t) const {
+    const i64 place = expert.first + group * kGroup + t;
+    return index == nullptr ? place : index[place];
+  }
+
+  void pack_forward(const Bench& bench, i64 group) const {
+    stage_rows<T>(call.x, call.in, room.in, call.source, expert.first + group * kGroup, group_tokens(group),
+                  bench.rows);
+    for (i64 t = 0; t < kGroup; t += kPanel)
+      transpose_units(as_units(bench.rows + t * room.in), room.in / kPair, kPanel, room.in / kPair,
+                      as_units(room.x_columns + (group * kGroup + t) * room.in), kPanel);
+  }
+
+  // Rows [block] of weight times all tokens: the tile is transposed, so that tokens' rows are written in runs.
+  void forward_block(const Bench& bench, i64 block) const {
+    const i64 row = block * room.row_block(), count = min_of(room.row_block(), call.out - row);
+    const Elem* weight = weight_rows(static_cast<const T*>(expert.weight), call.in, room.in, row, count, bench.rows);
+    const T* bias = static_cast<const T*>(expert.bias);
+    const i64 padded = round_up(count, kMultiple);
+    for (i64 group = 0; group < groups(); ++group) {
+      const Panels<Elem> x = {room.x_columns + group * kGroup * room.in, room.in * kPanel, kPanel * kPair};
+      product(padded, padded_tokens(group), room.in, weight, room.in, x, bench.tile, kGroup);
+      transpose_units(as_units(bench.tile), kGroup, padded, padded_tokens(group), as_units(bench.turned), kSide);
+      for (i64 t = 0; t < group_tokens(group); ++t) {
+        T* y = static_cast<T*>(call.y) + row_of(call.target, group, t) * call.out + row;
+        for (i64 r = 0; r < count; r += kWidth) {
+          const Vec sum = vload(bench.turned + t * kSide + r);
+          vstore_n(y + r, bias == nullptr ? sum : vadd(sum, vload_n(bias + row + r, count - r)), count - r);
+        }
+      }
+    }
+  }
+
+  void pack_backward(const Bench& bench, i64 group) const {
+    const i64 first = expert.first + group * kGroup, count = group_tokens(group);
+    Elem* dy = room.dy_rows == nullptr ? bench.rows : room.dy_rows + group * kGroup * room.out;
+    stage_rows<T>(call.dy, call.out, room.out, call.target, first, count, dy);
+    if (room.x_rows == nullptr) return;
+    // Pairs of tokens as units, then units transposed: rows of outputs with tokens end to end.
+    interleave(dy, room.out, kGroup, room.out, as_units(bench.panels), room.out);
+    transpose_units(as_units(bench.panels), room.out, kGroup / kPair, room.out,
+                    as_units(room.dy_columns + group * kGroup), room.tokens / kPair);
+    stage_rows<T>(call.x, call.in, room.in, call.source, first, count, bench.rows);
+    for (i64 k = 0; k < room.in; k += kPanel)
+      interleave(bench.rows + k, room.in, kGroup, min_of<i64>(kPanel, room.in - k),
+                 as_units(room.x_rows + k * room.tokens + group * kGroup * kPanel), kPanel);
+  }
+
+  // A panel's rows of weight straight from memory, where that holds operands; returns how many.
+  i64 pack_whole_rows(const T* weight, i64 width, Elem* panel) const {
+    if constexpr (sizeof(T) == sizeof(Elem)) {
+      const i64 rows = call.out / kPair * kPair;
+      interleave(reinterpret_cast<const Elem*>(weight), call.in, rows, width, as_units(panel), kPanel);
+      return rows;
+    } else {
+      return 0;
+    }
+  }
+
+  // Columns [block] of weight as a B operand over its rows.
+  void pack_columns(const Bench& bench, i64 column, i64 count) const {
+    const T* weight = static_cast<const T*>(expert.weight);
+    for (i64 k = 0; k < round_up(count, kMultiple); k += kPanel) {
+      const i64 width = min_of<i64>(kPanel, round_up(count, kMultiple) - k), valid = min_of(width, count - k);
+      const i64 whole = valid == width ? pack_whole_rows(weight + column + k, width, bench.panels + k * room.out) : 0;
+      for (i64 o = whole; o < room.out; o += kPair) {
+        for (i64 pair = 0; pair < kPair; ++pair) {
+          Elem* row = bench.rows + pair * kPanel;
+          if (o + pair < call.out && valid > 0)
+            copy_row(weight + (o + pair) * call.in + column + k, valid, row, width);
+          else
+            zero_row(row, width);
+        }
+        interleave(bench.rows, kPanel, kPair, width, as_units(bench.panels + k * room.out + o * kPanel), kPanel);
+      }
+    }
+  }
+
+  void dx_block(const Bench& bench, i64 block) const {
+    const i64 column = block * room.column_block(), count = min_of(room.column_block(), call.in - column);
+    pack_columns(bench, column, count);
+    const Panels<Elem> weight = {bench.panels, room.out * kPanel, kPanel * kPair};
+    for (i64 group = 0; group < groups(); ++group) {
+      product(padded_tokens(group), round_up(count, kMultiple), room.out, room.dy_rows + group * kGroup * room.out,
+              room.out, weight, bench.tile, kSide);
+      for (i64 t = 0; t < group_tokens(group); ++t) {
+        T* dx = static_cast<T*>(call.dx) + row_of(call.source, group, t) * call.in + column;
+        for (i64 k = 0; k < count; k += kWidth) vstore_n(dx + k, vload(bench.tile + t * kSide + k), count - k);
+      }
+    }
+  }
+
+  void dweight_block(const Bench& bench, i64 block) const {
+    const i64 row = block * kSide, count = min_of(kSide, call.out - row), padded = round_up(count, kMultiple);
+    const Elem* dy = room.dy_columns + row * room.tokens;
+    for (i64 k = 0; k < call.in; k += kSide) {
+      const Panels<Elem> x = {room.x_rows + k * room.tokens, room.tokens * kPanel, kPanel * kPair};
+      const i64 width = min_of(kSide, call.in - k);
+      float* const direct = sum_in_place(static_cast<T*>(expert.dweight) + row * call.in + k, width);
+      const i64 tokens = round_up(expert.count, kMultiple);
+      if (direct != nullptr) {
+        product(count, width, tokens, dy, room.tokens, x, direct, call.in);
+        continue;
+      }
+      product(padded, round_up(width, kMultiple), tokens, dy, room.tokens, x, bench.tile, kSide);
+      for (i64 r = 0; r < count; ++r) {
+        T* out = static_cast<T*>(expert.dweight) + (row + r) * call.in + k;
+        for (i64 c = 0; c < width; c += kWidth) vstore_n(out + c, vload(bench.tile + r * kSide + c), width - c);
+      }
+    }
+    if (expert.dbias == nullptr) return;
+    for (i64 r = 0; r < count; ++r) {
+      Vec sum = vzero();
+      for (i64 t = 0; t < expert.count; t += kWidth) sum = vadd(sum, vload_as(dy + r * room.tokens + t));
+      from_float(hsum(sum), static_cast<T*>(expert.dbias) + row + r);
+    }
+  }
+};
+
+template <class T>
+OFAKERN_LOCAL void clear_gradient(const RoutedLinearCall& call, const RoutedExpert& expert) {
+  if (expert.dweight != nullptr) zero_row(static_cast<T*>(expert.dweight), call.out * call.in);
+  if (expert.dbias != nullptr) zero_row(static_cast<T*>(expert.dbias), call.out);
+}
+
+template <class T>
+OFAKERN_LOCAL void forward(const RoutedLinearCall& call, void* workspace, int threads) {
+  Arena arena(workspace);
+  const Room<T> room = Room<T>::take(call, false, threads, arena);
+  for (i64 e = 0; e < call.expert_count; ++e) {
+    const Expert<T> expert = {call, call.experts[e], room};
+    if (call.experts[e].count == 0) continue;
+    parallel_for(expert.groups(), threads,
+                 [&](i64 group, int thread) { expert.pack_forward(room.benches[thread], group); });
+    parallel_for(ceil_div(call.out, room.row_block()), threads, [&](i64 block, int thread) {
+      const AmxTiles tiles;
+      expert.forward_block(room.benches[thread], block);
+    });
+  }
+}
+
+template <class T>
+OFAKERN_LOCAL void backward(const RoutedLinearCall& call, void* workspace, int threads) {
+  Arena arena(workspace);
+  const Room<T> room = Room<T>::take(call, true, threads, arena);
+  for (i64 e = 0; e < call.expert_count; ++e) {
+    const Expert<T> expert = {call, call.experts[e], room};
+    if (call.experts[e].count == 0) {
+      clear_gradient<T>(call, call.experts[e]);
+      continue;
+    }
+    parallel_for(expert.groups(), threads,
+                 [&](i64 group, int thread) { expert.pack_backward(room.benches[thread], group); });
+    const i64 dx_tasks = call.wants_dx ? ceil_div(call.in, room.column_block()) : 0;
+    const i64 dweight_tasks = call.wants_dweight ? ceil_div(call.out, kSide) : 0;
+    parallel_for(dx_tasks + dweight_tasks, threads, [&](i64 task, int thread) {
+      const AmxTiles tiles;
+      if (task < dx_tasks)
+        expert.dx_block(room.benches[thread], task);
+      else
+        expert.dweight_block(room.benches[thread], task - dx_tasks);
+    });
+  }
+}
+
+template <class T>
+OFAKERN_LOCAL i64 measure(const RoutedLinearCall& call, bool backward, int threads) {
+  Arena arena(nullptr);
+  Room<T>::take(call, backward, threads, arena);
+  return arena.used();
+}
+
+}  // namespace
+
+i64 routed_linear_forward_workspace(const RoutedLinearCall& call, int threads) {
+  return with_type(call.dtype, [&](auto type) { return measure<decltype(type)>(call, false, threads); });
+}
+
+i64 routed_linear_backward_workspace(const RoutedLinearCall& call, int threads) {
+  return with_type(call.dtype, [&](auto type) { return measure<decltype(type)>(call, true, threads); });
+}
+
+void routed_linear_forward(const RoutedLinearCall& call, void* workspace, int threads) {
+  with_type(call.dtype, [&](auto type) { forward<decltype(type)>(call, workspace, threads); });
+}
+
+void routed_linear_backward(const RoutedLinearCall& call, void* workspace, int threads) {
+  with_type(call.dtype, [&](auto type) { backward<decltype(type)>(call, workspace, threads); });
+}
+
+}  // namespace ofakern::OFAKERN_ISA

@@ -1,0 +1,152 @@
+"""The registered ops `ofakern::routed_linear_fwd` and `routed_linear_bwd`, and the autograd around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofakern.errors import BackendError
+from ofakern.ops import native
+from ofakern.ops.library import define, differentiate_once, kernel_ready, refuse_vmap
+from ofakern.ops.routed_ffn.backends import BACKENDS
+
+
+def routed_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    counts: Sequence[int],
+    source: Tensor | None,
+    target: Tensor | None,
+) -> Tensor:
+    """`[N, O]` of checked arguments; differentiable in x, weights and biases."""
+    leaves = (x, *weights, *biases)
+    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+        y: Tensor = _RoutedLinear.apply(list(counts), source, target, len(weights), *leaves)  # type: ignore[no-untyped-call]
+    else:
+        y = torch.ops.ofakern.routed_linear_fwd(x, list(weights), list(biases), list(counts), source, target)
+    return y
+
+
+class _RoutedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(counts: list[int], source: Any, target: Any, experts: int, *leaves: Tensor) -> Tensor:
+        x, weights, biases = leaves[0], list(leaves[1 : 1 + experts]), list(leaves[1 + experts :])
+        y: Tensor = torch.ops.ofakern.routed_linear_fwd(x, weights, biases, counts, source, target)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.counts, source, target, ctx.experts, *leaves = inputs
+        ctx.biases = len(leaves) - 1 - ctx.experts
+        ctx.save_for_backward(source, target, *leaves[: 1 + ctx.experts])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        source, target, x, *weights = ctx.saved_tensors
+        wants_x, wants_rest = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
+        grads = differentiate_once(
+            "routed_linear_bwd", dy, x, weights, ctx.counts, source, target, wants_x, wants_rest, ctx.biases > 0
+        )
+        dx, *rest = grads
+        rest = rest if wants_rest else [None] * (ctx.experts + ctx.biases)
+        return None, None, None, None, dx if wants_x else None, *rest
+
+    vmap = staticmethod(refuse_vmap("routed_ffn"))
+
+
+def _module() -> Any:
+    reason = BACKENDS.unavailable["cpu"]
+    if reason is not None:
+        raise BackendError(f"routed_ffn: backend 'cpu' cannot run this call: {reason}")
+    return native.cpu
+
+
+def _index(index: Tensor | None) -> Tensor | None:
+    return None if index is None else kernel_ready(index)
+
+
+def _forward_cpu(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    counts: list[int],
+    source: Tensor | None,
+    target: Tensor | None,
+) -> Tensor:
+    module, threads = _module(), torch.get_num_threads()
+    ready = [kernel_ready(w) for w in weights], [kernel_ready(b) for b in biases]
+    inputs = (kernel_ready(x), *ready, torch.tensor(counts), _index(source), _index(target), threads)
+    y = torch.empty((x.shape[0], weights[0].shape[0]), dtype=x.dtype)
+    workspace = torch.empty(module.routed_linear_forward_workspace(*inputs), dtype=torch.uint8)
+    module.routed_linear_forward(y, workspace, *inputs)
+    return y
+
+
+def _backward_cpu(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    counts: list[int],
+    source: Tensor | None,
+    target: Tensor | None,
+    wants_x: bool,
+    wants_weights: bool,
+    with_bias: bool,
+) -> list[Tensor]:
+    module, threads = _module(), torch.get_num_threads()
+    grads = _empty_gradients(x, weights, wants_x, wants_weights, with_bias)
+    dx, dweights, dbiases = grads[0], grads[1 : 1 + len(weights)], grads[1 + len(weights) :]
+    wanted = (dx if wants_x else None, dweights if wants_weights else [], dbiases if wants_weights else [])
+    no_biases: list[Tensor] = []
+    tensors = (kernel_ready(x), [kernel_ready(w) for w in weights], no_biases, torch.tensor(counts))
+    inputs = (*tensors, _index(source), _index(target), threads)
+    workspace = torch.empty(module.routed_linear_backward_workspace(*wanted, *inputs), dtype=torch.uint8)
+    module.routed_linear_backward(*wanted, workspace, kernel_ready(dy), *inputs)
+    return grads
+
+
+def _empty_gradients(
+    x: Tensor, weights: list[Tensor], wants_x: bool, wants_weights: bool, with_bias: bool
+) -> list[Tensor]:
+    """dx, E dweights, E dbiases (with a bias); one that is not wanted is a tensor without elements."""
+    dx = x.new_empty(x.shape if wants_x else 0)
+    dweights = [w.new_empty(w.shape if wants_weights else 0) for w in weights]
+    dbiases = [w.new_empty(w.shape[0] if wants_weights else 0) for w in weights] if with_bias else []
+    return [dx, *dweights, *dbiases]
+
+
+def _forward_fake(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
+    return x.new_empty((x.shape[0], weights[0].shape[0]))
+
+
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    counts: list[int],
+    source: Tensor | None,
+    target: Tensor | None,
+    wants_x: bool,
+    wants_weights: bool,
+    with_bias: bool,
+) -> list[Tensor]:
+    return _empty_gradients(x, weights, wants_x, wants_weights, with_bias)
+
+
+define(
+    "routed_linear_fwd",
+    "(Tensor x, Tensor[] weights, Tensor[] biases, int[] counts, Tensor? source, Tensor? target) -> Tensor",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+)
+define(
+    "routed_linear_bwd",
+    "(Tensor dy, Tensor x, Tensor[] weights, int[] counts, Tensor? source, Tensor? target, "
+    "bool wants_x, bool wants_weights, bool with_bias) -> Tensor[]",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)
