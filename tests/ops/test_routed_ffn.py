@@ -227,11 +227,13 @@ def test_bad_arguments_are_named(
     error: type[OfakernError], message: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     with pytest.raises(error, match=message):
-        routed_linear(*args, **kwargs)
+        routed_linear(*args, **{"backend": "cpu"} | kwargs)
 
 
 def test_explain_and_a_wrong_expert(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "routed_ffn: runs on 'cpu'" in explain("routed_ffn", X, W, B, [1, 2])
+    half = [[t.bfloat16() for t in tensors] for tensors in (W, B)]
+    assert "routed_ffn: runs on 'cpu'" in explain("routed_ffn", X.bfloat16(), *half, [1, 2])
+    assert "runs on 'reference'" in explain("routed_ffn", X, W, B, [1, 2])  # torch's own products are faster
     capsys.readouterr()
     with pytest.raises(OfakernValueError, match=r"expert must be in \[0, E=2\)"):
         routed_ffn(X, torch.tensor([0, 1, 2]), W, B, W, B)
