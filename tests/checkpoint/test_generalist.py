@@ -150,7 +150,7 @@ def test_wrong_use(trained: GeneralistModel) -> None:
         trained.inference("caption", [ROWS[0], {"image": 3}])
     with pytest.raises(DataError, match="row 0"):
         trained.inference("caption", [{"img": "/nowhere/at/all.png"}])
-    with pytest.raises(OfakernRuntimeError, match="not available|kind that runs"):
+    with pytest.raises(OfakernValueError, match="adaptors must include 'video_image_sequence'"):
         trained.inference("[VIDEO:v] what happens? -> [TEXT:words]", {"v": "x.mp4"})
     with pytest.raises(OfakernRuntimeError, match="for_tasks"):
         GeneralistModel(small_config()).inference("[TEXT:a] -> [TEXT:b]", {"a": "x"})

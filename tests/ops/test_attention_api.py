@@ -117,11 +117,11 @@ def test_auto_takes_the_kernel_and_float64_the_reference(cpu: object) -> None:
 
 
 def test_registry_tells_reasons() -> None:
-    assert ops() == ("attention",)
+    assert {"attention", "cross_entropy", "patch_embed"} <= set(ops())
     table = backends("attention")
     assert set(table) == {"cpu", "cuda", "triton", "reference"} and table["reference"] is None
     assert "no CUDA kernel" in str(table["cuda"])
-    with pytest.raises(OfakernValueError, match="op must be one of attention, got 'softmax'"):
+    with pytest.raises(OfakernValueError, match="op must be one of attention, .*, got 'softmax'"):
         backends("softmax")
     text = explain("attention", **arguments(backend="triton"))
     assert text.splitlines()[0] == "attention: 'triton' was asked for and cannot run"

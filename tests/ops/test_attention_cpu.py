@@ -78,13 +78,12 @@ def test_widths_are_independent(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("growth", [30.0, 80.0, 400.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_that_grow_from_tile_to_tile(isa: str, dtype: torch.dtype, growth: float) -> None:
-    """The forward keeps a row's first reference until sums grow beyond a limit: below it, beyond it, beyond infinity."""
+    """A row's first reference stays until sums pass a limit: growth below it, beyond it, and beyond infinity."""
     case = make_case(q_lengths=(40,), k_lengths=(600,), width=16, pos_width=16, dtype=dtype)
     assert case.k is not None and case.q is not None
     case.q[:, :, 0] = 1.0
     case.k[:, :, 0] = (torch.linspace(-1, 1, 600) * 4 * growth).to(dtype)[:, None]
     check(case, CPU)
-
 
 
 def test_large_scores_do_not_overflow(isa: str) -> None:
