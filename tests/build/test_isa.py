@@ -19,6 +19,13 @@ NAMES = ["scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx"]
 USABLE = [name for name in _cpu.compiled_isas() if name in _cpu.supported_isas()]
 
 
+def fastest() -> str:
+    """The last one, but for bf16 products of Intel's cores, which are slower than their f32 ones."""
+    cpuinfo = Path("/proc/cpuinfo")
+    intel = cpuinfo.is_file() and "GenuineIntel" in cpuinfo.read_text()
+    return [name for name in USABLE if not (intel and name == "avx512_bf16")][-1]
+
+
 @pytest.fixture(autouse=True)
 def restore() -> Iterator[None]:
     before = _cpu.isa()
@@ -39,7 +46,7 @@ def test_scalar_is_always_there() -> None:
 @pytest.mark.skipif("OFAKERN_CPU_ISA" in os.environ, reason="OFAKERN_CPU_ISA forces an instruction set")
 def test_the_best_usable_one_is_active() -> None:
     _cpu.set_isa("")
-    assert _cpu.isa() == USABLE[-1]
+    assert _cpu.isa() == fastest()
 
 
 @pytest.mark.parametrize("name", USABLE)
@@ -50,7 +57,7 @@ def test_set_isa(name: str) -> None:
 
 def test_the_environment_forces_one() -> None:
     assert isa_with("scalar").stdout.strip() == "scalar"
-    assert isa_with("").stdout.strip() == USABLE[-1]
+    assert isa_with("").stdout.strip() == fastest()
 
 
 def test_an_unknown_name_in_the_environment() -> None:
