@@ -148,6 +148,8 @@ struct AmxTiles {
       config.columns[t] = 64;
       config.rows[t] = 16;
     }
+    // gcc's intrinsic names only the first eight bytes as read: the other stores must not be taken for dead.
+    __asm__ volatile("" : : "m"(config));
     _tile_loadconfig(&config);
   }
   ~AmxTiles() { _tile_release(); }

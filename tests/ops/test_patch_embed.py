@@ -331,3 +331,13 @@ REFUSED: list[tuple[str, type[Exception], dict[str, Any]]] = [
 def test_refusals(message: str, error: type[Exception], changes: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         patch_embed(**({"images": IMAGES, "weight": W} | changes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_blocks_on_many_threads(isa: str, dtype: torch.dtype) -> None:
+    """Enough tokens for several blocks, so that every thread sets up its own tiles."""
+    images = torch.randn(36, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(128, 3, 8, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
+    alone = patch_embed(images, weight)
+    torch.set_num_threads(3)
+    assert torch.equal(patch_embed(images, weight), alone)
