@@ -46,9 +46,7 @@ Call read_inputs(Arguments& args) {
   in.layout.k_range = args.tensor("k_range");
   in.scale = args.real("scale");
   in.dropout_p = args.real("dropout_p");
-  const std::int64_t threads = args.integer("threads");
-  Checker("attention").that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
-  call.threads = static_cast<int>(threads);
+  call.threads = args.threads();
   return call;
 }
 

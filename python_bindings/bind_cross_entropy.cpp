@@ -28,9 +28,7 @@ Call read_inputs(Arguments& args) {
   in.range = args.tensor("allowed_range");
   in.always = args.integer("always_allowed");
   in.epsilon = args.real("epsilon");
-  const std::int64_t threads = args.integer("threads");
-  Checker("cross_entropy").that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
-  call.threads = static_cast<int>(threads);
+  call.threads = args.threads();
   return call;
 }
 

@@ -11,12 +11,6 @@ namespace {
 
 constexpr std::size_t kInputs = 5;  // what read_inputs takes, threads included
 
-int read_threads(Arguments& args) {
-  const std::int64_t threads = args.integer("threads");
-  Checker("decode_linear").that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
-  return static_cast<int>(threads);
-}
-
 DecodeLinearInputs read_inputs(Arguments& args) {
   DecodeLinearInputs in;
   in.x = args.tensor("x");
@@ -41,7 +35,7 @@ std::int64_t packed_bytes(const py::args& values) {
 void pack(const py::args& values) {
   Arguments args("decode_linear", values, 4);
   const TensorView packed = args.tensor("packed"), weight = args.tensor("weight"), like = args.tensor("like");
-  const int threads = read_threads(args);
+  const int threads = args.threads();
   const Checker check("decode_linear");
   check.given("like", like);
   check.dtype("like", like, {DType::f32, DType::bf16, DType::f16});
@@ -52,14 +46,14 @@ void pack(const py::args& values) {
 std::int64_t workspace_bytes(const py::args& values) {
   Arguments args("decode_linear", values, kInputs);
   const DecodeLinearInputs in = read_inputs(args);
-  return decode_linear_workspace(in, read_threads(args));
+  return decode_linear_workspace(in, args.threads());
 }
 
 void forward(const py::args& values) {
   Arguments args("decode_linear", values, 2 + kInputs);
   const TensorView out = args.tensor("out"), workspace = args.tensor("workspace");
   const DecodeLinearInputs in = read_inputs(args);
-  const int threads = read_threads(args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   decode_linear_cpu(in, out, workspace, threads);
 }

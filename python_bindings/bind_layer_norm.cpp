@@ -9,12 +9,6 @@ namespace py = pybind11;
 namespace ofakern {
 namespace {
 
-int read_threads(const char* where, Arguments& args) {
-  const std::int64_t threads = args.integer("threads");
-  Checker(where).that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
-  return static_cast<int>(threads);
-}
-
 LayerNormAffine read_affine(Arguments& args) {
   LayerNormAffine affine;
   affine.weight = args.tensor("weight");
@@ -62,7 +56,7 @@ void add_forward(const py::args& values) {
   const TensorView x = args.tensor("x"), residual = args.tensor("residual");
   const LayerNormAffine affine = read_affine(args);
   const Dropout dropout = read_dropout(args);
-  const int threads = read_threads("add_layer_norm", args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   add_layer_norm_forward_cpu(x, residual, affine, dropout, out, total, stats, workspace, threads);
 }
@@ -76,7 +70,7 @@ void add_backward(const py::args& values) {
   const TensorView total = args.tensor("total"), stats = args.tensor("stats");
   const LayerNormAffine affine = read_weight(args);
   const Dropout dropout = read_dropout(args);
-  const int threads = read_threads("add_layer_norm", args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   add_layer_norm_backward_cpu(dout, dtotal, total, stats, affine, dropout, dx, dresidual, gradients, workspace,
                               threads);
@@ -87,7 +81,7 @@ void gelu_forward(const py::args& values) {
   const TensorView out = args.tensor("out"), stats = args.tensor("stats"), workspace = args.tensor("workspace");
   const TensorView x = args.tensor("x");
   const LayerNormAffine affine = read_affine(args);
-  const int threads = read_threads("gelu_layer_norm", args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   gelu_layer_norm_forward_cpu(x, affine, out, stats, workspace, threads);
 }
@@ -99,7 +93,7 @@ void gelu_backward(const py::args& values) {
   const TensorView workspace = args.tensor("workspace");
   const TensorView dout = args.tensor("dout"), x = args.tensor("x"), stats = args.tensor("stats");
   const LayerNormAffine affine = read_weight(args);
-  const int threads = read_threads("gelu_layer_norm", args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   gelu_layer_norm_backward_cpu(dout, x, stats, affine, dx, gradients, workspace, threads);
 }
@@ -109,7 +103,7 @@ void head_forward(const py::args& values) {
   const TensorView out = args.tensor("out"), stats = args.tensor("stats"), workspace = args.tensor("workspace");
   const TensorView x = args.tensor("x"), head_scale = args.tensor("head_scale");
   const LayerNormAffine affine = read_affine(args);
-  const int threads = read_threads("head_scale_layer_norm", args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   head_scale_layer_norm_forward_cpu(x, head_scale, affine, out, stats, workspace, threads);
 }
@@ -122,7 +116,7 @@ void head_backward(const py::args& values) {
   const TensorView dout = args.tensor("dout"), x = args.tensor("x"), head_scale = args.tensor("head_scale");
   const TensorView stats = args.tensor("stats");
   const LayerNormAffine affine = read_weight(args);
-  const int threads = read_threads("head_scale_layer_norm", args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   head_scale_layer_norm_backward_cpu(dout, x, head_scale, stats, affine, dx, dhead_scale, gradients, workspace,
                                      threads);
@@ -133,7 +127,7 @@ void embed_forward(const py::args& values) {
   const TensorView out = args.tensor("out"), stats = args.tensor("stats"), workspace = args.tensor("workspace");
   const EmbedInputs in = read_embed(args);
   const LayerNormAffine affine = read_affine(args);
-  const int threads = read_threads("embed_layer_norm", args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   embed_layer_norm_forward_cpu(in, affine, out, stats, workspace, threads);
 }
@@ -147,7 +141,7 @@ void embed_backward(const py::args& values) {
   const EmbedInputs in = read_embed(args);
   const TensorView stats = args.tensor("stats");
   const LayerNormAffine affine = read_weight(args);
-  const int threads = read_threads("embed_layer_norm", args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   embed_layer_norm_backward_cpu(dout, in, stats, affine, dtable, dtype_table, gradients, workspace, threads);
 }

@@ -34,9 +34,7 @@ Call read_inputs(Arguments& args) {
   in.power = static_cast<int>(args.integer("power"));
   in.whisper = args.integer("whisper") != 0;
   in.floor = args.real("floor");
-  const std::int64_t threads = args.integer("threads");
-  Checker("log_mel").that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
-  call.threads = static_cast<int>(threads);
+  call.threads = args.threads();
   return call;
 }
 

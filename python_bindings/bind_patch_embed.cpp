@@ -30,9 +30,7 @@ Call read_inputs(Arguments& args) {
   in.ln_weight = args.tensor("ln_weight");
   in.ln_bias = args.tensor("ln_bias");
   in.eps = args.real("eps");
-  const std::int64_t threads = args.integer("threads");
-  Checker("patch_embed").that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
-  call.threads = static_cast<int>(threads);
+  call.threads = args.threads();
   in.images = call.images.data();
   in.image_count = static_cast<std::int64_t>(call.images.size());
   return call;

@@ -9,16 +9,10 @@ namespace py = pybind11;
 namespace ofakern {
 namespace {
 
-int read_threads(Arguments& args) {
-  const std::int64_t threads = args.integer("threads");
-  Checker("rotation_6d").that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
-  return static_cast<int>(threads);
-}
-
 void forward(const py::args& values) {
   Arguments args("rotation_6d", values, 3);
   const TensorView out = args.tensor("out"), x = args.tensor("x");
-  const int threads = read_threads(args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   rotation_6d_forward_cpu(x, out, threads);
 }
@@ -26,7 +20,7 @@ void forward(const py::args& values) {
 void backward(const py::args& values) {
   Arguments args("rotation_6d", values, 4);
   const TensorView dx = args.tensor("dx"), dout = args.tensor("dout"), x = args.tensor("x");
-  const int threads = read_threads(args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   rotation_6d_backward_cpu(dout, x, dx, threads);
 }

@@ -31,9 +31,7 @@ Call read_inputs(Arguments& args) {
   in.counts.assign(counts.as<const std::int64_t>(), counts.as<const std::int64_t>() + counts.numel());
   in.source = args.tensor("source");
   in.target = args.tensor("target");
-  const std::int64_t threads = args.integer("threads");
-  check.that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
-  call.threads = static_cast<int>(threads);
+  call.threads = args.threads();
   return call;
 }
 

@@ -164,6 +164,12 @@ std::int64_t Arguments::integer(const char* argument) {
   return value;
 }
 
+int Arguments::threads() {
+  const std::int64_t threads = integer("threads");
+  Checker(where_).that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
+  return static_cast<int>(threads);
+}
+
 void register_errors() {
   py::register_local_exception_translator([](std::exception_ptr pointer) {
     const auto raise = [](const char* name, const Error& error) {

@@ -32,6 +32,7 @@ class Arguments {
   std::vector<TensorView> tensors(const char* argument);  // a list, none of it None
   double real(const char* argument);
   std::int64_t integer(const char* argument);
+  int threads();  // how many a kernel may use: 1..4096
 
  private:
   pybind11::handle next();

@@ -156,6 +156,14 @@ void Checker::device(const char* argument, const TensorView& x, Device device, i
   }
 }
 
+void Checker::plain(const char* argument, const TensorView& x, const char* letters,
+                    std::initializer_list<std::int64_t> sizes, DType dtype) const {
+  this->dtype(argument, x, {dtype});
+  shape(argument, x, letters, sizes);
+  device(argument, x, Device::cpu);
+  contiguous(argument, x);
+}
+
 void Checker::workspace(const char* argument, const TensorView& x, std::int64_t bytes) const {
   dtype(argument, x, {DType::u8});
   contiguous(argument, x);

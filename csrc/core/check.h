@@ -32,10 +32,11 @@ std::int64_t size_of(DType dtype);          // bytes of one element
 std::string describe(const TensorView& x);  // "float32[2, 8]", "float16[3] on cuda:1", "None"
 bool is_contiguous(const TensorView& x);    // row-major; dimensions of size 1 and empty tensors do not matter
 
-// The checks of one op. Each throws on the first broken rule; `argument` is the name the caller knows.
+// The checks of one op, a constant of its <op>.cpp: constexpr Checker kCheck("attention");
+// Each throws on the first broken rule; `argument` is the name the caller knows.
 class Checker {
  public:
-  explicit Checker(const char* where) : where_(where) {}
+  constexpr explicit Checker(const char* where) : where_(where) {}
 
   [[noreturn]] void fail_value(const std::string& argument, const std::string& rule, const std::string& got,
                                const std::string& remedy = {}) const;
@@ -58,6 +59,9 @@ class Checker {
   void contiguous(const char* argument, const TensorView& x) const;
   void last_contiguous(const char* argument, const TensorView& x) const;
   void device(const char* argument, const TensorView& x, Device device, int index = 0) const;
+  // What most arguments are: given, of this dtype and shape, on the CPU, contiguous.
+  void plain(const char* argument, const TensorView& x, const char* letters, std::initializer_list<std::int64_t> sizes,
+             DType dtype) const;
   // A u8 scratch of at least `bytes` bytes, aligned to 64.
   void workspace(const char* argument, const TensorView& x, std::int64_t bytes) const;
 

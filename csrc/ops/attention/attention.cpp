@@ -21,114 +21,98 @@ namespace {
 
 constexpr std::int64_t kMaxWidth = 256;
 
-const Checker& checker() {
-  static const Checker check("attention");
-  return check;
-}
+constexpr Checker kCheck("attention");
 
 void check_width(const char* argument, std::int64_t width) {
-  checker().that(width > 0 && width % 8 == 0 && width <= kMaxWidth, argument,
-                 "have a width that is a multiple of 8, at most 256", std::to_string(width));
+  kCheck.that(width > 0 && width % 8 == 0 && width <= kMaxWidth, argument,
+              "have a width that is a multiple of 8, at most 256", std::to_string(width));
 }
 
 void check_operand(const char* argument, const TensorView& x, const char* letters, std::int64_t tokens,
                    std::int64_t heads, const TensorView& like) {
-  const Checker& check = checker();
-  check.shape(argument, x, letters, {tokens, heads, -1});
-  check.same_dtype(argument, x, "q", like);
-  check.device(argument, x, Device::cpu);
-  check.last_contiguous(argument, x);
+  kCheck.shape(argument, x, letters, {tokens, heads, -1});
+  kCheck.same_dtype(argument, x, "q", like);
+  kCheck.device(argument, x, Device::cpu);
+  kCheck.last_contiguous(argument, x);
   check_width(argument, x.shape[2]);
-}
-
-void check_plain(const char* argument, const TensorView& x, const char* letters,
-                 std::initializer_list<std::int64_t> sizes, DType dtype) {
-  const Checker& check = checker();
-  check.given(argument, x);
-  check.dtype(argument, x, {dtype});
-  check.shape(argument, x, letters, sizes);
-  check.device(argument, x, Device::cpu);
-  check.contiguous(argument, x);
 }
 
 // Offsets start at 0, never fall, and end at the token count: what the kernels index by.
 void check_offsets(const char* argument, const TensorView& offsets, std::int64_t samples, std::int64_t tokens) {
-  check_plain(argument, offsets, "[B + 1]", {samples + 1}, DType::i32);
+  kCheck.plain(argument, offsets, "[B + 1]", {samples + 1}, DType::i32);
   const std::int32_t* o = offsets.as<const std::int32_t>();
   bool rising = o[0] == 0 && o[samples] == tokens;
   for (std::int64_t s = 0; s < samples; ++s) rising = rising && o[s] <= o[s + 1];
-  checker().that(rising, argument, "rise from 0 to the token count " + std::to_string(tokens),
-                 "first " + std::to_string(o[0]) + ", last " + std::to_string(o[samples]));
+  kCheck.that(rising, argument, "rise from 0 to the token count " + std::to_string(tokens),
+              "first " + std::to_string(o[0]) + ", last " + std::to_string(o[samples]));
 }
 
 void check_layout(const AttentionLayoutView& layout, std::int64_t queries, std::int64_t keys) {
-  const Checker& check = checker();
-  check.given("layout.q_offsets", layout.q_offsets);
-  check.ndim("layout.q_offsets", layout.q_offsets, 1, "[B + 1]");
+  kCheck.given("layout.q_offsets", layout.q_offsets);
+  kCheck.ndim("layout.q_offsets", layout.q_offsets, 1, "[B + 1]");
   const std::int64_t samples = layout.q_offsets.shape[0] - 1;
-  check.that(samples >= 0, "layout.q_offsets", "have B + 1 entries", "none");
+  kCheck.that(samples >= 0, "layout.q_offsets", "have B + 1 entries", "none");
   check_offsets("layout.q_offsets", layout.q_offsets, samples, queries);
   check_offsets("layout.k_offsets", layout.k_offsets, samples, keys);
-  check_plain("layout.visible", layout.visible, "[Nq, 2]", {queries, 2}, DType::i32);
-  check_plain("layout.key_seen", layout.key_seen, "[Nk]", {keys}, DType::u8);
-  check_plain("layout.k_range", layout.k_range, "[B, 2]", {samples, 2}, DType::i32);
+  kCheck.plain("layout.visible", layout.visible, "[Nq, 2]", {queries, 2}, DType::i32);
+  kCheck.plain("layout.key_seen", layout.key_seen, "[Nk]", {keys}, DType::u8);
+  kCheck.plain("layout.k_range", layout.k_range, "[B, 2]", {samples, 2}, DType::i32);
   const std::int32_t* range = layout.k_range.as<const std::int32_t>();
   for (std::int64_t s = 0; s < samples; ++s)
-    check.that(0 <= range[2 * s] && range[2 * s] <= range[2 * s + 1] && range[2 * s + 1] <= keys, "layout.k_range",
-               "lie inside the keys (" + std::to_string(keys) + ")",
-               "[" + std::to_string(range[2 * s]) + ", " + std::to_string(range[2 * s + 1]) + ") for sample " +
-                   std::to_string(s));
+    kCheck.that(0 <= range[2 * s] && range[2 * s] <= range[2 * s + 1] && range[2 * s + 1] <= keys, "layout.k_range",
+                "lie inside the keys (" + std::to_string(keys) + ")",
+                "[" + std::to_string(range[2 * s]) + ", " + std::to_string(range[2 * s + 1]) + ") for sample " +
+                    std::to_string(s));
 }
 
 void check_inputs(const AttentionInputs& in) {
-  const Checker& check = checker();
-  check.given("q", in.q);
-  check.dtype("q", in.q, {DType::f32, DType::bf16, DType::f16});
-  check.ndim("q", in.q, 3, "[Nq, H, K]");
-  check.given("k", in.k);
-  check.ndim("k", in.k, 3, "[Nk, Hk, K]");
+  kCheck.given("q", in.q);
+  kCheck.dtype("q", in.q, {DType::f32, DType::bf16, DType::f16});
+  kCheck.ndim("q", in.q, 3, "[Nq, H, K]");
+  kCheck.given("k", in.k);
+  kCheck.ndim("k", in.k, 3, "[Nk, Hk, K]");
   const std::int64_t queries = in.q.shape[0], heads = in.q.shape[1], keys = in.k.shape[0], key_heads = in.k.shape[1];
-  check.that(key_heads > 0 && heads % key_heads == 0, "H",
-             "be a multiple of k's heads (" + std::to_string(key_heads) + ")", std::to_string(heads));
+  kCheck.that(key_heads > 0 && heads % key_heads == 0, "H",
+              "be a multiple of k's heads (" + std::to_string(key_heads) + ")", std::to_string(heads));
   check_operand("q", in.q, "[Nq, H, K]", queries, heads, in.q);
   check_operand("k", in.k, "[Nk, Hk, K]", keys, key_heads, in.q);
-  check.shape("k", in.k, "[Nk, Hk, K]", {keys, key_heads, in.q.shape[2]});
-  check.given("v", in.v);
+  kCheck.shape("k", in.k, "[Nk, Hk, K]", {keys, key_heads, in.q.shape[2]});
+  kCheck.given("v", in.v);
   check_operand("v", in.v, "[Nk, Hk, V]", keys, key_heads, in.q);
   if (in.q_pos.defined() || in.k_pos.defined()) {
-    check.given("q_pos", in.q_pos);
-    check.given("k_pos", in.k_pos);
+    kCheck.given("q_pos", in.q_pos);
+    kCheck.given("k_pos", in.k_pos);
     check_operand("q_pos", in.q_pos, "[Nq, H, P]", queries, heads, in.q);
     check_operand("k_pos", in.k_pos, "[Nk, Hk, P]", keys, key_heads, in.q);
-    check.shape("k_pos", in.k_pos, "[Nk, Hk, P]", {keys, key_heads, in.q_pos.shape[2]});
+    kCheck.shape("k_pos", in.k_pos, "[Nk, Hk, P]", {keys, key_heads, in.q_pos.shape[2]});
   }
   static constexpr const char* kTables[2] = {"tables[0]", "tables[1]"};
   for (int t = 0; t < 2; ++t) {
     const RelativeTermView& term = in.terms[t];
     if (!term.table.defined()) continue;
-    check_plain(kTables[t], term.table, "[H, R]", {heads, -1}, DType::f32);
-    check_plain("terms.q_coord", term.q_coord, "[Nq]", {queries}, DType::i32);
-    check_plain("terms.k_coord", term.k_coord, "[Nk]", {keys}, DType::i32);
-    check_plain("terms.same", term.same, "[Nq, 2]", {queries, 2}, DType::i32);
+    kCheck.plain(kTables[t], term.table, "[H, R]", {heads, -1}, DType::f32);
+    kCheck.plain("terms.q_coord", term.q_coord, "[Nq]", {queries}, DType::i32);
+    kCheck.plain("terms.k_coord", term.k_coord, "[Nk]", {keys}, DType::i32);
+    kCheck.plain("terms.same", term.same, "[Nq, 2]", {queries, 2}, DType::i32);
   }
-  if (in.head_scale.defined()) check_plain("head_scale", in.head_scale, "[H]", {heads}, DType::f32);
-  check.that(in.dropout_p >= 0 && in.dropout_p < 1, "dropout_p", "be in [0, 1)", std::to_string(in.dropout_p));
-  if (in.dropout_p > 0) check_plain("dropout_seed", in.dropout_seed, "[2]", {2}, DType::i64);
+  if (in.head_scale.defined()) kCheck.plain("head_scale", in.head_scale, "[H]", {heads}, DType::f32);
+  kCheck.that(in.dropout_p >= 0 && in.dropout_p < 1, "dropout_p", "be in [0, 1)", std::to_string(in.dropout_p));
+  if (in.dropout_p > 0) kCheck.plain("dropout_seed", in.dropout_seed, "[2]", {2}, DType::i64);
   check_layout(in.layout, queries, keys);
 }
 
 void check_results(const AttentionInputs& in, const TensorView& out, const TensorView& lse) {
   const std::int64_t queries = in.q.shape[0], heads = in.q.shape[1];
-  check_plain("out", out, "[Nq, H, V]", {queries, heads, in.v.shape[2]}, in.q.dtype);
-  check_plain("lse", lse, "[Nq, H]", {queries, heads}, DType::f32);
+  kCheck.plain("out", out, "[Nq, H, V]", {queries, heads, in.v.shape[2]}, in.q.dtype);
+  kCheck.plain("lse", lse, "[Nq, H]", {queries, heads}, DType::f32);
 }
 
 void check_gradient(const char* argument, const TensorView& gradient, const TensorView& of) {
   if (!of.defined()) {
-    checker().absent(argument, gradient, "its input was not given");
+    kCheck.absent(argument, gradient, "its input was not given");
     return;
   }
-  check_plain(argument, gradient, "its input's shape", {of.shape[0], of.shape[1], of.shape[2]}, of.dtype);
+  kCheck.plain(argument, gradient, "its input's shape", {of.shape[0], of.shape[1], of.shape[2]}, of.dtype);
 }
 
 }  // namespace
@@ -147,22 +131,21 @@ void attention_forward_cpu(const AttentionInputs& inputs, const TensorView& out,
                            const TensorView& workspace, int threads) {
   check_inputs(inputs);
   check_results(inputs, out, lse);
-  checker().workspace("workspace", workspace, OFAKERN_DISPATCH(attention_forward_workspace, inputs, threads));
+  kCheck.workspace("workspace", workspace, OFAKERN_DISPATCH(attention_forward_workspace, inputs, threads));
   OFAKERN_DISPATCH(attention_forward, inputs, out, lse, workspace, threads);
 }
 
 void attention_backward_cpu(const AttentionInputs& inputs, const TensorView& out, const TensorView& lse,
                             const TensorView& dout, const TensorView& dlse, const AttentionGradients& gradients,
                             const TensorView& workspace, int threads) {
-  const Checker& check = checker();
   check_inputs(inputs);
   check_results(inputs, out, lse);
-  check.given("dout", dout);
-  check.shape("dout", dout, "[Nq, H, V]", {inputs.q.shape[0], inputs.q.shape[1], inputs.v.shape[2]});
-  check.same_dtype("dout", dout, "q", inputs.q);
-  check.device("dout", dout, Device::cpu);
-  check.last_contiguous("dout", dout);
-  if (dlse.defined()) check_plain("dlse", dlse, "[Nq, H]", {inputs.q.shape[0], inputs.q.shape[1]}, DType::f32);
+  kCheck.given("dout", dout);
+  kCheck.shape("dout", dout, "[Nq, H, V]", {inputs.q.shape[0], inputs.q.shape[1], inputs.v.shape[2]});
+  kCheck.same_dtype("dout", dout, "q", inputs.q);
+  kCheck.device("dout", dout, Device::cpu);
+  kCheck.last_contiguous("dout", dout);
+  if (dlse.defined()) kCheck.plain("dlse", dlse, "[Nq, H]", {inputs.q.shape[0], inputs.q.shape[1]}, DType::f32);
   check_gradient("dq", gradients.dq, inputs.q);
   check_gradient("dk", gradients.dk, inputs.k);
   check_gradient("dv", gradients.dv, inputs.v);
@@ -172,15 +155,15 @@ void attention_backward_cpu(const AttentionInputs& inputs, const TensorView& out
   for (int t = 0; t < 2; ++t) {
     const TensorView& table = inputs.terms[t].table;
     if (table.defined())
-      check_plain(kTables[t], gradients.dtables[t], "[H, R]", {table.shape[0], table.shape[1]}, DType::f32);
+      kCheck.plain(kTables[t], gradients.dtables[t], "[H, R]", {table.shape[0], table.shape[1]}, DType::f32);
     else
-      check.absent(kTables[t], gradients.dtables[t], "the call has no such term");
+      kCheck.absent(kTables[t], gradients.dtables[t], "the call has no such term");
   }
   if (inputs.head_scale.defined())
-    check_plain("dhead_scale", gradients.dhead_scale, "[H]", {inputs.head_scale.shape[0]}, DType::f32);
+    kCheck.plain("dhead_scale", gradients.dhead_scale, "[H]", {inputs.head_scale.shape[0]}, DType::f32);
   else
-    check.absent("dhead_scale", gradients.dhead_scale, "head_scale was not given");
-  check.workspace("workspace", workspace, OFAKERN_DISPATCH(attention_backward_workspace, inputs, threads));
+    kCheck.absent("dhead_scale", gradients.dhead_scale, "head_scale was not given");
+  kCheck.workspace("workspace", workspace, OFAKERN_DISPATCH(attention_backward_workspace, inputs, threads));
   OFAKERN_DISPATCH(attention_backward, inputs, out, lse, dout, dlse, gradients, workspace, threads);
 }
 

@@ -21,82 +21,67 @@ namespace {
 
 constexpr std::int64_t kIgnored = -100;
 
-const Checker& checker() {
-  static const Checker check("cross_entropy");
-  return check;
-}
-
-void check_plain(const char* argument, const TensorView& x, const char* letters,
-                 std::initializer_list<std::int64_t> sizes, DType dtype) {
-  const Checker& check = checker();
-  check.dtype(argument, x, {dtype});
-  check.shape(argument, x, letters, sizes);
-  check.device(argument, x, Device::cpu);
-  check.contiguous(argument, x);
-}
+constexpr Checker kCheck("cross_entropy");
 
 void check_ids(const char* argument, const TensorView& ids, std::int64_t vocabulary, bool may_be_ignored) {
   const std::int64_t* id = ids.as<const std::int64_t>();
   for (std::int64_t n = 0; n < ids.numel(); ++n) {
     if (id[n] >= 0 && id[n] < vocabulary) continue;
     if (may_be_ignored && id[n] == kIgnored) continue;
-    checker().fail_value(argument,
-                         "be in [0, V=" + std::to_string(vocabulary) + ")" + (may_be_ignored ? " or -100" : ""),
-                         std::to_string(id[n]) + " at " + std::to_string(n));
+    kCheck.fail_value(argument, "be in [0, V=" + std::to_string(vocabulary) + ")" + (may_be_ignored ? " or -100" : ""),
+                      std::to_string(id[n]) + " at " + std::to_string(n));
   }
 }
 
 void check_allowed(const CrossEntropyInputs& in, std::int64_t tokens, std::int64_t vocabulary) {
-  const Checker& check = checker();
   if (in.offsets.defined()) {
-    check_plain("allowed.offsets", in.offsets, "[N + 1]", {tokens + 1}, DType::i64);
-    check_plain("allowed.ids", in.ids, "[nnz]", {-1}, DType::i64);
+    kCheck.plain("allowed.offsets", in.offsets, "[N + 1]", {tokens + 1}, DType::i64);
+    kCheck.plain("allowed.ids", in.ids, "[nnz]", {-1}, DType::i64);
     const std::int64_t* offsets = in.offsets.as<const std::int64_t>();
     bool rising = offsets[0] == 0 && offsets[tokens] == in.ids.numel();
     for (std::int64_t i = 0; i < tokens; ++i) rising = rising && offsets[i] <= offsets[i + 1];
-    check.that(rising, "allowed.offsets", "rise from 0 to the count of ids " + std::to_string(in.ids.numel()),
-               "first " + std::to_string(offsets[0]) + ", last " + std::to_string(offsets[tokens]));
+    kCheck.that(rising, "allowed.offsets", "rise from 0 to the count of ids " + std::to_string(in.ids.numel()),
+                "first " + std::to_string(offsets[0]) + ", last " + std::to_string(offsets[tokens]));
     check_ids("allowed.ids", in.ids, vocabulary, false);
-    check.absent("allowed_range", in.range, "beside allowed");
+    kCheck.absent("allowed_range", in.range, "beside allowed");
   }
   if (!in.range.defined()) return;
-  check.given("allowed_range", in.range);
-  check.ndim("allowed_range", in.range, 2, "[N, 2] or [1, 2]");
-  check_plain("allowed_range", in.range, "[N, 2] or [1, 2]", {in.range.shape[0] == 1 ? 1 : tokens, 2}, DType::i32);
-  check.that(in.always >= 0, "always_allowed", "be at least 0", std::to_string(in.always));
+  kCheck.given("allowed_range", in.range);
+  kCheck.ndim("allowed_range", in.range, 2, "[N, 2] or [1, 2]");
+  kCheck.plain("allowed_range", in.range, "[N, 2] or [1, 2]", {in.range.shape[0] == 1 ? 1 : tokens, 2}, DType::i32);
+  kCheck.that(in.always >= 0, "always_allowed", "be at least 0", std::to_string(in.always));
 }
 
 void check_inputs(const CrossEntropyInputs& in) {
-  const Checker& check = checker();
-  check.dtype("hidden", in.hidden, {DType::f32, DType::bf16, DType::f16});
-  check.ndim("hidden", in.hidden, 2, "[N, D]");
+  kCheck.dtype("hidden", in.hidden, {DType::f32, DType::bf16, DType::f16});
+  kCheck.ndim("hidden", in.hidden, 2, "[N, D]");
   const std::int64_t tokens = in.hidden.shape[0], width = in.hidden.shape[1];
-  check.device("hidden", in.hidden, Device::cpu);
-  check.last_contiguous("hidden", in.hidden);
-  check.given("weight", in.weight);
-  check.same_dtype("weight", in.weight, "hidden", in.hidden);
-  check.shape("weight", in.weight, "[V, D]", {-1, width});
-  check.device("weight", in.weight, Device::cpu);
-  check.last_contiguous("weight", in.weight);
+  kCheck.device("hidden", in.hidden, Device::cpu);
+  kCheck.last_contiguous("hidden", in.hidden);
+  kCheck.given("weight", in.weight);
+  kCheck.same_dtype("weight", in.weight, "hidden", in.hidden);
+  kCheck.shape("weight", in.weight, "[V, D]", {-1, width});
+  kCheck.device("weight", in.weight, Device::cpu);
+  kCheck.last_contiguous("weight", in.weight);
   const std::int64_t vocabulary = in.weight.shape[0];
-  check.that(vocabulary >= 1 && vocabulary < (std::int64_t{1} << 31), "V", "be in [1, 2^31)",
-             std::to_string(vocabulary));
-  if (in.bias.defined()) check_plain("bias", in.bias, "[V]", {vocabulary}, in.hidden.dtype);
-  check_plain("labels", in.labels, "[N]", {tokens}, DType::i64);
+  kCheck.that(vocabulary >= 1 && vocabulary < (std::int64_t{1} << 31), "V", "be in [1, 2^31)",
+              std::to_string(vocabulary));
+  if (in.bias.defined()) kCheck.plain("bias", in.bias, "[V]", {vocabulary}, in.hidden.dtype);
+  kCheck.plain("labels", in.labels, "[N]", {tokens}, DType::i64);
   check_ids("labels", in.labels, vocabulary, true);
   check_allowed(in, tokens, vocabulary);
-  check.that(in.epsilon >= 0 && in.epsilon < 1, "epsilon", "be in [0, 1)", std::to_string(in.epsilon));
+  kCheck.that(in.epsilon >= 0 && in.epsilon < 1, "epsilon", "be in [0, 1)", std::to_string(in.epsilon));
 }
 
 void check_gradients(const CrossEntropyInputs& in, const CrossEntropyGradients& gradients) {
   const std::int64_t tokens = in.hidden.shape[0], width = in.hidden.shape[1], vocabulary = in.weight.shape[0];
   if (gradients.dhidden.defined())
-    check_plain("dhidden", gradients.dhidden, "[N, D]", {tokens, width}, in.hidden.dtype);
+    kCheck.plain("dhidden", gradients.dhidden, "[N, D]", {tokens, width}, in.hidden.dtype);
   if (gradients.dweight.defined())
-    check_plain("dweight", gradients.dweight, "[V, D]", {vocabulary, width}, in.hidden.dtype);
+    kCheck.plain("dweight", gradients.dweight, "[V, D]", {vocabulary, width}, in.hidden.dtype);
   if (!gradients.dbias.defined()) return;
-  checker().that(in.bias.defined(), "dbias", "be None without a bias", "a tensor");
-  check_plain("dbias", gradients.dbias, "[V]", {vocabulary}, in.hidden.dtype);
+  kCheck.that(in.bias.defined(), "dbias", "be None without a bias", "a tensor");
+  kCheck.plain("dbias", gradients.dbias, "[V]", {vocabulary}, in.hidden.dtype);
 }
 
 void prepare_memory(const CrossEntropyGradients& gradients, const TensorView& workspace) {
@@ -123,14 +108,13 @@ void cross_entropy_forward_cpu(const CrossEntropyInputs& inputs, const CrossEntr
                                const CrossEntropyGradients& gradients, const TensorView& workspace, int threads) {
   check_inputs(inputs);
   const std::int64_t tokens = inputs.hidden.shape[0];
-  check_plain("loss", losses.loss, "[N]", {tokens}, DType::f32);
-  check_plain("nll", losses.nll, "[N]", {tokens}, DType::f32);
-  check_plain("lse", losses.lse, "[N]", {tokens}, DType::f32);
-  if (losses.best.defined()) check_plain("best", losses.best, "[N]", {tokens}, DType::i64);
+  kCheck.plain("loss", losses.loss, "[N]", {tokens}, DType::f32);
+  kCheck.plain("nll", losses.nll, "[N]", {tokens}, DType::f32);
+  kCheck.plain("lse", losses.lse, "[N]", {tokens}, DType::f32);
+  if (losses.best.defined()) kCheck.plain("best", losses.best, "[N]", {tokens}, DType::i64);
   check_gradients(inputs, gradients);
-  checker().workspace(
-      "workspace", workspace,
-      OFAKERN_DISPATCH(cross_entropy_workspace, inputs, true, losses.best.defined(), gradients, threads));
+  kCheck.workspace("workspace", workspace,
+                   OFAKERN_DISPATCH(cross_entropy_workspace, inputs, true, losses.best.defined(), gradients, threads));
   prepare_memory(gradients, workspace);
   OFAKERN_DISPATCH(cross_entropy_forward, inputs, losses, gradients, workspace, threads);
 }
@@ -139,11 +123,11 @@ void cross_entropy_backward_cpu(const CrossEntropyInputs& inputs, const TensorVi
                                 const CrossEntropyGradients& gradients, const TensorView& workspace, int threads) {
   check_inputs(inputs);
   const std::int64_t tokens = inputs.hidden.shape[0];
-  check_plain("dloss", dloss, "[N]", {tokens}, DType::f32);
-  check_plain("lse", lse, "[N]", {tokens}, DType::f32);
+  kCheck.plain("dloss", dloss, "[N]", {tokens}, DType::f32);
+  kCheck.plain("lse", lse, "[N]", {tokens}, DType::f32);
   check_gradients(inputs, gradients);
-  checker().workspace("workspace", workspace,
-                      OFAKERN_DISPATCH(cross_entropy_workspace, inputs, false, false, gradients, threads));
+  kCheck.workspace("workspace", workspace,
+                   OFAKERN_DISPATCH(cross_entropy_workspace, inputs, false, false, gradients, threads));
   prepare_memory(gradients, workspace);
   OFAKERN_DISPATCH(cross_entropy_backward, inputs, dloss, lse, gradients, workspace, threads);
 }

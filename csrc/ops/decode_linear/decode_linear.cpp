@@ -22,20 +22,7 @@ constexpr std::int64_t kHeaderBytes = 64;
 static_assert(sizeof(PackedHeader) <= kHeaderBytes, "the panels begin at the next line");
 constexpr char kMagic[9] = "ofakern1";
 
-const Checker& checker() {
-  static const Checker check("decode_linear");
-  return check;
-}
-
-void check_plain(const char* argument, const TensorView& x, const char* letters,
-                 std::initializer_list<std::int64_t> sizes, DType dtype) {
-  const Checker& check = checker();
-  check.given(argument, x);
-  check.dtype(argument, x, {dtype});
-  check.shape(argument, x, letters, sizes);
-  check.device(argument, x, Device::cpu);
-  check.contiguous(argument, x);
-}
+constexpr Checker kCheck("decode_linear");
 
 PackedHeader make_header(std::int64_t n, std::int64_t k, DType dtype, bool int8) {
   PackedHeader header = {};
@@ -54,47 +41,46 @@ std::int64_t total_bytes(const PackedHeader& header) {
 }
 
 PackedHeader check_inputs(const DecodeLinearInputs& in) {
-  const Checker& check = checker();
-  check.given("x", in.x);
-  check.dtype("x", in.x, {DType::f32, DType::bf16, DType::f16});
-  check.shape("x", in.x, "[M, K]", {-1, -1});
-  check.device("x", in.x, Device::cpu);
-  check.last_contiguous("x", in.x);
-  check_plain("packed", in.packed, "[bytes]", {-1}, DType::u8);
+  kCheck.given("x", in.x);
+  kCheck.dtype("x", in.x, {DType::f32, DType::bf16, DType::f16});
+  kCheck.shape("x", in.x, "[M, K]", {-1, -1});
+  kCheck.device("x", in.x, Device::cpu);
+  kCheck.last_contiguous("x", in.x);
+  kCheck.plain("packed", in.packed, "[bytes]", {-1}, DType::u8);
   PackedHeader header = {};
   if (in.packed.shape[0] >= kHeaderBytes) std::memcpy(&header, in.packed.data, sizeof header);
-  check.that(std::memcmp(header.magic, kMagic, sizeof header.magic) == 0, "packed", "come from prepack_weight",
-             describe(in.packed));
+  kCheck.that(std::memcmp(header.magic, kMagic, sizeof header.magic) == 0, "packed", "come from prepack_weight",
+              describe(in.packed));
   if (header.isa != static_cast<std::int32_t>(active_isa()))
-    check.fail_value("packed", std::string("be packed for the active instruction set ") + name_of(active_isa()),
-                     header.isa >= 0 && header.isa < kIsaCount ? name_of(static_cast<Isa>(header.isa)) : "another",
-                     "prepack_weight again after the instruction set was changed");
-  check.that(header.dtype == static_cast<std::int32_t>(in.x.dtype), "packed", "be packed for x's dtype",
-             "x " + describe(in.x));
+    kCheck.fail_value("packed", std::string("be packed for the active instruction set ") + name_of(active_isa()),
+                      header.isa >= 0 && header.isa < kIsaCount ? name_of(static_cast<Isa>(header.isa)) : "another",
+                      "prepack_weight again after the instruction set was changed");
+  kCheck.that(header.dtype == static_cast<std::int32_t>(in.x.dtype), "packed", "be packed for x's dtype",
+              "x " + describe(in.x));
   const PackedHeader expected = make_header(header.n, header.k, in.x.dtype, header.bytes != 0);
-  check.that(header.elements == expected.elements && in.packed.shape[0] == total_bytes(expected), "packed",
-             "be whole (" + std::to_string(total_bytes(expected)) + " bytes)", describe(in.packed));
-  check.shape("x", in.x, "[M, K]", {-1, header.k});
+  kCheck.that(header.elements == expected.elements && in.packed.shape[0] == total_bytes(expected), "packed",
+              "be whole (" + std::to_string(total_bytes(expected)) + " bytes)", describe(in.packed));
+  kCheck.shape("x", in.x, "[M, K]", {-1, header.k});
   if (header.bytes)
-    check_plain("scale", in.scale, "[N]", {header.n}, DType::f32);
+    kCheck.plain("scale", in.scale, "[N]", {header.n}, DType::f32);
   else
-    check.absent("scale", in.scale, "the weight is not int8");
-  if (in.bias.defined()) check_plain("bias", in.bias, "[N]", {header.n}, DType::f32);
+    kCheck.absent("scale", in.scale, "the weight is not int8");
+  if (in.bias.defined()) kCheck.plain("bias", in.bias, "[N]", {header.n}, DType::f32);
   return header;
 }
 
 }  // namespace
 
 std::int64_t decode_linear_packed_bytes(std::int64_t n, std::int64_t k, DType dtype, bool int8) {
-  checker().that(n > 0 && k > 0, "weight", "not be empty", std::to_string(n) + " x " + std::to_string(k));
+  kCheck.that(n > 0 && k > 0, "weight", "not be empty", std::to_string(n) + " x " + std::to_string(k));
   return total_bytes(make_header(n, k, dtype, int8));
 }
 
 void decode_linear_pack(const TensorView& weight, DType dtype, const TensorView& packed, int threads) {
   const bool int8 = weight.defined() && weight.dtype == DType::u8;
-  check_plain("weight", weight, "[N, K]", {-1, -1}, int8 ? DType::u8 : dtype);
+  kCheck.plain("weight", weight, "[N, K]", {-1, -1}, int8 ? DType::u8 : dtype);
   const std::int64_t bytes = decode_linear_packed_bytes(weight.shape[0], weight.shape[1], dtype, int8);
-  check_plain("packed", packed, "[bytes]", {bytes}, DType::u8);
+  kCheck.plain("packed", packed, "[bytes]", {bytes}, DType::u8);
   const PackedHeader header = make_header(weight.shape[0], weight.shape[1], dtype, int8);
   std::memset(packed.data, 0, kHeaderBytes);
   std::memcpy(packed.data, &header, sizeof header);
@@ -109,8 +95,8 @@ std::int64_t decode_linear_workspace(const DecodeLinearInputs& inputs, int threa
 void decode_linear_cpu(const DecodeLinearInputs& inputs, const TensorView& out, const TensorView& workspace,
                        int threads) {
   const PackedHeader header = check_inputs(inputs);
-  check_plain("out", out, "[M, N]", {inputs.x.shape[0], header.n}, inputs.x.dtype);
-  checker().workspace("workspace", workspace, OFAKERN_DISPATCH(decode_linear_workspace, inputs, header, threads));
+  kCheck.plain("out", out, "[M, N]", {inputs.x.shape[0], header.n}, inputs.x.dtype);
+  kCheck.workspace("workspace", workspace, OFAKERN_DISPATCH(decode_linear_workspace, inputs, header, threads));
   OFAKERN_DISPATCH(decode_linear, inputs, header, out, workspace, threads);
 }
 

@@ -41,14 +41,6 @@ OFAKERN_DECLARE_FOR_EACH_ISA(
 
 namespace {
 
-void check_plain(const Checker& check, const char* argument, const TensorView& x, const char* letters,
-                 std::initializer_list<std::int64_t> sizes, DType dtype) {
-  check.dtype(argument, x, {dtype});
-  check.shape(argument, x, letters, sizes);
-  check.device(argument, x, Device::cpu);
-  check.contiguous(argument, x);
-}
-
 // What decides a call's rows: activations [..., D] of any number of leading dimensions.
 struct Rows {
   std::int64_t rows, width;
@@ -77,24 +69,24 @@ void check_like(const Checker& check, const char* argument, const TensorView& x,
 }
 
 void check_affine(const Checker& check, const LayerNormAffine& affine, std::int64_t width, bool forward) {
-  check_plain(check, "weight", affine.weight, "[D]", {width}, DType::f32);
+  check.plain("weight", affine.weight, "[D]", {width}, DType::f32);
   if (!forward) return;
-  check_plain(check, "bias", affine.bias, "[D]", {width}, DType::f32);
+  check.plain("bias", affine.bias, "[D]", {width}, DType::f32);
   check.that(affine.eps >= 0, "eps", "be at least 0", std::to_string(affine.eps));
 }
 
 void check_stats(const Checker& check, const TensorView& stats, const Rows& shape) {
-  check_plain(check, "stats", stats, "[N, 2]", {shape.rows, 2}, DType::f32);
+  check.plain("stats", stats, "[N, 2]", {shape.rows, 2}, DType::f32);
 }
 
 void check_dropout(const Checker& check, const Dropout& dropout) {
   check.that(dropout.p >= 0 && dropout.p < 1, "dropout_p", "be in [0, 1)", std::to_string(dropout.p));
-  if (dropout.p > 0) check_plain(check, "dropout_seed", dropout.seed, "[2]", {2}, DType::i64);
+  if (dropout.p > 0) check.plain("dropout_seed", dropout.seed, "[2]", {2}, DType::i64);
 }
 
 void check_gradients(const Checker& check, const AffineGradients& gradients, std::int64_t width) {
-  check_plain(check, "dweight", gradients.dweight, "[D]", {width}, DType::f32);
-  check_plain(check, "dbias", gradients.dbias, "[D]", {width}, DType::f32);
+  check.plain("dweight", gradients.dweight, "[D]", {width}, DType::f32);
+  check.plain("dbias", gradients.dbias, "[D]", {width}, DType::f32);
 }
 
 void check_forward_workspace(const Checker& check, const TensorView& workspace, std::int64_t width, int threads) {
@@ -124,7 +116,7 @@ Rows check_embed(const Checker& check, const EmbedInputs& in) {
   check.that(shape.width > 0, "table", "have rows of at least one element", describe(in.table));
   check_index(check, "tokens", in.tokens, shape.rows, "V", in.table.shape[0]);
   if (in.type_table.defined()) {
-    check_plain(check, "type_table", in.type_table, "[T, D]", {-1, shape.width}, in.table.dtype);
+    check.plain("type_table", in.type_table, "[T, D]", {-1, shape.width}, in.table.dtype);
     if (in.types.defined())
       check_index(check, "types", in.types, shape.rows, "T", in.type_table.shape[0]);
     else
@@ -136,22 +128,10 @@ Rows check_embed(const Checker& check, const EmbedInputs& in) {
   return shape;
 }
 
-const Checker& add_checker() {
-  static const Checker check("add_layer_norm");
-  return check;
-}
-const Checker& gelu_checker() {
-  static const Checker check("gelu_layer_norm");
-  return check;
-}
-const Checker& head_checker() {
-  static const Checker check("head_scale_layer_norm");
-  return check;
-}
-const Checker& embed_checker() {
-  static const Checker check("embed_layer_norm");
-  return check;
-}
+constexpr Checker kAdd("add_layer_norm");
+constexpr Checker kGelu("gelu_layer_norm");
+constexpr Checker kHead("head_scale_layer_norm");
+constexpr Checker kEmbed("embed_layer_norm");
 
 }  // namespace
 
@@ -171,7 +151,7 @@ std::int64_t embed_layer_norm_backward_workspace(std::int64_t rows, std::int64_t
 void add_layer_norm_forward_cpu(const TensorView& x, const TensorView& residual, const LayerNormAffine& affine,
                                 const Dropout& dropout, const TensorView& out, const TensorView& total,
                                 const TensorView& stats, const TensorView& workspace, int threads) {
-  const Checker& check = add_checker();
+  const Checker& check = kAdd;
   const Rows shape = check_activations(check, "x", x, 1);
   check_like(check, "residual", residual, "x", x, shape);
   check_affine(check, affine, shape.width, true);
@@ -187,7 +167,7 @@ void add_layer_norm_backward_cpu(const TensorView& dout, const TensorView& dtota
                                  const TensorView& stats, const LayerNormAffine& affine, const Dropout& dropout,
                                  const TensorView& dx, const TensorView& dresidual, const AffineGradients& gradients,
                                  const TensorView& workspace, int threads) {
-  const Checker& check = add_checker();
+  const Checker& check = kAdd;
   const Rows shape = check_activations(check, "total", total, 1);
   check_like(check, "dout", dout, "total", total, shape);
   if (dtotal.defined()) check_like(check, "dtotal", dtotal, "total", total, shape);
@@ -207,7 +187,7 @@ void add_layer_norm_backward_cpu(const TensorView& dout, const TensorView& dtota
 
 void gelu_layer_norm_forward_cpu(const TensorView& x, const LayerNormAffine& affine, const TensorView& out,
                                  const TensorView& stats, const TensorView& workspace, int threads) {
-  const Checker& check = gelu_checker();
+  const Checker& check = kGelu;
   const Rows shape = check_activations(check, "x", x, 1);
   check_affine(check, affine, shape.width, true);
   check_like(check, "out", out, "x", x, shape);
@@ -219,7 +199,7 @@ void gelu_layer_norm_forward_cpu(const TensorView& x, const LayerNormAffine& aff
 void gelu_layer_norm_backward_cpu(const TensorView& dout, const TensorView& x, const TensorView& stats,
                                   const LayerNormAffine& affine, const TensorView& dx, const AffineGradients& gradients,
                                   const TensorView& workspace, int threads) {
-  const Checker& check = gelu_checker();
+  const Checker& check = kGelu;
   const Rows shape = check_activations(check, "x", x, 1);
   check_like(check, "dout", dout, "x", x, shape);
   check_stats(check, stats, shape);
@@ -237,7 +217,7 @@ Rows check_heads(const Checker& check, const TensorView& x, const TensorView& he
   check.given("x", x);
   check.ndim("x", x, 3, "[N, H, K]");
   const Rows shape = check_activations(check, "x", x, 2);
-  check_plain(check, "head_scale", head_scale, "[H]", {x.shape[1]}, DType::f32);
+  check.plain("head_scale", head_scale, "[H]", {x.shape[1]}, DType::f32);
   return shape;
 }
 
@@ -246,7 +226,7 @@ Rows check_heads(const Checker& check, const TensorView& x, const TensorView& he
 void head_scale_layer_norm_forward_cpu(const TensorView& x, const TensorView& head_scale, const LayerNormAffine& affine,
                                        const TensorView& out, const TensorView& stats, const TensorView& workspace,
                                        int threads) {
-  const Checker& check = head_checker();
+  const Checker& check = kHead;
   const Rows shape = check_heads(check, x, head_scale);
   check_affine(check, affine, shape.width, true);
   check_like(check, "out", out, "x", x, shape);
@@ -259,13 +239,13 @@ void head_scale_layer_norm_backward_cpu(const TensorView& dout, const TensorView
                                         const TensorView& stats, const LayerNormAffine& affine, const TensorView& dx,
                                         const TensorView& dhead_scale, const AffineGradients& gradients,
                                         const TensorView& workspace, int threads) {
-  const Checker& check = head_checker();
+  const Checker& check = kHead;
   const Rows shape = check_heads(check, x, head_scale);
   check_like(check, "dout", dout, "x", x, shape);
   check_stats(check, stats, shape);
   check_affine(check, affine, shape.width, false);
   check_like(check, "dx", dx, "x", x, shape);
-  check_plain(check, "dhead_scale", dhead_scale, "[H]", {x.shape[1]}, DType::f32);
+  check.plain("dhead_scale", dhead_scale, "[H]", {x.shape[1]}, DType::f32);
   check_gradients(check, gradients, shape.width);
   check.workspace("workspace", workspace, layer_norm_backward_workspace(shape.rows, shape.width, x.shape[1], threads));
   OFAKERN_DISPATCH(head_scale_layer_norm_backward, dout, x, head_scale, stats, affine, dx, dhead_scale, gradients,
@@ -274,7 +254,7 @@ void head_scale_layer_norm_backward_cpu(const TensorView& dout, const TensorView
 
 void embed_layer_norm_forward_cpu(const EmbedInputs& in, const LayerNormAffine& affine, const TensorView& out,
                                   const TensorView& stats, const TensorView& workspace, int threads) {
-  const Checker& check = embed_checker();
+  const Checker& check = kEmbed;
   const Rows shape = check_embed(check, in);
   check_affine(check, affine, shape.width, true);
   check_like(check, "out", out, "table", in.table, shape);
@@ -287,17 +267,17 @@ void embed_layer_norm_backward_cpu(const TensorView& dout, const EmbedInputs& in
                                    const LayerNormAffine& affine, const TensorView& dtable,
                                    const TensorView& dtype_table, const AffineGradients& gradients,
                                    const TensorView& workspace, int threads) {
-  const Checker& check = embed_checker();
+  const Checker& check = kEmbed;
   const Rows shape = check_embed(check, in);
   check_like(check, "dout", dout, "table", in.table, shape);
   check_stats(check, stats, shape);
   check_affine(check, affine, shape.width, false);
   const std::int64_t entries = in.table.shape[0];
-  check_plain(check, "dtable", dtable, "[V, D]", {entries, shape.width}, in.table.dtype);
+  check.plain("dtable", dtable, "[V, D]", {entries, shape.width}, in.table.dtype);
   std::int64_t types = 0;
   if (in.type_table.defined()) {
     types = in.type_table.shape[0];
-    check_plain(check, "dtype_table", dtype_table, "[T, D]", {types, shape.width}, in.table.dtype);
+    check.plain("dtype_table", dtype_table, "[T, D]", {types, shape.width}, in.table.dtype);
   } else {
     check.absent("dtype_table", dtype_table, "where type_table is None");
   }

@@ -16,20 +16,7 @@ namespace {
 
 constexpr std::int64_t kLargestFft = 1 << 16;
 
-const Checker& checker() {
-  static const Checker check("log_mel");
-  return check;
-}
-
-void check_plain(const char* argument, const TensorView& x, const char* letters,
-                 std::initializer_list<std::int64_t> sizes, DType dtype) {
-  const Checker& check = checker();
-  check.given(argument, x);
-  check.dtype(argument, x, {dtype});
-  check.shape(argument, x, letters, sizes);
-  check.device(argument, x, Device::cpu);
-  check.contiguous(argument, x);
-}
+constexpr Checker kCheck("log_mel");
 
 // Text is made only where a rule is broken: these checks run over every entry of every call.
 template <class Index>
@@ -37,61 +24,59 @@ void check_rising(const char* argument, const Index* offsets, std::int64_t count
   bool rising = offsets[0] == 0;
   for (std::int64_t n = 0; n < count; ++n) rising = rising && offsets[n] <= offsets[n + 1];
   if (!rising)
-    checker().fail_value(argument, "rise from 0",
-                         "first " + std::to_string(offsets[0]) + ", last " + std::to_string(offsets[count]));
+    kCheck.fail_value(argument, "rise from 0",
+                      "first " + std::to_string(offsets[0]) + ", last " + std::to_string(offsets[count]));
 }
 
 void check_last(const char* argument, std::int64_t last, std::int64_t expected) {
-  if (last != expected) checker().fail_value(argument, "end at " + std::to_string(expected), std::to_string(last));
+  if (last != expected) kCheck.fail_value(argument, "end at " + std::to_string(expected), std::to_string(last));
 }
 
 void check_waveforms(const LogMelInputs& in) {
-  const Checker& check = checker();
-  check_plain("wave", in.wave, "[N]", {-1}, DType::f32);
-  check_plain("bounds", in.bounds, "[2, B + 1]", {2, -1}, DType::i64);
+  kCheck.plain("wave", in.wave, "[N]", {-1}, DType::f32);
+  kCheck.plain("bounds", in.bounds, "[2, B + 1]", {2, -1}, DType::i64);
   const std::int64_t waveforms = in.bounds.shape[1] - 1;
-  check.that(waveforms >= 0, "bounds", "have B + 1 columns", "none");
+  kCheck.that(waveforms >= 0, "bounds", "have B + 1 columns", "none");
   const std::int64_t *samples = in.bounds.as<const std::int64_t>(), *frames = samples + waveforms + 1;
   check_rising("bounds[0]", samples, waveforms);
   check_rising("bounds[1]", frames, waveforms);
   check_last("bounds[0]", samples[waveforms], in.wave.shape[0]);
   for (std::int64_t n = 0; n < waveforms; ++n)
     if (samples[n] == samples[n + 1] && frames[n] != frames[n + 1])
-      check.fail_value("bounds[1]", "have no frame of a waveform without samples",
-                       std::to_string(frames[n + 1] - frames[n]) + " of waveform " + std::to_string(n));
+      kCheck.fail_value("bounds[1]", "have no frame of a waveform without samples",
+                        std::to_string(frames[n + 1] - frames[n]) + " of waveform " + std::to_string(n));
 }
 
 void check_transform(const LogMelInputs& in) {
-  const Checker& check = checker();
-  check_plain("roots", in.roots, "[n_fft, 2]", {-1, 2}, DType::f32);
+  kCheck.plain("roots", in.roots, "[n_fft, 2]", {-1, 2}, DType::f32);
   const std::int64_t n_fft = in.roots.shape[0];
   std::int64_t rest = n_fft / 2;
   for (const std::int64_t factor : {2, 3, 5})
     while (rest > 0 && rest % factor == 0) rest /= factor;
-  check.that(n_fft % 2 == 0 && rest == 1 && n_fft <= kLargestFft, "n_fft",
-             "be twice a product of 2, 3 and 5, at most " + std::to_string(kLargestFft), std::to_string(n_fft));
-  check_plain("window", in.window, "[frame]", {-1}, DType::f32);
-  check.that(in.window.shape[0] >= 1 && in.window.shape[0] <= n_fft, "frame", "lie in 1..n_fft",
-             std::to_string(in.window.shape[0]));
-  check.that(in.hop >= 1 && in.hop <= kLargestFft, "hop", "lie in 1.." + std::to_string(kLargestFft),
-             std::to_string(in.hop));
-  check.that(in.first_sample >= -n_fft && in.first_sample <= in.hop, "first_sample", "lie in -n_fft..hop",
-             std::to_string(in.first_sample));
-  check.that(in.power == 1 || in.power == 2, "power", "be 1 or 2", std::to_string(in.power));
+  kCheck.that(n_fft % 2 == 0 && rest == 1 && n_fft <= kLargestFft, "n_fft",
+              "be twice a product of 2, 3 and 5, at most " + std::to_string(kLargestFft), std::to_string(n_fft));
+  kCheck.plain("window", in.window, "[frame]", {-1}, DType::f32);
+  kCheck.that(in.window.shape[0] >= 1 && in.window.shape[0] <= n_fft, "frame", "lie in 1..n_fft",
+              std::to_string(in.window.shape[0]));
+  kCheck.that(in.hop >= 1 && in.hop <= kLargestFft, "hop", "lie in 1.." + std::to_string(kLargestFft),
+              std::to_string(in.hop));
+  kCheck.that(in.first_sample >= -n_fft && in.first_sample <= in.hop, "first_sample", "lie in -n_fft..hop",
+              std::to_string(in.first_sample));
+  kCheck.that(in.power == 1 || in.power == 2, "power", "be 1 or 2", std::to_string(in.power));
 }
 
 void check_filters(const LogMelInputs& in) {
-  check_plain("first", in.first, "[n_mels]", {-1}, DType::i32);
+  kCheck.plain("first", in.first, "[n_mels]", {-1}, DType::i32);
   const std::int64_t mels = in.first.shape[0], bins = in.roots.shape[0] / 2 + 1;
-  check_plain("offsets", in.offsets, "[n_mels + 1]", {mels + 1}, DType::i32);
-  check_plain("weights", in.weights, "[offsets[n_mels]]", {-1}, DType::f32);
+  kCheck.plain("offsets", in.offsets, "[n_mels + 1]", {mels + 1}, DType::i32);
+  kCheck.plain("weights", in.weights, "[offsets[n_mels]]", {-1}, DType::f32);
   const std::int32_t *first = in.first.as<const std::int32_t>(), *offsets = in.offsets.as<const std::int32_t>();
   check_rising("offsets", offsets, mels);
   check_last("offsets", offsets[mels], in.weights.shape[0]);
   for (std::int64_t m = 0; m < mels; ++m)
     if (first[m] < 0 || first[m] + std::int64_t{offsets[m + 1]} - offsets[m] > bins)
-      checker().fail_value("first", "keep a filter inside the " + std::to_string(bins) + " bins",
-                           std::to_string(first[m]));
+      kCheck.fail_value("first", "keep a filter inside the " + std::to_string(bins) + " bins",
+                        std::to_string(first[m]));
 }
 
 void check_inputs(const LogMelInputs& in) {
@@ -110,8 +95,8 @@ std::int64_t log_mel_workspace(const LogMelInputs& inputs, int threads) {
 void log_mel_cpu(const LogMelInputs& inputs, const TensorView& out, const TensorView& workspace, int threads) {
   check_inputs(inputs);
   const std::int64_t rows = inputs.bounds.as<const std::int64_t>()[inputs.bounds.numel() - 1];
-  check_plain("out", out, "[F, n_mels]", {rows, inputs.first.shape[0]}, DType::f32);
-  checker().workspace("workspace", workspace, OFAKERN_DISPATCH(log_mel_scratch, inputs, threads));
+  kCheck.plain("out", out, "[F, n_mels]", {rows, inputs.first.shape[0]}, DType::f32);
+  kCheck.workspace("workspace", workspace, OFAKERN_DISPATCH(log_mel_scratch, inputs, threads));
   OFAKERN_DISPATCH(log_mel, inputs, out, workspace, threads);
 }
 

@@ -18,64 +18,49 @@ OFAKERN_DECLARE_FOR_EACH_ISA(std::int64_t patch_embed_forward_workspace(const Pa
 
 namespace {
 
-const Checker& checker() {
-  static const Checker check("patch_embed");
-  return check;
-}
-
-void check_plain(const char* argument, const TensorView& x, const char* letters,
-                 std::initializer_list<std::int64_t> sizes, DType dtype) {
-  const Checker& check = checker();
-  check.given(argument, x);
-  check.dtype(argument, x, {dtype});
-  check.shape(argument, x, letters, sizes);
-  check.device(argument, x, Device::cpu);
-  check.contiguous(argument, x);
-}
+constexpr Checker kCheck("patch_embed");
 
 void check_vector(const char* argument, const TensorView& x, std::int64_t width) {
-  if (x.defined()) check_plain(argument, x, "[D]", {width}, DType::f32);
+  if (x.defined()) kCheck.plain(argument, x, "[D]", {width}, DType::f32);
 }
 
 // Tokens of one images tensor.
 std::int64_t check_images(const std::string& argument, const TensorView& x, const TensorView& first,
                           const TensorView& weight) {
-  const Checker& check = checker();
-  check.dtype(argument.c_str(), x, {DType::u8, DType::f32, DType::bf16, DType::f16});
-  check.same_dtype(argument.c_str(), x, "images[0]", first);
-  check.device(argument.c_str(), x, Device::cpu);
-  check.shape(argument.c_str(), x, "[n, T, C, H, W]", {-1, -1, weight.shape[1], -1, -1});
+  kCheck.dtype(argument.c_str(), x, {DType::u8, DType::f32, DType::bf16, DType::f16});
+  kCheck.same_dtype(argument.c_str(), x, "images[0]", first);
+  kCheck.device(argument.c_str(), x, Device::cpu);
+  kCheck.shape(argument.c_str(), x, "[n, T, C, H, W]", {-1, -1, weight.shape[1], -1, -1});
   const bool planar = x.stride[4] == 1, interleaved = x.stride[2] == 1 && x.stride[4] == x.shape[2];
   const bool ordered = first.stride[4] == 1 ? planar : interleaved;
-  check.that(ordered, argument.c_str(), "have contiguous rows of W, or of (W, C), as images[0]",
-             "strides " + std::to_string(x.stride[4]) + " of W, " + std::to_string(x.stride[2]) + " of C");
+  kCheck.that(ordered, argument.c_str(), "have contiguous rows of W, or of (W, C), as images[0]",
+              "strides " + std::to_string(x.stride[4]) + " of W, " + std::to_string(x.stride[2]) + " of C");
   std::int64_t tokens = x.shape[0];
   static constexpr int kSides[3] = {1, 3, 4};
   for (int s = 0; s < 3; ++s) {
     const std::int64_t side = x.shape[kSides[s]], patch = weight.shape[2 + s];
-    check.that(side % patch == 0, argument.c_str(),
-               "have sides that are multiples of the patch's (" + std::to_string(patch) + ")", std::to_string(side));
+    kCheck.that(side % patch == 0, argument.c_str(),
+                "have sides that are multiples of the patch's (" + std::to_string(patch) + ")", std::to_string(side));
     tokens *= side / patch;
   }
   return tokens;
 }
 
 void check_positions(const PatchEmbedInputs& in, std::int64_t tokens) {
-  const Checker& check = checker();
   if (!in.position.defined()) {
-    check.absent("position_index", in.position_index, "position was not given");
+    kCheck.absent("position_index", in.position_index, "position was not given");
     return;
   }
-  check_plain("position", in.position, "[P, D]", {-1, in.weight.shape[0]}, in.weight.dtype);
+  kCheck.plain("position", in.position, "[P, D]", {-1, in.weight.shape[0]}, in.weight.dtype);
   const std::int64_t rows = in.position.shape[0];
   if (in.position_index.defined()) {
-    check_plain("position_index", in.position_index, "[N]", {tokens}, DType::i32);
+    kCheck.plain("position_index", in.position_index, "[N]", {tokens}, DType::i32);
     const std::int32_t* index = in.position_index.as<const std::int32_t>();
     std::int64_t t = 0;
     while (t < tokens && 0 <= index[t] && index[t] < rows) ++t;
     if (t < tokens)
-      check.fail_value("position_index", "be in [0, " + std::to_string(rows) + ")",
-                       std::to_string(index[t]) + " for token " + std::to_string(t));
+      kCheck.fail_value("position_index", "be in [0, " + std::to_string(rows) + ")",
+                        std::to_string(index[t]) + " for token " + std::to_string(t));
     return;
   }
   for (std::int64_t i = 0; i < in.image_count; ++i) {
@@ -83,24 +68,23 @@ void check_positions(const PatchEmbedInputs& in, std::int64_t tokens) {
     const std::int64_t patches = x.shape[0] == 0 ? 0
                                                  : x.shape[1] / in.weight.shape[2] * (x.shape[3] / in.weight.shape[3]) *
                                                        (x.shape[4] / in.weight.shape[4]);
-    check.that(patches <= rows, "position", "have a row for every patch of an image (" + std::to_string(patches) + ")",
-               std::to_string(rows));
+    kCheck.that(patches <= rows, "position", "have a row for every patch of an image (" + std::to_string(patches) + ")",
+                std::to_string(rows));
   }
 }
 
 // Returns the token count.
 std::int64_t check_inputs(const PatchEmbedInputs& in) {
-  const Checker& check = checker();
-  check.given("weight", in.weight);
-  check.dtype("weight", in.weight, {DType::f32, DType::bf16, DType::f16});
-  check.shape("weight", in.weight, "[D, C, kt, ph, pw]", {-1, -1, -1, -1, -1});
-  check.device("weight", in.weight, Device::cpu);
-  check.contiguous("weight", in.weight);
-  check.that(in.weight.numel() > 0, "weight", "not be empty", describe(in.weight));
-  check_plain("normalise", in.normalise, "[2, C]", {2, in.weight.shape[1]}, DType::f64);
+  kCheck.given("weight", in.weight);
+  kCheck.dtype("weight", in.weight, {DType::f32, DType::bf16, DType::f16});
+  kCheck.shape("weight", in.weight, "[D, C, kt, ph, pw]", {-1, -1, -1, -1, -1});
+  kCheck.device("weight", in.weight, Device::cpu);
+  kCheck.contiguous("weight", in.weight);
+  kCheck.that(in.weight.numel() > 0, "weight", "not be empty", describe(in.weight));
+  kCheck.plain("normalise", in.normalise, "[2, C]", {2, in.weight.shape[1]}, DType::f64);
   const double* scale = in.normalise.as<const double>();
   for (std::int64_t c = 0; c < in.weight.shape[1]; ++c)
-    check.that(scale[c] != 0, "normalise", "have no scale of 0", "channel " + std::to_string(c));
+    kCheck.that(scale[c] != 0, "normalise", "have no scale of 0", "channel " + std::to_string(c));
   std::int64_t tokens = 0;
   for (std::int64_t i = 0; i < in.image_count; ++i)
     tokens += check_images("images[" + std::to_string(i) + "]", in.images[i], in.images[0], in.weight);
@@ -109,36 +93,35 @@ std::int64_t check_inputs(const PatchEmbedInputs& in) {
   check_vector("type_embedding", in.type_embedding, width);
   check_vector("ln_weight", in.ln_weight, width);
   check_vector("ln_bias", in.ln_bias, width);
-  check.that(in.ln_weight.defined() == in.ln_bias.defined(), "ln_bias", "be given exactly when ln_weight is",
-             in.ln_bias.defined() ? "only ln_bias" : "only ln_weight");
-  check.that(in.eps >= 0, "eps", "be at least 0", std::to_string(in.eps));
+  kCheck.that(in.ln_weight.defined() == in.ln_bias.defined(), "ln_bias", "be given exactly when ln_weight is",
+              in.ln_bias.defined() ? "only ln_bias" : "only ln_weight");
+  kCheck.that(in.eps >= 0, "eps", "be at least 0", std::to_string(in.eps));
   check_positions(in, tokens);
   return tokens;
 }
 
 void check_rows(const char* argument, const TensorView& x, std::int64_t tokens, const TensorView& weight) {
-  check_plain(argument, x, "[N, D]", {tokens, weight.shape[0]}, weight.dtype);
+  kCheck.plain(argument, x, "[N, D]", {tokens, weight.shape[0]}, weight.dtype);
 }
 
 void check_gradients(const PatchEmbedInputs& in, const PatchEmbedGradients& out) {
-  const Checker& check = checker();
   const TensorView& w = in.weight;
-  check_plain("dweight", out.dweight, "[D, C, kt, ph, pw]",
-              {w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4]}, w.dtype);
-  check.given("dbias", out.dbias);
+  kCheck.plain("dweight", out.dweight, "[D, C, kt, ph, pw]",
+               {w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4]}, w.dtype);
+  kCheck.given("dbias", out.dbias);
   check_vector("dbias", out.dbias, w.shape[0]);
   if (in.position.defined())
-    check_plain("dposition", out.dposition, "[P, D]", {in.position.shape[0], w.shape[0]}, w.dtype);
+    kCheck.plain("dposition", out.dposition, "[P, D]", {in.position.shape[0], w.shape[0]}, w.dtype);
   else
-    check.absent("dposition", out.dposition, "position was not given");
+    kCheck.absent("dposition", out.dposition, "position was not given");
   if (in.ln_weight.defined()) {
-    check.given("dln_weight", out.dln_weight);
-    check.given("dln_bias", out.dln_bias);
+    kCheck.given("dln_weight", out.dln_weight);
+    kCheck.given("dln_bias", out.dln_bias);
     check_vector("dln_weight", out.dln_weight, w.shape[0]);
     check_vector("dln_bias", out.dln_bias, w.shape[0]);
   } else {
-    check.absent("dln_weight", out.dln_weight, "ln_weight was not given");
-    check.absent("dln_bias", out.dln_bias, "ln_bias was not given");
+    kCheck.absent("dln_weight", out.dln_weight, "ln_weight was not given");
+    kCheck.absent("dln_bias", out.dln_bias, "ln_bias was not given");
   }
 }
 
@@ -157,7 +140,7 @@ std::int64_t patch_embed_backward_workspace(const PatchEmbedInputs& inputs, int 
 void patch_embed_forward_cpu(const PatchEmbedInputs& inputs, const TensorView& out, const TensorView& workspace,
                              int threads) {
   check_rows("out", out, check_inputs(inputs), inputs.weight);
-  checker().workspace("workspace", workspace, OFAKERN_DISPATCH(patch_embed_forward_workspace, inputs, threads));
+  kCheck.workspace("workspace", workspace, OFAKERN_DISPATCH(patch_embed_forward_workspace, inputs, threads));
   OFAKERN_DISPATCH(patch_embed_forward, inputs, out, workspace, threads);
 }
 
@@ -165,7 +148,7 @@ void patch_embed_backward_cpu(const PatchEmbedInputs& inputs, const TensorView& 
                               const PatchEmbedGradients& gradients, const TensorView& workspace, int threads) {
   check_rows("dout", dout, check_inputs(inputs), inputs.weight);
   check_gradients(inputs, gradients);
-  checker().workspace("workspace", workspace, OFAKERN_DISPATCH(patch_embed_backward_workspace, inputs, threads));
+  kCheck.workspace("workspace", workspace, OFAKERN_DISPATCH(patch_embed_backward_workspace, inputs, threads));
   OFAKERN_DISPATCH(patch_embed_backward, inputs, dout, gradients, workspace, threads);
 }
 

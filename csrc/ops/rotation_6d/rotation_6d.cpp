@@ -14,23 +14,18 @@ OFAKERN_DECLARE_FOR_EACH_ISA(void rotation_6d_forward(const TensorView& x, const
 
 namespace {
 
-const Checker& checker() {
-  static const Checker check("rotation_6d");
-  return check;
-}
+constexpr Checker kCheck("rotation_6d");
 
 void check_tensor(const char* argument, const TensorView& x, DType dtype, std::int64_t elements) {
-  const Checker& check = checker();
-  check.dtype(argument, x, {dtype});
-  check.device(argument, x, Device::cpu);
-  check.contiguous(argument, x);
-  check.that(x.numel() == elements, argument, "have " + std::to_string(elements) + " elements", describe(x));
+  kCheck.dtype(argument, x, {dtype});
+  kCheck.device(argument, x, Device::cpu);
+  kCheck.contiguous(argument, x);
+  kCheck.that(x.numel() == elements, argument, "have " + std::to_string(elements) + " elements", describe(x));
 }
 
 void check_input(const TensorView& x) {
-  const Checker& check = checker();
-  check.dtype("x", x, {DType::f32, DType::bf16, DType::f16});
-  check.that(x.ndim >= 1 && x.shape[x.ndim - 1] == 6, "x", "have shape [..., 6]", describe(x));
+  kCheck.dtype("x", x, {DType::f32, DType::bf16, DType::f16});
+  kCheck.that(x.ndim >= 1 && x.shape[x.ndim - 1] == 6, "x", "have shape [..., 6]", describe(x));
   check_tensor("x", x, x.dtype, x.numel());
 }
 

@@ -18,71 +18,57 @@ OFAKERN_DECLARE_FOR_EACH_ISA(std::int64_t routed_linear_forward_workspace(const 
 
 namespace {
 
-const Checker& checker() {
-  static const Checker check("routed_ffn");
-  return check;
-}
-
-void check_plain(const char* argument, const TensorView& x, const char* letters,
-                 std::initializer_list<std::int64_t> sizes, DType dtype) {
-  const Checker& check = checker();
-  check.dtype(argument, x, {dtype});
-  check.shape(argument, x, letters, sizes);
-  check.device(argument, x, Device::cpu);
-  check.contiguous(argument, x);
-}
+constexpr Checker kCheck("routed_ffn");
 
 void check_permutation(const char* argument, const TensorView& index, std::int64_t tokens) {
   if (!index.defined()) return;
-  check_plain(argument, index, "[N]", {tokens}, DType::i64);
+  kCheck.plain(argument, index, "[N]", {tokens}, DType::i64);
   std::vector<bool> seen(static_cast<std::size_t>(tokens), false);
   for (std::int64_t p = 0; p < tokens; ++p) {
     const std::int64_t row = index.as<const std::int64_t>()[p];
     const bool fresh = row >= 0 && row < tokens && !seen[static_cast<std::size_t>(row)];
-    checker().that(fresh, argument, "be a permutation of the N=" + std::to_string(tokens) + " rows",
-                   std::to_string(row) + " at " + std::to_string(p));
+    kCheck.that(fresh, argument, "be a permutation of the N=" + std::to_string(tokens) + " rows",
+                std::to_string(row) + " at " + std::to_string(p));
     seen[static_cast<std::size_t>(row)] = true;
   }
 }
 
 void check_inputs(const RoutedLinearInputs& in) {
-  const Checker& check = checker();
-  check.dtype("x", in.x, {DType::f32, DType::bf16, DType::f16});
-  check.ndim("x", in.x, 2, "[N, K]");
+  kCheck.dtype("x", in.x, {DType::f32, DType::bf16, DType::f16});
+  kCheck.ndim("x", in.x, 2, "[N, K]");
   const std::int64_t tokens = in.x.shape[0], width = in.x.shape[1];
-  check_plain("x", in.x, "[N, K]", {tokens, width}, in.x.dtype);
-  check.that(width >= 1, "K", "be at least 1", std::to_string(width));
+  kCheck.plain("x", in.x, "[N, K]", {tokens, width}, in.x.dtype);
+  kCheck.that(width >= 1, "K", "be at least 1", std::to_string(width));
   const std::size_t experts = in.weights.size();
-  check.that(experts >= 1, "weights", "name at least one expert", "none");
-  check.ndim("weights[0]", in.weights[0], 2, "[O, K]");
+  kCheck.that(experts >= 1, "weights", "name at least one expert", "none");
+  kCheck.ndim("weights[0]", in.weights[0], 2, "[O, K]");
   const std::int64_t out = in.weights[0].shape[0];
-  for (const TensorView& weight : in.weights) check_plain("weights", weight, "[O, K]", {out, width}, in.x.dtype);
-  check.that(in.biases.empty() || in.biases.size() == experts, "biases", "be one per expert or none",
-             std::to_string(in.biases.size()));
-  for (const TensorView& bias : in.biases) check_plain("biases", bias, "[O]", {out}, in.x.dtype);
-  check.that(in.counts.size() == experts, "counts", "be one per expert", std::to_string(in.counts.size()));
+  for (const TensorView& weight : in.weights) kCheck.plain("weights", weight, "[O, K]", {out, width}, in.x.dtype);
+  kCheck.that(in.biases.empty() || in.biases.size() == experts, "biases", "be one per expert or none",
+              std::to_string(in.biases.size()));
+  for (const TensorView& bias : in.biases) kCheck.plain("biases", bias, "[O]", {out}, in.x.dtype);
+  kCheck.that(in.counts.size() == experts, "counts", "be one per expert", std::to_string(in.counts.size()));
   std::int64_t sum = 0;
   for (const std::int64_t count : in.counts) {
-    check.that(count >= 0, "counts", "be at least 0", std::to_string(count));
+    kCheck.that(count >= 0, "counts", "be at least 0", std::to_string(count));
     sum += count;
   }
-  check.that(sum == tokens, "counts", "add up to N=" + std::to_string(tokens), std::to_string(sum));
+  kCheck.that(sum == tokens, "counts", "add up to N=" + std::to_string(tokens), std::to_string(sum));
   check_permutation("source", in.source, tokens);
   check_permutation("target", in.target, tokens);
 }
 
 void check_gradients(const RoutedLinearInputs& in, const RoutedLinearGradients& gradients) {
-  const Checker& check = checker();
   const std::int64_t width = in.x.shape[1], out = in.weights[0].shape[0];
-  if (gradients.dx.defined()) check_plain("dx", gradients.dx, "[N, K]", {in.x.shape[0], width}, in.x.dtype);
+  if (gradients.dx.defined()) kCheck.plain("dx", gradients.dx, "[N, K]", {in.x.shape[0], width}, in.x.dtype);
   const std::size_t weights = gradients.dweights.size(), biases = gradients.dbiases.size();
-  check.that(weights == 0 || weights == in.weights.size(), "dweights", "be one per expert or none",
-             std::to_string(weights));
-  check.that(biases == 0 || biases == weights, "dbiases", "be one per expert beside dweights, or none",
-             std::to_string(biases));
+  kCheck.that(weights == 0 || weights == in.weights.size(), "dweights", "be one per expert or none",
+              std::to_string(weights));
+  kCheck.that(biases == 0 || biases == weights, "dbiases", "be one per expert beside dweights, or none",
+              std::to_string(biases));
   for (const TensorView& dweight : gradients.dweights)
-    check_plain("dweights", dweight, "[O, K]", {out, width}, in.x.dtype);
-  for (const TensorView& dbias : gradients.dbiases) check_plain("dbiases", dbias, "[O]", {out}, in.x.dtype);
+    kCheck.plain("dweights", dweight, "[O, K]", {out, width}, in.x.dtype);
+  for (const TensorView& dbias : gradients.dbiases) kCheck.plain("dbiases", dbias, "[O]", {out}, in.x.dtype);
 }
 
 struct Prepared {
@@ -135,11 +121,10 @@ std::int64_t routed_linear_backward_workspace(const RoutedLinearInputs& inputs, 
 void routed_linear_forward_cpu(const RoutedLinearInputs& inputs, const TensorView& y, const TensorView& workspace,
                                int threads) {
   check_inputs(inputs);
-  check_plain("y", y, "[N, O]", {inputs.x.shape[0], inputs.weights[0].shape[0]}, inputs.x.dtype);
+  kCheck.plain("y", y, "[N, O]", {inputs.x.shape[0], inputs.weights[0].shape[0]}, inputs.x.dtype);
   Prepared prepared = prepare(inputs, {});
   prepared.call.y = y.data;
-  checker().workspace("workspace", workspace,
-                      OFAKERN_DISPATCH(routed_linear_forward_workspace, prepared.call, threads));
+  kCheck.workspace("workspace", workspace, OFAKERN_DISPATCH(routed_linear_forward_workspace, prepared.call, threads));
   OFAKERN_DISPATCH(routed_linear_forward, prepared.call, workspace.data, threads);
 }
 
@@ -147,11 +132,10 @@ void routed_linear_backward_cpu(const RoutedLinearInputs& inputs, const TensorVi
                                 const RoutedLinearGradients& gradients, const TensorView& workspace, int threads) {
   check_inputs(inputs);
   check_gradients(inputs, gradients);
-  check_plain("dy", dy, "[N, O]", {inputs.x.shape[0], inputs.weights[0].shape[0]}, inputs.x.dtype);
+  kCheck.plain("dy", dy, "[N, O]", {inputs.x.shape[0], inputs.weights[0].shape[0]}, inputs.x.dtype);
   Prepared prepared = prepare(inputs, gradients);
   prepared.call.dy = dy.data;
-  checker().workspace("workspace", workspace,
-                      OFAKERN_DISPATCH(routed_linear_backward_workspace, prepared.call, threads));
+  kCheck.workspace("workspace", workspace, OFAKERN_DISPATCH(routed_linear_backward_workspace, prepared.call, threads));
   for (const TensorView& dweight : gradients.dweights)
     prefer_huge_pages(dweight.data, dweight.numel() * size_of(dweight.dtype));
   OFAKERN_DISPATCH(routed_linear_backward, prepared.call, workspace.data, threads);
