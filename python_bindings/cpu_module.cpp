@@ -11,6 +11,7 @@ void bind_cross_entropy(pybind11::module_& m);
 void bind_log_mel(pybind11::module_& m);
 void bind_patch_embed(pybind11::module_& m);
 void bind_layer_norm(pybind11::module_& m);
+void bind_rms_norm(pybind11::module_& m);
 void bind_rotation_6d(pybind11::module_& m);
 void bind_decode_linear(pybind11::module_& m);
 void bind_routed_ffn(pybind11::module_& m);
@@ -29,6 +30,7 @@ PYBIND11_MODULE(_cpu, m) {
   ofakern::bind_log_mel(m);
   ofakern::bind_patch_embed(m);
   ofakern::bind_layer_norm(m);
+  ofakern::bind_rms_norm(m);
   ofakern::bind_rotation_6d(m);
   ofakern::bind_decode_linear(m);
   ofakern::bind_routed_ffn(m);

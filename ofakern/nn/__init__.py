@@ -15,6 +15,7 @@ from ofakern.nn.dropin import (
     SwinAttention,
     SwinPatchEmbeddings,
     T5Attention,
+    T5LayerNorm,
     TimmBeitAttention,
     UMT5Attention,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "SwinAttention",
     "SwinPatchEmbeddings",
     "T5Attention",
+    "T5LayerNorm",
     "TimmBeitAttention",
     "UMT5Attention",
 ]

@@ -16,6 +16,7 @@ from ofakern.ops.layer_norm import api as layer_norm_api
 from ofakern.ops.log_mel import api as log_mel_api
 from ofakern.ops.patch_embed import api as patch_embed_api
 from ofakern.ops.patch_embed import op as patch_embed_op
+from ofakern.ops.rms_norm import api as rms_norm_api
 from ofakern.ops.rotation_6d import api as rotation_6d_api
 from ofakern.ops.routed_ffn import api as routed_ffn_api
 from ofakern.ops.routed_ffn import backends as routed_ffn_backends
@@ -36,6 +37,7 @@ _OPS: dict[str, _Op] = {
         name: _Op(backends.unavailable, layer_norm_api.refusals(name))
         for name, backends in layer_norm_api.BACKENDS.items()
     },
+    "rms_norm": _Op(rms_norm_api.BACKENDS.unavailable, rms_norm_api.refusals),
     "rotation_6d": _Op(rotation_6d_api.BACKENDS.unavailable, rotation_6d_api.refusals),
     "routed_ffn": _Op(routed_ffn_backends.BACKENDS.unavailable, routed_ffn_api.refusals),
 }

@@ -20,7 +20,7 @@ _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 
 # What may be replaced. The other layers of `ofakern.nn` need a caller that knows them.
 _LAYERS: tuple[type[DropIn], ...] = (
-    *(nn_.T5Attention, nn_.UMT5Attention, nn_.BloomAttention, nn_.MptAttention),
+    *(nn_.T5Attention, nn_.T5LayerNorm, nn_.UMT5Attention, nn_.BloomAttention, nn_.MptAttention),
     *(nn_.BeitAttention, nn_.BeitRelativePositionBias, nn_.PatchEmbeddings),
     *(nn_.SwinAttention, nn_.SwinPatchEmbeddings, nn_.MultiheadAttention),
     *(OFAEncoder, OFADecoder, OFASysEncoder, OFASysDecoder),

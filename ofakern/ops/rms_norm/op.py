@@ -1,0 +1,76 @@
+"""The registered ops `ofakern::rms_norm_fwd` and `ofakern::rms_norm_bwd`, and the autograd around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofakern.ops import native
+from ofakern.ops.library import apply_function, define, differentiate_once, kernel_ready, refuse_vmap
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`[..., D]` to `[..., D]`; weight arrives as float32."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        out, _ = apply_function(_RmsNorm, x, weight, eps)
+    else:
+        out, _ = _FORWARD(x, weight, eps)
+    return out  # type: ignore[no-any-return]
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return _FORWARD(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, output[1], weight)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (*differentiate_once("rms_norm_bwd", dout, *ctx.saved_tensors), None)
+
+    vmap = staticmethod(refuse_vmap("rms_norm"))
+
+
+def _forward_cpu(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    module: Any = native.cpu
+    out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.numel() // x.shape[-1])
+    module.rms_norm_forward(out, rstd, kernel_ready(x), kernel_ready(weight), eps, torch.get_num_threads())
+    return out, rstd
+
+
+def _backward_cpu(dout: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    module: Any = native.cpu
+    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape)
+    workspace = torch.empty(module.rms_norm_backward_workspace(rstd.numel(), x.shape[-1]), dtype=torch.uint8)
+    inputs = (kernel_ready(tensor) for tensor in (dout, x, rstd, weight))
+    module.rms_norm_backward(dx, dweight, workspace, *inputs, torch.get_num_threads())
+    return dx, dweight
+
+
+def _forward_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.numel() // x.shape[-1],), dtype=torch.float32)
+
+
+def _backward_fake(dout: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+_FORWARD = define(
+    "rms_norm_fwd",
+    "(Tensor x, Tensor weight, float eps) -> (Tensor out, Tensor rstd)",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+)
+define(
+    "rms_norm_bwd",
+    "(Tensor dout, Tensor x, Tensor rstd, Tensor weight) -> (Tensor dx, Tensor dweight)",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)

@@ -1,0 +1,46 @@
+// ops.rms_norm: every argument becomes a checked view with the GIL held, the kernel runs without it.
+#include <pybind11/pybind11.h>
+
+#include "ops/rms_norm/rms_norm.h"
+#include "tensor_caster.h"
+
+namespace py = pybind11;
+
+namespace ofakern {
+namespace {
+
+int read_threads(Arguments& args) {
+  const std::int64_t threads = args.integer("threads");
+  Checker("rms_norm").that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
+  return static_cast<int>(threads);
+}
+
+void forward(const py::args& values) {
+  Arguments args("rms_norm", values, 6);
+  const TensorView out = args.tensor("out"), rstd = args.tensor("rstd");
+  const TensorView x = args.tensor("x"), weight = args.tensor("weight");
+  const double eps = args.real("eps");
+  const int threads = read_threads(args);
+  const py::gil_scoped_release release;
+  rms_norm_forward_cpu(x, weight, eps, out, rstd, threads);
+}
+
+void backward(const py::args& values) {
+  Arguments args("rms_norm", values, 8);
+  const TensorView dx = args.tensor("dx"), dweight = args.tensor("dweight"), workspace = args.tensor("workspace");
+  const TensorView dout = args.tensor("dout"), x = args.tensor("x");
+  const TensorView rstd = args.tensor("rstd"), weight = args.tensor("weight");
+  const int threads = read_threads(args);
+  const py::gil_scoped_release release;
+  rms_norm_backward_cpu(dout, x, rstd, weight, dx, dweight, workspace, threads);
+}
+
+}  // namespace
+
+void bind_rms_norm(py::module_& m) {
+  m.def("rms_norm_forward", &forward);
+  m.def("rms_norm_backward", &backward);
+  m.def("rms_norm_backward_workspace", &rms_norm_backward_workspace);
+}
+
+}  // namespace ofakern
