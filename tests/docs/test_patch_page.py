@@ -6,7 +6,7 @@ import pytest
 import torch
 from pages import python_blocks
 
-from ofakern.nn import T5Attention
+from ofakern.nn.dropin import DropIn
 from ofakern.patching import PatchReport
 
 pytest.importorskip("transformers")
@@ -24,7 +24,8 @@ def test_the_patch_trains_and_is_undone(capsys: pytest.CaptureFixture[str]) -> N
     assert "T5Attention -> ofakern T5Attention" in capsys.readouterr().out
     model, report = names["model"], names["report"]
     assert isinstance(model, torch.nn.Module) and isinstance(report, PatchReport)
-    assert len(report.replaced) == 2 and not any(isinstance(module, T5Attention) for module in model.modules())
+    assert sorted(row.before for row in report.replaced) == ["T5Attention"] * 2 + ["T5LayerNorm"] * 5
+    assert not any(isinstance(module, DropIn) for module in model.modules())
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert names["state"].keys() == model.state_dict().keys()
 
