@@ -438,6 +438,46 @@ def cross_entropy_backward_workspace(
     threads: int,
     /,
 ) -> int: ...
+def decode_attention_pack(
+    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, runs: Tensor, threads: int, /
+) -> None: ...
+def decode_attention_workspace(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    row_offsets: Tensor,
+    runs: Tensor | None,
+    slots: Tensor | None,
+    counts: Tensor | None,
+    bias: Tensor | None,
+    head_scale: Tensor | None,
+    value_width: int,
+    scale: float,
+    threads: int,
+    /,
+) -> int: ...
+def decode_attention_forward(
+    out: Tensor,
+    lse: Tensor,
+    workspace: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    row_offsets: Tensor,
+    runs: Tensor | None,
+    slots: Tensor | None,
+    counts: Tensor | None,
+    bias: Tensor | None,
+    head_scale: Tensor | None,
+    value_width: int,
+    scale: float,
+    threads: int,
+    /,
+) -> None: ...
 def decode_linear_packed_bytes(weight: Tensor, like: Tensor, /) -> int: ...
 def decode_linear_pack(packed: Tensor, weight: Tensor, like: Tensor, threads: int, /) -> None: ...
 def decode_linear_workspace(

@@ -10,6 +10,8 @@ from ofakern.ops.attention import api as attention_api
 from ofakern.ops.attention import backends as attention_backends
 from ofakern.ops.cross_entropy import api as cross_entropy_api
 from ofakern.ops.cross_entropy import backends as cross_entropy_backends
+from ofakern.ops.decode_attention import api as decode_attention_api
+from ofakern.ops.decode_attention import op as decode_attention_op
 from ofakern.ops.decode_linear import api as decode_linear_api
 from ofakern.ops.decode_linear import op as decode_linear_op
 from ofakern.ops.layer_norm import api as layer_norm_api
@@ -30,6 +32,7 @@ class _Op(NamedTuple):
 _OPS: dict[str, _Op] = {
     "attention": _Op(attention_backends.UNAVAILABLE, attention_api.refusals),
     "cross_entropy": _Op(cross_entropy_backends.BACKENDS.unavailable, cross_entropy_api.refusals),
+    "decode_attention": _Op(decode_attention_op.BACKENDS.unavailable, decode_attention_api.refusals),
     "decode_linear": _Op(decode_linear_op.BACKENDS.unavailable, decode_linear_api.refusals),
     "log_mel": _Op(log_mel_api.BACKENDS.unavailable, log_mel_api.refusals),
     "patch_embed": _Op(patch_embed_op.BACKENDS.unavailable, patch_embed_api.refusals),

@@ -1,0 +1,284 @@
+"""Keys and values of past tokens: written once, never moved, in the layout that the backend reads best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofakern.errors import OfakernTypeError, OfakernValueError
+from ofakern.ops.decode_attention import op
+from ofakern.ops.decode_attention.reference import quantize_heads
+from ofakern.ops.selection import KERNEL_DTYPES
+
+_WHERE = "KeyValueCache"
+_FLOATS = (*KERNEL_DTYPES, torch.float64)
+
+
+@dataclass(frozen=True)
+class KeyValueCache:
+    """Keys and values for `decode_attention`. Opaque: made by `empty` or `of_source`, read by the op only.
+
+    Of two kinds. Slots (`empty`): `write` puts tokens anywhere, the op finds them through a table of slots. Source
+    (`of_source`): all tokens of each sample at once, `runs` says where they are.
+
+    keys, values: storage. key_scales, value_scales: float32, with int8 storage. runs: int32 `[B,2]` (first key, count)
+    of a source cache, on the CPU; None of a slots cache. packed: source keys stand in blocks for the CPU kernel.
+    heads, key_width, value_width: H, K, Kv. dtype: what q must have.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None
+    value_scales: Tensor | None
+    runs: Tensor | None
+    packed: bool
+    heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def empty(
+        slots: int,
+        heads: int,
+        key_width: int,
+        value_width: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        int8: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> KeyValueCache:
+        """A slots cache; its content is undefined until written, and a slot that no table names is never read.
+
+        value_width: key_width if not given. int8: values are rounded to int8 with one float32 scale per slot and head
+        (an element is off by at most 1/254 of the largest magnitude of its slot and head).
+        Raises OfakernValueError, OfakernTypeError.
+        """
+        value_width = key_width if value_width is None else value_width
+        if min(slots, heads - 1, key_width - 1, value_width - 1) < 0 or max(key_width, value_width) > op.MAX_WIDTH:
+            raise OfakernValueError(
+                f"{_WHERE}.empty: slots must be at least 0, heads at least 1 and widths in 1..{op.MAX_WIDTH}, "
+                f"got {slots}, {heads}, {key_width}, {value_width}"
+            )
+        if dtype not in _FLOATS:
+            raise OfakernTypeError(f"{_WHERE}.empty: dtype must be a float dtype, got {dtype}")
+        stored = torch.int8 if int8 else dtype
+        keys = torch.empty((slots, heads, key_width), dtype=stored, device=device)
+        values = torch.empty((slots, heads, value_width), dtype=stored, device=device)
+        k_scale, v_scale = (torch.empty((slots, heads), device=device) if int8 else None for _ in range(2))
+        return KeyValueCache(keys, values, k_scale, v_scale, None, False, heads, key_width, value_width, dtype)
+
+    @staticmethod
+    def of_source(
+        k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor, *, int8: bool = False, backend: str = "auto"
+    ) -> KeyValueCache:
+        """A source cache of packed samples: k `[N,H,K]`, v `[N,H,Kv]` (last dimension contiguous), lengths of samples.
+
+        backend: who will read it: "auto" and "cpu" pack the keys of CPU tensors in blocks, "reference" keeps copies.
+        int8: as in `empty`. Raises OfakernValueError, OfakernTypeError, BackendError.
+        """
+        counts = [int(n) for n in lengths]
+        _check_source(k, v, counts)
+        chosen = op.BACKENDS.select(backend, k)
+        heads, key_width, value_width = k.shape[1], k.shape[2], v.shape[2]
+        k, v = k.detach(), v.detach()
+        k_scale: Tensor | None = None
+        v_scale: Tensor | None = None
+        dtype = k.dtype
+        if int8:
+            (k, k_scale), (v, v_scale) = quantize_heads(k), quantize_heads(v)
+        packed = chosen == "cpu"
+        runs = _runs(counts, op.BLOCK if packed else 1)
+        if packed:
+            keys, values = op.pack(k, v, runs)
+            k_scale = None if k_scale is None else _packed_scales(k_scale, runs)
+            v_scale = None if v_scale is None else _packed_scales(v_scale, runs)
+        else:
+            keys, values = k.clone(), v.clone()
+        return KeyValueCache(keys, values, k_scale, v_scale, runs, packed, heads, key_width, value_width, dtype)
+
+    @property
+    def slots(self) -> int:
+        """Room of a slots cache; keys of a source cache."""
+        return self.keys.shape[0] if self.runs is None else int(self.runs[:, 1].sum())
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.keys, self.values, self.key_scales, self.value_scales)
+        return sum(x.numel() * x.element_size() for x in parts if x is not None)
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 `[B]`: keys of each sample of a source cache."""
+        return self._source_runs("lengths")[:, 1]
+
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Puts k `[n,H,K]` and v `[n,H,Kv]` into the slots (int32 or int64 `[n]`), in the cache's dtype.
+
+        Raises OfakernValueError for wrong shapes or a source cache; a slot outside the cache raises IndexError.
+        """
+        if self.runs is not None:
+            raise OfakernValueError(f"{_WHERE}.write: a source cache must not be written, got one\nTry: empty")
+        wanted = ((slots.shape[0], self.heads, self.key_width), (slots.shape[0], self.heads, self.value_width))
+        if slots.ndim != 1 or (tuple(k.shape), tuple(v.shape)) != wanted:
+            raise OfakernValueError(
+                f"{_WHERE}.write: slots, k and v must have shapes [n], [n,{self.heads},{self.key_width}] and "
+                f"[n,{self.heads},{self.value_width}], got {list(slots.shape)}, {list(k.shape)}, {list(v.shape)}"
+            )
+        index = slots.long()  # all that index_copy_ takes
+        with torch.no_grad():
+            for store, scales, x in ((self.keys, self.key_scales, k), (self.values, self.value_scales, v)):
+                if scales is None:
+                    store.index_copy_(0, index, x.to(store.dtype))
+                else:
+                    rounded, scale = quantize_heads(x)
+                    store.index_copy_(0, index, rounded)
+                    scales.index_copy_(0, index, scale)
+
+    def grown(self, slots: int) -> KeyValueCache:
+        """A slots cache with at least as many slots and this one's content. Raises OfakernValueError."""
+        if self.runs is not None:
+            raise OfakernValueError(f"{_WHERE}.grown: a source cache must not grow, got one\nTry: joined")
+        room = slots - self.slots
+        if room <= 0:
+            return self
+        return self._mapped(lambda x: torch.cat([x, x.new_empty((room, *x.shape[1:]))]))
+
+    def select(self, samples: Tensor | Sequence[int]) -> KeyValueCache:
+        """The source cache of these samples in this order, on the same storage (nothing is copied)."""
+        index = torch.as_tensor(samples, dtype=torch.int64, device="cpu")
+        return replace(self, runs=self._source_runs("select")[index])
+
+    def joined(self, other: KeyValueCache) -> KeyValueCache:
+        """A source cache of this one's samples, then the other's. Copies what either still uses, and drops the rest.
+
+        Raises OfakernValueError when the two do not fit together.
+        """
+        mine = (self.packed, self.heads, self.key_width, self.value_width, self.dtype, self.keys.dtype)
+        theirs = (other.packed, other.heads, other.key_width, other.value_width, other.dtype, other.keys.dtype)
+        if mine != theirs:
+            raise OfakernValueError(f"{_WHERE}.joined: other must be of the same kind {mine}, got {theirs}")
+        pairs = [(self, self._source_runs("joined")), (other, other._source_runs("joined"))]
+        unit = op.BLOCK if self.packed else 1
+        runs = _runs([count for _, r in pairs for count in r[:, 1].tolist()], unit)
+
+        def gather(name: str) -> Tensor | None:
+            parts = [_regions(getattr(cache, name), r, cache._room(), unit) for cache, r in pairs]
+            return None if parts[0] is None or parts[1] is None else torch.cat([*parts[0], *parts[1]])
+
+        keys, values = gather("keys"), gather("values")
+        if keys is None or values is None:
+            raise OfakernValueError(f"{_WHERE}.joined: caches must have keys and values, got none")
+        scales = (gather("key_scales"), gather("value_scales"))
+        return replace(self, keys=keys, values=values, key_scales=scales[0], value_scales=scales[1], runs=runs)
+
+    def natural(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """k `[S,H,K]`, v `[S,H,Kv]` as numbers (int8 multiplied out to float32) and, of a source cache, each sample's
+        first row of them (int64 `[B]`). For the reference and for looking at a cache."""
+        if self.packed and self.runs is not None:
+            return _unpacked(self)
+        k, v = self.keys, self.values
+        if self.key_scales is not None and self.value_scales is not None:
+            k, v = k * self.key_scales[..., None], v * self.value_scales[..., None]
+        return k, v, None if self.runs is None else self.runs[:, 0].long()
+
+    def _source_runs(self, method: str) -> Tensor:
+        if self.runs is None:
+            raise OfakernValueError(f"{_WHERE}.{method}: the cache must be of a source, got slots\nTry: of_source")
+        return self.runs
+
+    def _room(self) -> int:
+        """Keys that the storage has room for, pads included."""
+        if not self.packed:
+            return self.keys.shape[0]
+        return self.keys.numel() // (self.heads * op.padded_key_width(self.key_width, self.keys.dtype))
+
+    def _mapped(self, change: Any) -> KeyValueCache:
+        scales = [None if x is None else change(x) for x in (self.key_scales, self.value_scales)]
+        return replace(
+            self, keys=change(self.keys), values=change(self.values), key_scales=scales[0], value_scales=scales[1]
+        )
+
+
+def _check_source(k: Tensor, v: Tensor, counts: Sequence[int]) -> None:
+    for name, x in (("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise OfakernTypeError(f"{_WHERE}.of_source: {name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in _FLOATS:
+            raise OfakernTypeError(f"{_WHERE}.of_source: {name} must have a float dtype, got {x.dtype}")
+        if x.ndim != 3 or x.shape[1] < 1 or not 1 <= x.shape[2] <= op.MAX_WIDTH:
+            raise OfakernValueError(
+                f"{_WHERE}.of_source: {name} must have shape [N,H,K] with H at least 1 and K in 1..{op.MAX_WIDTH}, "
+                f"got {list(x.shape)}"
+            )
+    if v.dtype != k.dtype or v.device != k.device:
+        raise OfakernTypeError(
+            f"{_WHERE}.of_source: v must have k's dtype and device ({k.dtype}, {k.device}), got {v.dtype}, {v.device}"
+        )
+    if v.shape[:2] != k.shape[:2]:
+        raise OfakernValueError(
+            f"{_WHERE}.of_source: v must have k's tokens and heads {list(k.shape[:2])}, got {list(v.shape[:2])}"
+        )
+    if min(counts, default=0) < 0 or sum(counts) != k.shape[0]:
+        raise OfakernValueError(
+            f"{_WHERE}.of_source: lengths must be non-negative and add up to {k.shape[0]}, got {list(counts)[:8]}"
+        )
+
+
+def _runs(counts: Sequence[int], unit: int) -> Tensor:
+    """int32 `[B,2]`: every run begins at a multiple of `unit`."""
+    runs, first = torch.empty((len(counts), 2), dtype=torch.int32), 0
+    for b, count in enumerate(counts):
+        runs[b, 0], runs[b, 1] = first, count
+        first += -(-count // unit) * unit
+    return runs
+
+
+def _regions(x: Tensor | None, runs: Tensor, room: int, unit: int) -> list[Tensor] | None:
+    """Each run's part of a storage for `room` keys: a sample's part is contiguous in every layout."""
+    if x is None:
+        return None
+    each = x.shape[0] // room if room else 0  # entries of the first dimension per key
+    return [x[first * each : (first + -(-count // unit) * unit) * each] for first, count in runs.tolist()]
+
+
+def _packed_scales(scales: Tensor, runs: Tensor) -> Tensor:
+    """`[N,H]` in the order of packed keys: for each sample `[H, padded keys]`."""
+    parts, row = [], 0
+    for count in runs[:, 1].tolist():
+        part = scales.new_zeros((scales.shape[1], -(-count // op.BLOCK) * op.BLOCK))
+        part[:, :count] = scales[row : row + count].T
+        parts.append(part.flatten())
+        row += count
+    return torch.cat(parts) if parts else scales.new_zeros(0)
+
+
+def _unpacked(cache: KeyValueCache) -> tuple[Tensor, Tensor, Tensor]:
+    heads, runs = cache.heads, cache._source_runs("natural")
+    width = op.padded_key_width(cache.key_width, cache.keys.dtype)
+    step = op.depth_step(cache.keys.dtype)
+    ks, vs = [], []
+    whole = {name: _regions(getattr(cache, name), runs, cache._room(), op.BLOCK) for name in _STORES}
+    for b, count in enumerate(runs[:, 1].tolist()):
+        keys, values, k_scale, v_scale = (None if part is None else part[b] for part in whole.values())
+        if keys is None or values is None or not count:
+            continue
+        # Blocks [H, n, depth / step, 32 keys, step]; panels [H, columns / 32, keys / step, 32 columns, step].
+        k = keys.view(heads, -1, width // step, op.BLOCK, step).permute(1, 3, 0, 2, 4).flatten(3).flatten(0, 1)
+        padded = k.shape[0]
+        v = values.view(heads, -1, padded // step, op.BLOCK, step).permute(2, 4, 0, 1, 3).flatten(3).flatten(0, 1)
+        if k_scale is not None and v_scale is not None:
+            k, v = k * k_scale.view(heads, -1).T[..., None], v * v_scale.view(heads, -1).T[..., None]
+        ks.append(k[:count, :, : cache.key_width])
+        vs.append(v[:count, :, : cache.value_width])
+    lengths = runs[:, 1].long()
+    dtype = cache.keys.dtype if cache.key_scales is None else torch.float32
+    empty = [torch.empty((0, heads, n), dtype=dtype) for n in (cache.key_width, cache.value_width)]
+    return torch.cat([empty[0], *ks]), torch.cat([empty[1], *vs]), torch.cumsum(lengths, 0) - lengths
+
+
+_STORES = ("keys", "values", "key_scales", "value_scales")

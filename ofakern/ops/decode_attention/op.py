@@ -1,0 +1,124 @@
+"""The registered op `ofakern::decode_attention_fwd`, and the packing of source keys that precedes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofakern.errors import BackendError
+from ofakern.ops import native
+from ofakern.ops.library import define, kernel_ready
+from ofakern.ops.selection import Backends
+
+BACKENDS = Backends("decode_attention", "decode_attention_forward")
+BLOCK = 32  # keys of a block and columns of a panel: kBlock of decode_attention.h
+MAX_WIDTH = 256
+
+
+def depth_step(dtype: torch.dtype) -> int:
+    """Elements of one key that stand together in a block: bf16 goes in pairs."""
+    return 2 if dtype == torch.bfloat16 else 1
+
+
+def padded_key_width(width: int, dtype: torch.dtype) -> int:
+    """K as stored in a block: bf16 is padded to what a matrix tile takes."""
+    return -(-width // 32) * 32 if dtype == torch.bfloat16 else width
+
+
+def pack(k: Tensor, v: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of keys and panels of values (flat, k's dtype) of samples that follow one another in k and v."""
+    module = _module()
+    room = int(((runs[:, 1] + BLOCK - 1) // BLOCK * BLOCK).sum())
+    heads = k.shape[1]
+    keys = torch.empty(room * heads * padded_key_width(k.shape[2], k.dtype), dtype=k.dtype)
+    values = torch.empty(room * heads * (-(-v.shape[2] // BLOCK) * BLOCK), dtype=v.dtype)
+    sources = [_bits(_last_contiguous(x)) for x in (k, v)]
+    module.decode_attention_pack(_bits(keys), _bits(values), *sources, runs, torch.get_num_threads())
+    return keys, values
+
+
+def _module() -> Any:
+    reason = BACKENDS.unavailable["cpu"]
+    if reason is not None:
+        raise BackendError(f"decode_attention: backend 'cpu' cannot run this call: {reason}")
+    return native.cpu
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The binding knows no int8: it takes the bits."""
+    return x.view(torch.uint8) if x.dtype == torch.int8 else x
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    x = x.resolve_neg()
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+
+
+def _forward_cpu(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    row_offsets: Tensor,
+    runs: Tensor | None,
+    slots: Tensor | None,
+    counts: Tensor | None,
+    bias: Tensor | None,
+    head_scale: Tensor | None,
+    value_width: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    module, threads = _module(), torch.get_num_threads()
+    arguments = (
+        kernel_ready(q),
+        _bits(keys),
+        _bits(values),
+        key_scales,
+        value_scales,
+        kernel_ready(row_offsets),
+        runs if runs is None else kernel_ready(runs),
+        slots if slots is None else _last_contiguous(slots),
+        counts if counts is None else kernel_ready(counts),
+        bias if bias is None else _last_contiguous(bias.float()),
+        head_scale if head_scale is None else kernel_ready(head_scale.float()),
+        value_width,
+        scale,
+        threads,
+    )
+    out = torch.empty((q.shape[0], q.shape[1], value_width), dtype=q.dtype)
+    lse = torch.empty((q.shape[0], q.shape[1]))
+    workspace = torch.empty(module.decode_attention_workspace(*arguments), dtype=torch.uint8)
+    module.decode_attention_forward(out, lse, workspace, *arguments)
+    return out, lse
+
+
+def _forward_fake(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    row_offsets: Tensor,
+    runs: Tensor | None,
+    slots: Tensor | None,
+    counts: Tensor | None,
+    bias: Tensor | None,
+    head_scale: Tensor | None,
+    value_width: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    rows, heads = q.shape[0], q.shape[1]
+    return q.new_empty((rows, heads, value_width)), q.new_empty((rows, heads), dtype=torch.float32)
+
+
+FORWARD = define(
+    "decode_attention_fwd",
+    "(Tensor q, Tensor keys, Tensor values, Tensor? key_scales, Tensor? value_scales, Tensor row_offsets, "
+    "Tensor? runs, Tensor? slots, Tensor? counts, Tensor? bias, Tensor? head_scale, int value_width, float scale) "
+    "-> (Tensor, Tensor)",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+)
