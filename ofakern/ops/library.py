@@ -13,10 +13,18 @@ from ofakern.errors import OfakernRuntimeError
 LIBRARY: Any = torch.library.Library("ofakern", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def define(name: str, schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    name: str,
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
+) -> Any:
     """Registers `ofakern::<name><schema>`, e.g. `("log_mel", "(Tensor wave) -> Tensor", ...)`, with its CPU kernel.
 
     Returns the op to call: an OpOverload, which skips the choice among overloads that `torch.ops.ofakern.<name>` makes.
+    With `triton`, a second kernel for a device's tensors, there is also the op `ofakern::<name>_triton`.
 
     `cpu` takes and returns what the schema says and never falls back; `fake` gives results of the right shape and
     dtype without data. Under vmap the op raises; gradients are an autograd.Function outside (half the call overhead of
@@ -26,7 +34,27 @@ def define(name: str, schema: str, *, cpu: Callable[..., Any], fake: Callable[..
     LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"ofakern::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"ofakern::{name}", refuse_vmap(name), lib=LIBRARY)
+    if triton is not None:
+        define_triton(f"{name}_triton", schema, triton, fake)
     return getattr(torch.ops.ofakern, name).default
+
+
+def define_triton(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """The dispatcher picks by device, so that a device's second kernel has an op of its own. CPU: the interpreter."""
+    LIBRARY.define(f"{name}{schema}")
+    for device in ("CUDA", "CPU"):
+        LIBRARY.impl(name, kernel, device)
+    torch.library.register_fake(f"ofakern::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"ofakern::{name}", refuse_vmap(name), lib=LIBRARY)
+
+
+def ops_of(name: str) -> dict[str, Any]:
+    """The op to call by backend: what `define` registered with and without Triton."""
+    return {backend: getattr(torch.ops.ofakern, name + suffix_of(backend)).default for backend in ("cpu", "triton")}
+
+
+def suffix_of(backend: str) -> str:
+    return "_triton" if backend == "triton" else ""
 
 
 def apply_function(function: Any, *arguments: Any) -> Any:
@@ -42,7 +70,7 @@ def apply_function(function: Any, *arguments: Any) -> Any:
 
 def refuse_vmap(name: str) -> Callable[..., NoReturn]:
     """A vmap rule that raises; an autograd.Function takes it as its `vmap` static method."""
-    op = name.removesuffix("_fwd").removesuffix("_bwd")
+    op = name.removesuffix("_triton").removesuffix("_fwd").removesuffix("_bwd")
 
     def refuse(info: Any, in_dims: Any, *inputs: Any) -> NoReturn:
         raise OfakernRuntimeError(
@@ -69,7 +97,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.op = inputs[0].removesuffix("_bwd")
+        ctx.op = inputs[0].removesuffix("_triton").removesuffix("_bwd")
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:

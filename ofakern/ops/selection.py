@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -10,22 +13,48 @@ from ofakern.ops import native
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Read once, as triton itself reads it when the kernels are imported.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_unavailable() -> str | None:
+    """Why no Triton kernel can run here, or None."""
+    if find_spec("triton") is None:
+        return "triton is not installed (it arrives with CUDA torch)"
+    if not TRITON_INTERPRETED and not torch.cuda.is_available():
+        return "not yet run on a GPU, and torch sees none here (TRITON_INTERPRET=1 interprets it on CPU tensors)"
+    return None
+
+
+def triton_refusal(tensor: Tensor) -> str | None:
+    """Why a Triton kernel cannot take tensors like this one, beyond its device's kind and dtypes; or None."""
+    if TRITON_INTERPRETED:
+        return "Triton's interpreter computes bfloat16 wrongly" if tensor.dtype == torch.bfloat16 else None
+    if torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        name = torch.cuda.get_device_name(tensor.device)
+        return f"takes GPUs of compute capability 8.0 and newer, got {name}"
+    return None
 
 
 class Backends:
     """The backends of one op whose compiled entry in `ofakern._cpu` is `entry`.
 
-    `dtypes`: what its kernels take; everything else (float64 among them) is the reference's.
+    `dtypes`: what its kernels take; everything else (float64 among them) is the reference's. `triton`: it has a Triton
+    kernel.
     """
 
-    def __init__(self, op: str, entry: str, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> None:
+    def __init__(
+        self, op: str, entry: str, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES, triton: bool = False
+    ) -> None:
         self.op = op
         self.dtypes = dtypes
         # None: can be used. Fixed at import, so that choosing costs nothing and traces under torch.compile.
         self.unavailable: dict[str, str | None] = {
             "cpu": self._cpu_unavailable(entry),
             "cuda": f"not available yet: this version has no CUDA kernel for {op}",
-            "triton": f"not available yet: this version has no Triton kernel for {op}",
+            "triton": triton_unavailable()
+            if triton
+            else f"not available yet: this version has no Triton kernel for {op}",
             "reference": None,
         }
 
@@ -41,12 +70,14 @@ class Backends:
         reason = self.unavailable[backend]
         if reason is not None or backend == "reference":
             return reason
-        device = "CPU" if backend == "cpu" else "CUDA"
+        device = "CPU" if backend == "cpu" or TRITON_INTERPRETED else "CUDA"
         if tensor.device.type != device.lower():
             return f"takes {device} tensors, got {tensor.device}"
         if tensor.dtype not in self.dtypes:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             return f"takes {names}, got {tensor.dtype}"
+        if backend == "triton" and (reason := triton_refusal(tensor)) is not None:
+            return reason
         return limit
 
     def automatic(self, tensor: Tensor) -> str:

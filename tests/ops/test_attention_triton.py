@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
+from triton_setup import run_interpreted, run_on_gpu
 
 from ofakern.ops import backends, explain
 from ofakern.ops.attention import AttentionLayout, attention, intervals
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_cases(*options: str, **environment: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, "tests/ops/triton_cases.py"],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-
 
 def test_interpreted() -> None:
     pytest.importorskip("triton")
-    run_cases("-p", "no:xdist", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    run_interpreted("triton_cases.py")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the compiled kernels cannot run here")
 def test_on_a_gpu() -> None:
-    # Each case compiles its kernels: most of the time is spent in triton's compiler, on one core each.
-    workers = max(1, min(8, (os.cpu_count() or 1) // 2))
-    run_cases(*(["-n", str(workers)] if find_spec("xdist") else []))
+    run_on_gpu("triton_cases.py")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a GPU")

@@ -16,41 +16,23 @@ import triton.language as tl
 from harness import Case, assert_same_bits, check, make_case, run_backend
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
+from triton_setup import DEVICE, DTYPES, INTERPRETED, to_device
 
 from ofakern.errors import BackendError
+from ofakern.ops import triton_launch
 from ofakern.ops.attention import attention, kernel_triton
-from ofakern.ops.attention.backends import TRITON_INTERPRETED
 from ofakern.ops.attention.triton_kernels import backward, tables
-
-DTYPES = (torch.float32, torch.float16) if TRITON_INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-
-if TRITON_INTERPRETED:
-    from triton.runtime import interpreter
-
-    _patch_lang_tensor = interpreter._patch_lang_tensor
-
-    def _patch_with_item(tensor: Any, scope: Any) -> None:
-        # The interpreter of triton 3.6 calls int() on arrays of one element, which numpy 2.4 no longer converts.
-        _patch_lang_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = _patch_with_item
-
-
-def _to(value: Any, device: str) -> Any:
-    return value.to(device) if hasattr(value, "to") else value
 
 
 def run(case: Case) -> dict[str, Tensor]:
     """The case through backend="triton", on the GPU when not interpreted; results on the CPU."""
-    device = "cpu" if TRITON_INTERPRETED else "cuda"
-    leaves = {name: tensor.to(device) for name, tensor in case.leaves().items()}
+    leaves = {name: tensor.to(DEVICE) for name, tensor in case.leaves().items()}
     moved = case.with_leaves(
         leaves,
-        layout=case.layout.to(device),
-        dout=case.dout.to(device),
-        dlse=_to(case.dlse, device),
-        options={name: _to(value, device) for name, value in case.options.items()},
+        layout=to_device(case.layout),
+        dout=to_device(case.dout),
+        dlse=to_device(case.dlse),
+        options=to_device(case.options),
     )
     return {name: result.cpu() for name, result in run_backend("triton")(moved).items()}
 
@@ -88,7 +70,7 @@ def test_kernels_keep_the_rule(name: str, dtype: torch.dtype) -> None:
     check(make_case(len(name), **CASES[name], dtype=dtype), run)
 
 
-@pytest.mark.skipif(TRITON_INTERPRETED, reason="minutes when interpreted")
+@pytest.mark.skipif(INTERPRETED, reason="minutes when interpreted")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [16, 64, 128])
 @pytest.mark.parametrize("mask", ["full", "causal", "random"])
@@ -124,9 +106,9 @@ def test_coordinates_may_be_far_apart() -> None:
 def test_plans_hold_every_token_and_hull(mask: str) -> None:
     """Blocks of one sample each, hulls of what their rows see, and for keys the run of blocks that see them."""
     case = make_case(22, (19, 0, 40), terms=2, mask=mask, empty_rows=True)
-    layout, device = case.layout, "cpu" if TRITON_INTERPRETED else "cuda"
-    moved = layout.to(device)
-    given = {"q": case.q.to(device), "k": case.k.to(device), "table0": 1, "table1": 1, **vars(moved)}
+    layout = case.layout
+    moved = layout.to(DEVICE)
+    given = {"q": case.q.to(DEVICE), "k": case.k.to(DEVICE), "table0": 1, "table1": 1, **vars(moved)}
     given |= {f"same{t}": moved.terms[t].same for t in range(2)}
     queries, planned = kernel_triton._plan_queries(given, 16)
     keys, keys_planned = kernel_triton._plan_keys(given, queries, 32)
@@ -173,10 +155,10 @@ def test_a_launch_that_does_not_fit_names_itself() -> None:
             return launch
 
     with pytest.raises(BackendError, match="attention: backend 'triton' cannot run this call: .*shared memory"):
-        kernel_triton._run(torch.empty(0), [kernel_triton.Launch(Full(), (1,), {}, {}, {})])
+        triton_launch.run("attention", torch.empty(0), [triton_launch.Launch(Full(), (1,), {}, {}, {})])
 
 
-@pytest.mark.skipif(not TRITON_INTERPRETED, reason="the interpreter refuses bfloat16")
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter refuses bfloat16")
 def test_the_interpreter_refuses_bfloat16() -> None:
     case = make_case(19, (3,), terms=0, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="interpreter computes bfloat16 wrongly"):
@@ -185,9 +167,8 @@ def test_the_interpreter_refuses_bfloat16() -> None:
 
 def test_the_registered_op() -> None:
     case = make_case(20, (5,), heads=1, terms=0, head_scale=False)
-    device = "cpu" if TRITON_INTERPRETED else "cuda"
-    layout = case.layout.to(device)
-    leaves = [tensor.to(device).requires_grad_() for tensor in (case.q, case.k, case.v)]
+    layout = case.layout.to(DEVICE)
+    leaves = [tensor.to(DEVICE).requires_grad_() for tensor in (case.q, case.k, case.v)]
     offsets = (layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range)
     inputs = (*leaves, *[None] * 12, *offsets, 0.25, 0.0)
     torch.library.opcheck(torch.ops.ofakern.attention_fwd_triton.default, inputs)
@@ -223,7 +204,7 @@ def _half_blocks(given: Any, size: int) -> Any:
     return _plan_queries(given, 2 * size)
 
 
-@pytest.mark.skipif(not TRITON_INTERPRETED, reason="compiled kernels keep what they were compiled from")
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels keep what they were compiled from")
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_kernels_break_the_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(21, (40,), heads=1, mask="causal")

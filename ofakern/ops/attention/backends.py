@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from ofakern.errors import BackendError, OfakernValueError
 from ofakern.ops import native
+from ofakern.ops.selection import TRITON_INTERPRETED, triton_refusal, triton_unavailable
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,22 +21,11 @@ def _cpu_unavailable() -> str | None:
     return None
 
 
-def _triton_unavailable() -> str | None:
-    if find_spec("triton") is None:
-        return "triton is not installed (it arrives with CUDA torch)"
-    if not TRITON_INTERPRETED and not torch.cuda.is_available():
-        return "not yet run on a GPU, and torch sees none here (TRITON_INTERPRET=1 interprets it on CPU tensors)"
-    return None
-
-
-# Read once, as triton itself reads it when the kernels are imported.
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
 # None: the backend can be used. Fixed at import, so that choosing costs nothing and traces under torch.compile.
 UNAVAILABLE: dict[str, str | None] = {
     "cpu": _cpu_unavailable(),
     "cuda": "not available yet: this version has no CUDA kernel for attention",
-    "triton": _triton_unavailable(),
+    "triton": triton_unavailable(),
     "reference": None,
 }
 
@@ -53,11 +40,8 @@ def refusal(backend: str, q: Tensor, v: Tensor, q_pos: Tensor | None) -> str | N
         return f"takes {device} tensors, got {q.device}"
     if q.dtype not in _KERNEL_DTYPES:
         return f"takes float32, bfloat16 and float16, got {q.dtype}"
-    if backend == "triton":
-        if TRITON_INTERPRETED and q.dtype == torch.bfloat16:
-            return "Triton's interpreter computes bfloat16 wrongly"
-        if not TRITON_INTERPRETED and torch.cuda.get_device_capability(q.device) < (8, 0):
-            return f"takes GPUs of compute capability 8.0 and newer, got {torch.cuda.get_device_name(q.device)}"
+    if backend == "triton" and (reason := triton_refusal(q)) is not None:
+        return reason
     widths = {"K": q.shape[2], "V": v.shape[2]} | ({} if q_pos is None else {"P": q_pos.shape[2]})
     for letter, width in widths.items():
         if width % 8 or not 8 <= width <= 256:

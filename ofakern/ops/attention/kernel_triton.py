@@ -15,12 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
-from ofakern.errors import BackendError
 from ofakern.ops.attention.triton_kernels import backward, forward, plan, tables
+from ofakern.ops.triton_launch import Launch, ceil_div, options, power_of_2, run, shared_memory
 
 _Named = Mapping[str, Any]
 
@@ -33,20 +31,6 @@ _NAMES = (
 # Programs of the table kernel over all heads: enough to fill a GPU; each owns one f32 copy of a table's head.
 _TABLE_PROGRAMS = 512
 _SPAN, _RUN = 64, 128
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch; `constants` and `options` select the compiled code, `arguments` do not."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-
-    def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 @dataclass(frozen=True)
@@ -81,7 +65,6 @@ _BLOCKS: dict[str, dict[int, tuple[tuple[int, Blocks], ...]]] = {
 }
 # Below this much shared memory for a program (A100: 163 KiB, consumer GPUs: 99 KiB), 16-bit tiles have half the keys.
 _ROOMY = 200 * 1024
-_HOPPER_SHARED = 227 * 1024
 
 
 def forward_call(inputs: tuple[Any, ...], shared_memory: int) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
@@ -96,7 +79,7 @@ def forward_call(inputs: tuple[Any, ...], shared_memory: int) -> tuple[tuple[Ten
     blocks = _blocks("forward", given, shared_memory)
     plan_buffer, planned = _plan_queries(given, blocks.queries)
     launches = [planned, _tile_launch(forward.attention_forward, plan_buffer, given, blocks, {"out": out, "lse": lse})]
-    return (out, lse), _worth(launches)
+    return (out, lse), launches
 
 
 def backward_call(
@@ -117,7 +100,7 @@ def backward_call(
     launches += _backward_keys(given, shared, grads, shared_memory)
     if given["table0"] is not None:
         launches += _backward_tables(given, shared, sums, shared_memory)
-    return list(grads.values()), _worth(launches), sums
+    return list(grads.values()), launches, sums
 
 
 def _backward_queries(
@@ -162,8 +145,8 @@ def _backward_tables(given: _Named, shared: _Named, sums: dict[str, Tensor], sha
 
 def attention_forward_triton(*inputs: Any) -> tuple[Tensor, Tensor]:
     """The registered op's forward: out and lse of checked, kernel-ready inputs."""
-    results, launches = forward_call(inputs, _shared_memory(inputs[0]))
-    _run(inputs[0], launches)
+    results, launches = forward_call(inputs, shared_memory(inputs[0]))
+    run("attention", inputs[0], launches)
     return results
 
 
@@ -171,23 +154,10 @@ def attention_backward_triton(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
 ) -> list[Tensor | None]:
     """The registered op's backward: dq, dk, dv, dq_pos, dk_pos, dtable0, dtable1, dhead_scale; None where absent."""
-    grads, launches, sums = backward_call(dout, dlse, out, lse, inputs, _shared_memory(inputs[0]))
-    _run(inputs[0], launches)
+    grads, launches, sums = backward_call(dout, dlse, out, lse, inputs, shared_memory(inputs[0]))
+    run("attention", inputs[0], launches)
     # torch adds over the first dimension in an order that the shape alone fixes.
     return grads + [sums[name].sum(0) if name in sums else None for name in ("table0", "table1", "head_scale")]
-
-
-def _run(q: Tensor, launches: list[Launch]) -> None:
-    with torch.cuda.device(q.get_device()):  # -1, no device, when interpreted
-        for launch in launches:
-            try:
-                launch.run()
-            except OutOfResources as error:
-                raise BackendError(f"attention: backend 'triton' cannot run this call: {error}") from error
-
-
-def _worth(launches: list[Launch]) -> list[Launch]:
-    return [launch for launch in launches if all(launch.grid)]
 
 
 def _like(tensor: Tensor | None) -> Tensor | None:
@@ -197,11 +167,11 @@ def _like(tensor: Tensor | None) -> Tensor | None:
 def _partition(blocks: int, heads: int) -> tuple[int, int]:
     """(programs per head, query blocks of each) of the table kernel; a function of shapes only."""
     parts = max(1, min(blocks, _TABLE_PROGRAMS // heads))
-    return parts, triton.cdiv(blocks, parts)
+    return parts, ceil_div(blocks, parts)
 
 
 def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width)) if width else 0
+    return power_of_2(width, 16) if width else 0
 
 
 def _widths(given: _Named) -> tuple[int, int, int]:
@@ -212,17 +182,6 @@ def _blocks(pass_name: str, given: _Named, shared_memory: int) -> Blocks:
     total, size = sum(_padded(width) for width in _widths(given)), given["q"].element_size()
     blocks = next(blocks for width, blocks in _BLOCKS[pass_name][size] if total <= width)
     return replace(blocks, keys=blocks.keys // 2) if size == 2 and shared_memory < _ROOMY else blocks
-
-
-def _shared_memory(q: Tensor) -> int:
-    if q.device.type == "cpu":  # interpreted
-        return _HOPPER_SHARED
-    properties: Any = torch.cuda.get_device_properties(q.device)
-    return int(properties.shared_memory_per_block_optin)
-
-
-def _options(warps: int, stages: int) -> dict[str, Any]:
-    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def _terms(given: _Named) -> int:
@@ -236,7 +195,7 @@ def _plan_queries(given: _Named, size: int) -> tuple[Tensor, Launch]:
     arguments = {"plan": buffer, "samples": samples}
     arguments |= {name: given[name] for name in ("visible", "same0", "same1", "q_offsets")}
     constants = {"TERMS": _terms(given), "BLOCK_Q": size}
-    return buffer, Launch(plan.plan_queries, (count,), arguments, constants, _options(4, 1))
+    return buffer, Launch(plan.plan_queries, (count,), arguments, constants, options(4, 1))
 
 
 def _plan_keys(given: _Named, query_plan: Tensor, size: int) -> tuple[Tensor, Launch]:
@@ -245,7 +204,7 @@ def _plan_keys(given: _Named, query_plan: Tensor, size: int) -> tuple[Tensor, La
     buffer = torch.empty((count, plan.KEY_COLUMNS.value), dtype=torch.int32, device=k.device)
     arguments = {"plan": buffer, "query_plan": query_plan, "k_offsets": given["k_offsets"]}
     arguments |= {"samples": samples, "query_blocks": query_plan.shape[0]}
-    return buffer, Launch(plan.plan_keys, (count,), arguments, {"BLOCK_K": size}, _options(4, 1))
+    return buffer, Launch(plan.plan_keys, (count,), arguments, {"BLOCK_K": size}, options(4, 1))
 
 
 def _tile_launch(
@@ -273,5 +232,5 @@ def _tile_launch(
     constants |= {"BLOCK_WIDTH": _padded(width), "BLOCK_VALUE": _padded(value), "BLOCK_POS": _padded(pos)}
     constants |= {"TERMS": _terms(given), "HEAD_SCALE": given["head_scale"] is not None, "DROPOUT": p > 0.0}
     constants |= {"BLOCK_Q": blocks.queries, "BLOCK_K": blocks.keys, **(own_constants or {})}
-    options = _options(blocks.warps, blocks.stages)
-    return Launch(kernel, (query_plan.shape[0], q.shape[1]), arguments, constants, options)
+    grid = (query_plan.shape[0], q.shape[1])
+    return Launch(kernel, grid, arguments, constants, options(blocks.warps, blocks.stages))

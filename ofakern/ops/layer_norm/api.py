@@ -16,7 +16,7 @@ from ofakern.ops.selection import Backends
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = {
-    name: Backends(name, f"{name}_forward")
+    name: Backends(name, f"{name}_forward", triton=True)
     for name in ("add_layer_norm", "gelu_layer_norm", "head_scale_layer_norm", "embed_layer_norm")
 }
 _ADD, _GELU, _HEADS, _EMBED = BACKENDS.values()
@@ -45,7 +45,7 @@ def add_layer_norm(
         weight, bias: `[D]`; taken to float32 (float64 beside float64 x).
         dropout_p: in [0, 1), of x. dropout_seed: int64 `[2]` (seed, offset); drawn from torch's default generator when
             None. Equal seeds give equal masks per (row, column) on every backend.
-        backend: "auto", "cpu" or "reference" (plain torch). Never falls back.
+        backend: "auto", "cpu", "triton" or "reference" (plain torch). Never falls back.
 
     Returns:
         (out, total), `[..., D]` in x's dtype; `total` is the new residual stream. Both are differentiable.
@@ -60,9 +60,10 @@ def add_layer_norm(
     x, residual, weight, bias, dropout_p, dropout_seed = _check_add(
         x, residual, weight, bias, eps, dropout_p, dropout_seed
     )
-    if _ADD.select(backend, x) == "reference":
+    backend = _ADD.select(backend, x)
+    if backend == "reference":
         return reference.add_layer_norm_reference(x, residual, weight, bias, eps, dropout_p, dropout_seed)
-    return op.add_layer_norm(x, residual, weight, bias, dropout_seed, eps, dropout_p)
+    return op.add_layer_norm(backend, x, residual, weight, bias, dropout_seed, eps, dropout_p)
 
 
 def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backend: str = "auto") -> Tensor:
@@ -71,7 +72,7 @@ def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, 
     Args:
         x: `[..., D]`; float32, bfloat16, float16 (float64 on the reference).
         weight, bias: `[D]`; taken to float32 (float64 beside float64 x).
-        backend: "auto", "cpu" or "reference" (plain torch). Never falls back.
+        backend: "auto", "cpu", "triton" or "reference" (plain torch). Never falls back.
 
     Returns:
         `[..., D]` in x's dtype. The GELU is recomputed for the gradient: only x is kept.
@@ -79,9 +80,10 @@ def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, 
     Raises: as `add_layer_norm`. Source: Shleifer et al., NormFormer, arXiv 2110.09456.
     """
     x, weight, bias = _check_gelu(x, weight, bias, eps)
-    if _GELU.select(backend, x) == "reference":
+    backend = _GELU.select(backend, x)
+    if backend == "reference":
         return reference.gelu_layer_norm_reference(x, weight, bias, eps)
-    return op.gelu_layer_norm(x, weight, bias, eps)
+    return op.gelu_layer_norm(backend, x, weight, bias, eps)
 
 
 def head_scale_layer_norm(
@@ -92,7 +94,7 @@ def head_scale_layer_norm(
     Args:
         x: `[N, H, K]`; float32, bfloat16, float16 (float64 on the reference).
         head_scale: `[H]`; weight, bias: `[H * K]`; taken to float32 (float64 beside float64 x).
-        backend: "auto", "cpu" or "reference" (plain torch). Never falls back.
+        backend: "auto", "cpu", "triton" or "reference" (plain torch). Never falls back.
 
     Returns:
         `[N, H * K]` in x's dtype.
@@ -100,9 +102,10 @@ def head_scale_layer_norm(
     Raises: as `add_layer_norm`. Source: Shleifer et al., NormFormer, arXiv 2110.09456.
     """
     x, head_scale, weight, bias = _check_heads(x, head_scale, weight, bias, eps)
-    if _HEADS.select(backend, x) == "reference":
+    backend = _HEADS.select(backend, x)
+    if backend == "reference":
         return reference.head_scale_layer_norm_reference(x, head_scale, weight, bias, eps)
-    return op.head_scale_layer_norm(x, head_scale, weight, bias, eps)
+    return op.head_scale_layer_norm(backend, x, head_scale, weight, bias, eps)
 
 
 def embed_layer_norm(
@@ -122,18 +125,19 @@ def embed_layer_norm(
         tokens: int64 `[...]`, each in [0, V). table: `[V, D]`; float32, bfloat16, float16 (float64 on the reference).
         weight, bias: `[D]`; taken to float32 (float64 beside a float64 table).
         type_table: `[T, D]` in table's dtype, or None. types: int64 like tokens; None reads row 0 (T must be 1).
-        backend: "auto", "cpu" or "reference" (plain torch). Never falls back.
+        backend: "auto", "cpu", "triton" or "reference" (plain torch). Never falls back.
 
     Returns:
         `[..., D]` in table's dtype. The tables' gradients are dense; each entry is the sum over its tokens in order, so
         its bits do not depend on the number of threads.
 
-    Raises: as `add_layer_norm`; a token or type out of range is an OfakernValueError on the CPU.
+    Raises: as `add_layer_norm`; a token or type out of range is an OfakernValueError on the CPU, NaN in Triton.
     """
     weight, bias = _check_embed(tokens, table, weight, bias, type_table, types, scale, eps)
-    if _EMBED.select(backend, table) == "reference":
+    backend = _EMBED.select(backend, table)
+    if backend == "reference":
         return reference.embed_layer_norm_reference(tokens, table, weight, bias, type_table, types, scale, eps)
-    return op.embed_layer_norm(tokens, table, types, type_table, weight, bias, float(scale), eps)
+    return op.embed_layer_norm(backend, tokens, table, types, type_table, weight, bias, float(scale), eps)
 
 
 def refusals(name: str) -> Callable[..., tuple[str, dict[str, str | None]]]:

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from ofakern.ops import native
-from ofakern.ops.library import apply_function, define, differentiate_once, kernel_ready, refuse_vmap
+from ofakern.ops.library import (
+    apply_function,
+    define,
+    differentiate_once,
+    kernel_ready,
+    ops_of,
+    refuse_vmap,
+    suffix_of,
+)
 
 _F32 = torch.float32
 _AFFINE = "Tensor weight, Tensor bias"
@@ -20,37 +28,47 @@ _EMBED = "Tensor tokens, Tensor table, Tensor? types, Tensor? type_table"
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, p: float
+    backend: str,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    p: float,
 ) -> tuple[Tensor, Tensor]:
     """(out, total)."""
     arguments = (x, residual, weight, bias, seed, eps, p)
     if torch.is_grad_enabled() and (
         x.requires_grad or residual.requires_grad or weight.requires_grad or bias.requires_grad
     ):
-        out, total, _ = apply_function(_Add, *arguments)
+        out, total, _ = apply_function(_Add, backend, *arguments)
     else:
-        out, total, _ = _ADD_FORWARD(*arguments)
+        out, total, _ = _ADD_FORWARD[backend](*arguments)
     return out, total
 
 
-def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def gelu_layer_norm(backend: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        out, _ = apply_function(_Gelu, x, weight, bias, eps)
+        out, _ = apply_function(_Gelu, backend, x, weight, bias, eps)
     else:
-        out, _ = _GELU_FORWARD(x, weight, bias, eps)
+        out, _ = _GELU_FORWARD[backend](x, weight, bias, eps)
     return out  # type: ignore[no-any-return]
 
 
-def head_scale_layer_norm(x: Tensor, head_scale: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def head_scale_layer_norm(
+    backend: str, x: Tensor, head_scale: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
     differentiable = (x, head_scale, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
-        out, _ = apply_function(_HeadScale, *differentiable, eps)
+        out, _ = apply_function(_HeadScale, backend, *differentiable, eps)
     else:
-        out, _ = _HEAD_FORWARD(*differentiable, eps)
+        out, _ = _HEAD_FORWARD[backend](*differentiable, eps)
     return out  # type: ignore[no-any-return]
 
 
 def embed_layer_norm(
+    backend: str,
     tokens: Tensor,
     table: Tensor,
     types: Tensor | None,
@@ -63,9 +81,9 @@ def embed_layer_norm(
     arguments = (tokens, table, types, type_table, weight, bias, scale, eps)
     differentiable = (table, weight, bias) if type_table is None else (table, type_table, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
-        out, _ = apply_function(_Embed, *arguments)
+        out, _ = apply_function(_Embed, backend, *arguments)
     else:
-        out, _ = _EMBED_FORWARD(*arguments)
+        out, _ = _EMBED_FORWARD[backend](*arguments)
     return out  # type: ignore[no-any-return]
 
 
@@ -74,13 +92,13 @@ def embed_layer_norm(
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return _ADD_FORWARD(*inputs)
+    def forward(backend: str, *inputs: Any) -> Any:
+        return _ADD_FORWARD[backend](*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        _, _, weight, _, seed, _, ctx.p = inputs
+        ctx.backend, _, _, weight, _, seed, _, ctx.p = inputs
         _, total, stats = output
         ctx.mark_non_differentiable(stats)
         ctx.save_for_backward(total, stats, weight, seed)
@@ -88,71 +106,75 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dout is None and dtotal is None:
-            return (None,) * 7
+            return (None,) * 8
         total, stats, weight, seed = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(total)
-        grads = differentiate_once("add_layer_norm_bwd", dout, dtotal, total, stats, weight, seed, ctx.p)
+        name = "add_layer_norm_bwd" + suffix_of(ctx.backend)
+        grads = differentiate_once(name, dout, dtotal, total, stats, weight, seed, ctx.p)
         dx, dresidual, dweight, dbias = grads
-        return (dresidual if ctx.p == 0.0 else dx), dresidual, dweight, dbias, None, None, None
+        return None, (dresidual if ctx.p == 0.0 else dx), dresidual, dweight, dbias, None, None, None
 
     vmap = staticmethod(refuse_vmap("add_layer_norm"))
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return _GELU_FORWARD(*inputs)
+    def forward(backend: str, *inputs: Any) -> Any:
+        return _GELU_FORWARD[backend](*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, _ = inputs
+        ctx.backend, x, weight, _, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, output[1], weight)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (*differentiate_once("gelu_layer_norm_bwd", dout, *ctx.saved_tensors), None)
+        name = "gelu_layer_norm_bwd" + suffix_of(ctx.backend)
+        return (None, *differentiate_once(name, dout, *ctx.saved_tensors), None)
 
     vmap = staticmethod(refuse_vmap("gelu_layer_norm"))
 
 
 class _HeadScale(torch.autograd.Function):
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return _HEAD_FORWARD(*inputs)
+    def forward(backend: str, *inputs: Any) -> Any:
+        return _HEAD_FORWARD[backend](*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, head_scale, weight, _, _ = inputs
+        ctx.backend, x, head_scale, weight, _, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, head_scale, output[1], weight)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (*differentiate_once("head_scale_layer_norm_bwd", dout, *ctx.saved_tensors), None)
+        name = "head_scale_layer_norm_bwd" + suffix_of(ctx.backend)
+        return (None, *differentiate_once(name, dout, *ctx.saved_tensors), None)
 
     vmap = staticmethod(refuse_vmap("head_scale_layer_norm"))
 
 
 class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return _EMBED_FORWARD(*inputs)
+    def forward(backend: str, *inputs: Any) -> Any:
+        return _EMBED_FORWARD[backend](*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        tokens, table, types, type_table, weight, _, ctx.scale, _ = inputs
+        ctx.backend, tokens, table, types, type_table, weight, _, ctx.scale, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(tokens, table, types, type_table, output[1], weight)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = differentiate_once("embed_layer_norm_bwd", dout, *ctx.saved_tensors, ctx.scale)
+        name = "embed_layer_norm_bwd" + suffix_of(ctx.backend)
+        grads = differentiate_once(name, dout, *ctx.saved_tensors, ctx.scale)
         dtable, dtype_table, dweight, dbias = grads
         if ctx.saved_tensors[3] is None:
             dtype_table = None
-        return None, dtable, None, dtype_table, dweight, dbias, None, None
+        return None, None, dtable, None, dtype_table, dweight, dbias, None, None
 
     vmap = staticmethod(refuse_vmap("embed_layer_norm"))
 
@@ -168,8 +190,8 @@ def _new(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype)
 
 
-def _ready(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else kernel_ready(tensor) for tensor in tensors]
+def _ready(*arguments: Any) -> list[Any]:
+    return [kernel_ready(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
 
 
 def _add_forward(
@@ -334,12 +356,27 @@ def _embed_backward_fake(
     return _like(table), dtype_table, _like(weight), _like(weight)
 
 
-_ADD_FORWARD = define(
+# ---- Triton ---------------------------------------------------------------------------------------------------------
+
+
+def _triton(name: str) -> Any:
+    """`kernel_triton.<name>`, imported by its first call: that takes a second, and CPU users may not have triton."""
+
+    def call(*arguments: Any) -> Any:
+        from ofakern.ops.layer_norm import kernel_triton
+
+        return getattr(kernel_triton, name)(*_ready(*arguments))
+
+    return call
+
+
+define(
     "add_layer_norm_fwd",
     f"(Tensor x, Tensor residual, {_AFFINE}, Tensor? dropout_seed, float eps, float dropout_p) -> "
     "(Tensor out, Tensor total, Tensor stats)",
     cpu=_add_forward,
     fake=_add_forward_fake,
+    triton=_triton("add_forward"),
 )
 define(
     "add_layer_norm_bwd",
@@ -347,24 +384,28 @@ define(
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     cpu=_add_backward,
     fake=_add_backward_fake,
+    triton=_triton("add_backward"),
 )
-_GELU_FORWARD = define(
+define(
     "gelu_layer_norm_fwd",
     f"(Tensor x, {_AFFINE}, float eps) -> (Tensor out, Tensor stats)",
     cpu=_gelu_forward,
     fake=_gelu_forward_fake,
+    triton=_triton("gelu_forward"),
 )
 define(
     "gelu_layer_norm_bwd",
     "(Tensor dout, Tensor x, Tensor stats, Tensor weight) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     cpu=_gelu_backward,
     fake=_gelu_backward_fake,
+    triton=_triton("gelu_backward"),
 )
-_HEAD_FORWARD = define(
+define(
     "head_scale_layer_norm_fwd",
     f"(Tensor x, Tensor head_scale, {_AFFINE}, float eps) -> (Tensor out, Tensor stats)",
     cpu=_head_forward,
     fake=_head_forward_fake,
+    triton=_triton("head_forward"),
 )
 define(
     "head_scale_layer_norm_bwd",
@@ -372,12 +413,14 @@ define(
     "(Tensor dx, Tensor dhead_scale, Tensor dweight, Tensor dbias)",
     cpu=_head_backward,
     fake=_head_backward_fake,
+    triton=_triton("head_backward"),
 )
-_EMBED_FORWARD = define(
+define(
     "embed_layer_norm_fwd",
     f"({_EMBED}, {_AFFINE}, float scale, float eps) -> (Tensor out, Tensor stats)",
     cpu=_embed_forward,
     fake=_embed_forward_fake,
+    triton=_triton("embed_forward"),
 )
 define(
     "embed_layer_norm_bwd",
@@ -385,4 +428,9 @@ define(
     "(Tensor dtable, Tensor dtype_table, Tensor dweight, Tensor dbias)",
     cpu=_embed_backward,
     fake=_embed_backward_fake,
+    triton=_triton("embed_backward"),
 )
+_ADD_FORWARD = ops_of("add_layer_norm_fwd")
+_GELU_FORWARD = ops_of("gelu_layer_norm_fwd")
+_HEAD_FORWARD = ops_of("head_scale_layer_norm_fwd")
+_EMBED_FORWARD = ops_of("embed_layer_norm_fwd")

@@ -19,14 +19,8 @@ from ofakern.ops.attention.triton_kernels.plan import (
     SAMPLE,
     TERM,
 )
-from ofakern.ops.attention.triton_kernels.tiles import (
-    LOG2E,
-    add_term,
-    dropout_key,
-    keep_mask,
-    load_rows,
-    store_rows,
-)
+from ofakern.ops.attention.triton_kernels.tiles import add_term, keep_mask, load_rows, store_rows
+from ofakern.ops.triton_device import LOG2E, dropout_key
 
 
 @triton.jit(do_not_specialize=["rows0", "rows1", "threshold"])

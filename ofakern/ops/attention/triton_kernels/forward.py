@@ -4,14 +4,8 @@ import triton
 import triton.language as tl
 
 from ofakern.ops.attention.triton_kernels.plan import BEGIN, END, HI, LO, QUERY_COLUMNS, SAMPLE, TERM
-from ofakern.ops.attention.triton_kernels.tiles import (
-    LN2,
-    add_term,
-    dropout_key,
-    keep_mask,
-    load_rows,
-    store_rows,
-)
+from ofakern.ops.attention.triton_kernels.tiles import add_term, keep_mask, load_rows, store_rows
+from ofakern.ops.triton_device import LN2, dropout_key
 
 
 @triton.jit(do_not_specialize=["rows0", "rows1", "threshold"])

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from ofakern.ops.attention.triton_kernels.plan import BEGIN, END, QUERY_COLUMNS, SAMPLE, TERM
-from ofakern.ops.attention.triton_kernels.tiles import LOG2E, add_term, dropout_key, keep_mask, load_rows
+from ofakern.ops.attention.triton_kernels.tiles import add_term, keep_mask, load_rows
+from ofakern.ops.triton_device import LOG2E, dropout_key
 
 _SMALLEST = tl.constexpr(-(2**31))
 _LARGEST = tl.constexpr(2**31 - 1)

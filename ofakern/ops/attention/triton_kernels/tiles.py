@@ -1,13 +1,9 @@
 """What the kernels share: rows of packed tensors, one tile of relative bias, dropout's bits."""
 
-import os
-
 import triton
 import triton.language as tl
 
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from ofakern.ops.triton_device import INTERPRETED, LOG2E, keep_of_words, philox
 
 
 @triton.jit
@@ -40,7 +36,7 @@ def _gather(pointer, active):
     back (half as many instructions again in the forward kernel). This load takes the layout that the products have.
     The predicate is read before $0 is written: the two may share a register.
     """
-    if _INTERPRETED:  # which knows no assembly
+    if INTERPRETED:  # which knows no assembly
         value = tl.load(pointer, mask=active, other=0.0)
     else:
         value = tl.inline_asm_elementwise(
@@ -68,30 +64,6 @@ def add_term(score, table, q_coord, k_coord, same_lo, same_hi, key, visible, mee
 
 
 @triton.jit
-def dropout_key(seed):
-    """The two 32-bit halves of seed + offset * 0x9E3779B97F4A7C15, modulo 2^64."""
-    offset = tl.load(seed + 1).to(tl.uint64, bitcast=True)
-    product = tl.mul(offset, 0x9E3779B97F4A7C15, sanitize_overflow=False)
-    key = tl.add(tl.load(seed).to(tl.uint64, bitcast=True), product, sanitize_overflow=False)
-    return key.to(tl.uint32), (key >> 32).to(tl.uint32)
-
-
-@triton.jit
-def _philox(c0, c1, c2, c3, key0, key1):
-    """Philox4x32-10 as README.md specifies it; one 64-bit product gives both halves."""
-    for _ in tl.static_range(10):
-        a = tl.mul(c0.to(tl.uint64), 0xD2511F53, sanitize_overflow=False)
-        b = tl.mul(c2.to(tl.uint64), 0xCD9E8D57, sanitize_overflow=False)
-        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ key0
-        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ key1
-        c1 = b.to(tl.uint32)
-        c3 = a.to(tl.uint32)
-        key0 = tl.add(key0, 0x9E3779B9, sanitize_overflow=False)
-        key1 = tl.add(key1, 0xBB67AE85, sanitize_overflow=False)
-    return c0, c1, c2, c3
-
-
-@triton.jit
 def keep_mask(
     key0, key1, row, head, sample, first, threshold, ROWS: tl.constexpr, KEYS: tl.constexpr, ALIGNED: tl.constexpr
 ):
@@ -102,7 +74,7 @@ def keep_mask(
     PER_CALL: tl.constexpr = 4 if ALIGNED else 1
     local = tl.add(first, tl.arange(0, KEYS // PER_CALL) * PER_CALL, sanitize_overflow=False).to(tl.uint32)
     zero = tl.zeros([ROWS, KEYS // PER_CALL], tl.uint32)
-    w0, w1, w2, w3 = _philox(
+    w0, w1, w2, w3 = philox(
         zero + (local >> 2)[None, :],
         zero + row.to(tl.uint32)[:, None],
         zero + head.to(tl.uint32),
@@ -112,9 +84,7 @@ def keep_mask(
     )
     limit = threshold.to(tl.uint32)
     if ALIGNED:
-        even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
-        odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
-        keep = tl.reshape(tl.join(even, odd), [ROWS, KEYS]) != 0
+        keep = keep_of_words(w0, w1, w2, w3, limit, ROWS, KEYS)
     else:
         lane = (local & 3)[None, :]
         low = tl.where(lane == 0, w0, w1)
