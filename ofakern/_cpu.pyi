@@ -475,6 +475,20 @@ def decode_attention_forward(
     head_scale: Tensor | None,
     value_width: int,
     scale: float,
+def gathered_linear_count(states: Tensor, first: Tensor, /) -> int: ...
+def gathered_linear_workspace(
+    hidden: Tensor, weight: Tensor, states: Tensor, first: Tensor, tokens: Tensor, /
+) -> int: ...
+def gathered_linear_forward(
+    values: Tensor,
+    row_first: Tensor,
+    row_tokens: Tensor,
+    workspace: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    states: Tensor,
+    first: Tensor,
+    tokens: Tensor,
     threads: int,
     /,
 ) -> None: ...

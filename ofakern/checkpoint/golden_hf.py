@@ -409,7 +409,7 @@ def answers(model: OFAPlus, case: HfCase, entry: Mapping[str, Any]) -> list[list
         choices = tuple(tuple(sequence[1:-1]) for sequence in kwargs["constraint_trie_sequences"])
         automaton = compile_target([ChoiceTokens(choices)], eos=EOS, vocabulary_size=model.config.vocab_size)
         if kwargs.get("zero_shot"):
-            automaton.renormalise[:] = False
+            automaton = automaton.unnormalised()
     if codes_out:  # no special token before the last step, but probabilities count them
         assert ids is not None
         codes = RangeTokens(*ids, settings["max_new_tokens"])

@@ -14,6 +14,8 @@ from ofakern.ops.decode_attention import api as decode_attention_api
 from ofakern.ops.decode_attention import op as decode_attention_op
 from ofakern.ops.decode_linear import api as decode_linear_api
 from ofakern.ops.decode_linear import op as decode_linear_op
+from ofakern.ops.gathered_linear import api as gathered_linear_api
+from ofakern.ops.gathered_linear import op as gathered_linear_op
 from ofakern.ops.layer_norm import api as layer_norm_api
 from ofakern.ops.log_mel import api as log_mel_api
 from ofakern.ops.patch_embed import api as patch_embed_api
@@ -34,6 +36,7 @@ _OPS: dict[str, _Op] = {
     "cross_entropy": _Op(cross_entropy_backends.BACKENDS.unavailable, cross_entropy_api.refusals),
     "decode_attention": _Op(decode_attention_op.BACKENDS.unavailable, decode_attention_api.refusals),
     "decode_linear": _Op(decode_linear_op.BACKENDS.unavailable, decode_linear_api.refusals),
+    "gathered_linear": _Op(gathered_linear_op.BACKENDS.unavailable, gathered_linear_api.refusals),
     "log_mel": _Op(log_mel_api.BACKENDS.unavailable, log_mel_api.refusals),
     "patch_embed": _Op(patch_embed_op.BACKENDS.unavailable, patch_embed_api.refusals),
     **{

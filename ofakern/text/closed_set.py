@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ofakern.errors import DataError
 from ofakern.text.tokenizer import Tokenizer
+from ofakern.text.trie import TokenSequences, TokenTrie
 
 __all__ = ["ClosedSet"]
 
@@ -32,16 +34,14 @@ class ClosedSet:
         self.answers: tuple[str, ...] = tuple(dict.fromkeys(answers))
         if not self.answers:
             raise DataError("ClosedSet: answers must hold at least one answer, got 0")
-        self._children: list[dict[int, int]] = [{}]
-        self._answer_at: dict[int, str] = {}
-        sequences = []
         for answer in self.answers:
             if not isinstance(answer, str) or not answer.strip():
                 raise DataError(f"ClosedSet: answers must be text that is not blank, got {answer!r}")
-            ids = tokenizer.encode(answer, uncased=uncased, no_punctuation=no_punctuation, max_length=max_length)
-            sequences.append(tuple(ids))
-            self._answer_at.setdefault(self._insert(ids), answer)
-        self.sequences: tuple[tuple[int, ...], ...] = tuple(sequences)
+        self.sequences = TokenSequences.of(
+            tokenizer.encode(answer, uncased=uncased, no_punctuation=no_punctuation, max_length=max_length)
+            for answer in self.answers
+        )
+        self._trie = TokenTrie(self.sequences)
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -61,32 +61,18 @@ class ClosedSet:
         node, rows = 0, []
         for token in [*ids, end]:
             rows.append(self._allowed(node, end))
-            node = self._children[node].get(int(token), -1) if node >= 0 else -1
+            node = self._trie.child(node, int(token)) if node >= 0 else -1
         return rows
 
     def answer(self, ids: Iterable[int]) -> str | None:
         """The answer whose tokens are `ids` (without begin and end tokens), or None."""
-        node = 0
-        for token in ids:
-            following = self._children[node].get(int(token))
-            if following is None:
-                return None
-            node = following
-        return self._answer_at.get(node)
+        found = self._trie.find(map(int, ids))
+        return None if found < 0 else self.answers[found]
 
     def _allowed(self, node: int, end: int) -> Tensor:
-        tokens = set(self._children[node]) if node >= 0 else set()
-        if node in self._answer_at or not tokens:
-            tokens.add(end)
-        return torch.tensor(sorted(tokens), dtype=torch.int64)
-
-    def _insert(self, ids: Sequence[int]) -> int:
-        node = 0
-        for token in ids:
-            child = self._children[node].get(token)
-            if child is None:
-                child = len(self._children)
-                self._children.append({})
-                self._children[node][token] = child
-            node = child
-        return node
+        if node < 0:
+            return torch.tensor([end])
+        tokens = self._trie.children(node).astype(np.int64)
+        if self._trie.sequence_at[node] >= 0:
+            tokens = np.union1d(tokens, [end])
+        return torch.from_numpy(tokens)
