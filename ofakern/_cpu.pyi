@@ -475,6 +475,9 @@ def decode_attention_forward(
     head_scale: Tensor | None,
     value_width: int,
     scale: float,
+    threads: int,
+    /,
+) -> None: ...
 def gathered_linear_count(states: Tensor, first: Tensor, /) -> int: ...
 def gathered_linear_workspace(
     hidden: Tensor, weight: Tensor, states: Tensor, first: Tensor, tokens: Tensor, /
