@@ -19,6 +19,7 @@ and, only where the default does not fit,
     reduced(spec) -> spec               a smaller case that warms up before memory is measured; else the case itself
     ABOUT = {peer: one line}            for docs/BENCHMARKS.md
     MEMORY_PEER = "..."                 whose memory stands beside ours there; else the first peer
+    DEVICES = ("cpu",)                  with "cuda": our `build` and `verify` take a backend as their last argument
 
 `OpBench.of(module)` reads them; the runner, the report, the plots and pytest-benchmark know nothing else.
 """
@@ -135,10 +136,10 @@ class OpBench:
 
     name: str
     cases: Mapping[str, Any]
-    contenders: Mapping[str, Callable[[Any], Contender]]
+    contenders: Mapping[str, Callable[..., Contender]]
     make: Callable[[Any, str], Any]
     work: Callable[[Any, str, Phase], Work]
-    verify: Callable[[Any, str, Any], None]
+    verify: Callable[..., None]
     harness: str
     phases: tuple[Phase, ...]
     dtypes: tuple[str, ...]
@@ -147,6 +148,7 @@ class OpBench:
     reduced: Callable[[Any], Any]
     about: Mapping[str, str]
     memory_peer: str | None
+    devices: tuple[str, ...]
 
     @property
     def ours(self) -> str:
@@ -170,4 +172,5 @@ class OpBench:
             reduced=getattr(module, "reduced", same),
             about=getattr(module, "ABOUT", {}),
             memory_peer=getattr(module, "MEMORY_PEER", peers[0] if peers else None),
+            devices=getattr(module, "DEVICES", ("cpu",)),
         )

@@ -33,7 +33,7 @@ OUT=$(cd "$OUT" && pwd)
 SECONDS=0
 BYTES_KEPT=8000000
 WORKERS=$(( $(nproc) / 2 > 0 ? $(nproc) / 2 : 1 ))
-BENCHED="attention add_layer_norm gelu_layer_norm layer_norm"
+CASES="ofa_base_enc_1024_b32 plain_1024_b32 64mb 64mb_dropout head_scale_22k embed_8192"
 export PYTHONUNBUFFERED=1
 declare -A state took note
 
@@ -104,7 +104,7 @@ sanitize() {
 
 bench() {
   # shellcheck disable=SC2086  # a list of words
-  no_gpu bench || run bench 150 "$PYTHON" -m ofakern bench $BENCHED --device cuda --quick --dtype bf16 \
+  no_gpu bench || run bench 150 "$PYTHON" -m ofakern bench all --device cuda --case $CASES --dtype bf16 \
     --json "$OUT/bench.json"
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.moved import moved, runner
 from ofakern.ops.attention import AttentionLayout, RelativeTerm
 
 _ROWS = 128  # queries of the timed size that are compared with the float64 reference
@@ -15,23 +16,25 @@ _ROWS = 128  # queries of the timed size that are compared with the float64 refe
 def reduced_size(problem: Any, harness: Any, backend: str) -> None:
     """Output and every gradient of the case with fewer tokens and heads; new tensors start as NaN."""
     case = _case(harness, problem, problem.layout)
-    harness.check(case, harness.run_backend(backend))
+    harness.check(case, runner(backend, harness.run_backend(backend)))
 
 
-def timed_size(problem: Any, harness: Any) -> None:
+def timed_size(problem: Any, harness: Any, backend: str) -> None:
     """The timed call itself: some queries of the first sample, last head, against the reference on those alone."""
     queries, keys = problem.spec.lengths[0], problem.spec.keys[0]
     picked = torch.linspace(0, queries - 1, min(_ROWS, queries)).long()
     head = slice(problem.spec.heads - 1, problem.spec.heads)
     names = ["out", "lse", "dq"] + (["dq_pos"] if problem.q_pos is not None else [])
 
+    timed = problem if backend == "cpu" else moved(problem, "cuda")
+
     def run(_: Any) -> dict[str, Tensor]:
         with harness.poisoned_empty():
-            out, lse = problem.run(return_lse=True)
-            wanted = [problem.q] + ([] if problem.q_pos is None else [problem.q_pos])
-            grads = torch.autograd.grad(out, wanted, problem.dout)
+            out, lse = timed.run(return_lse=True, backend=backend)
+            wanted = [timed.q] + ([] if timed.q_pos is None else [timed.q_pos])
+            grads = torch.autograd.grad(out, wanted, timed.dout)
         values = [out.detach(), lse.detach(), *grads]
-        return {name: value[picked][:, head] for name, value in zip(names, values, strict=True)}
+        return {name: value.cpu()[picked][:, head] for name, value in zip(names, values, strict=True)}
 
     case = _case(harness, problem, _layout(problem.layout, picked, keys), picked, keys, head)
     expected = harness.expect(case)

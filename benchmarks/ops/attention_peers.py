@@ -114,7 +114,7 @@ def _dense(problem: Any) -> Padded:
     """The padded problem of a peer that holds [B,H,T,S] matrices; refused where they would not fit."""
     spec = problem.spec
     matrix = len(spec.lengths) * spec.heads * max(spec.lengths) * max(spec.keys) * problem.dtype.itemsize
-    free = psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if problem.q.is_cuda else psutil.virtual_memory().available
     if _DENSE_COPIES * matrix > 0.7 * free:
         raise Unavailable(
             f"its dense [B,H,T,S] matrices take about {_DENSE_COPIES * matrix / 2**30:.0f} GiB, "
@@ -224,7 +224,7 @@ def ofasys(problem: Any) -> Contender:
 def _flex_score(problem: Any, x: Padded) -> Callable[..., Tensor] | None:
     if x.table is None:
         return None
-    term, length, table = problem.layout.terms[0], problem.spec.lengths[0], x.table.detach()
+    term, length, table = problem.layout.terms[0], problem.spec.lengths[0], _flex_leaf(x.table)
     q_coord, k_coord = term.q_coord[:length].long(), term.k_coord[:length].long()
     block = (torch.arange(length) >= problem.spec.image).long()
 
@@ -236,6 +236,11 @@ def _flex_score(problem: Any, x: Padded) -> Callable[..., Tensor] | None:
     return score_mod
 
 
+def _flex_leaf(tensor: Tensor) -> Tensor:
+    """FlexAttention has a backward on GPUs only, and refuses inputs that ask for one elsewhere."""
+    return tensor if tensor.is_cuda else tensor.detach()
+
+
 def flex(problem: Any) -> Contender:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -245,19 +250,19 @@ def flex(problem: Any) -> Contender:
     score_mod, block_mask = _flex_score(problem, x), None
     if x.causal:
         longest = max(x.lengths)
-        block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, longest, longest, device="cpu")
+        block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, longest, longest, device=x.q.device)
     elif x.real is not None:
         ends = torch.tensor(problem.spec.keys)
         longest = max(x.lengths)
         block_mask = create_block_mask(
-            lambda b, h, i, j: j < ends[b], len(x.lengths), None, longest, longest, device="cpu"
+            lambda b, h, i, j: j < ends[b], len(x.lengths), None, longest, longest, device=x.q.device
         )
 
     def forward() -> Tensor:
-        q, k = x.q.detach(), x.k.detach()
+        q, k = _flex_leaf(x.q), _flex_leaf(x.k)
         if x.q_pos is not None and x.k_pos is not None:
-            q, k = torch.cat([q, x.q_pos.detach()], -1), torch.cat([k, x.k_pos.detach()], -1)
-        v = F.pad(x.v.detach(), (0, q.shape[-1] - x.v.shape[-1]))
+            q, k = torch.cat([q, _flex_leaf(x.q_pos)], -1), torch.cat([k, _flex_leaf(x.k_pos)], -1)
+        v = F.pad(_flex_leaf(x.v), (0, q.shape[-1] - x.v.shape[-1]))
         out: Tensor = compiled(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=x.scale)
         return x.scaled(out[..., : x.v.shape[-1]])
 
@@ -266,6 +271,9 @@ def flex(problem: Any) -> Contender:
             forward()
     except Exception as error:  # torch's compiler raises many kinds; its reason stands in the results
         raise Unavailable(f"does not compile: {str(error).strip().splitlines()[0]}") from error
+    if x.q.is_cuda:
+        leaves = x.leaves(x.q_pos, x.k_pos, x.table, x.head_scale)
+        return Contender("flex", forward, leaves, x.dout, x.packed, compiled=True)
     reason = "FlexAttention has no backward on CPU"
     return Contender("flex", forward, (), x.dout, x.packed, compiled=True, forward_only=reason)
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.core import DTYPES, Contender, Phase, Work
+from benchmarks.moved import runner
 from benchmarks.ops import layer_norm_peer as shared
 from benchmarks.ops.layer_norm_peer import EPS, OURS, Problem, Spec
 from ofakern.ops.layer_norm import add_layer_norm
 
 OP = "add_layer_norm"
 HARNESS = "layer_norm_cases"
+DEVICES = ("cpu", "cuda")
 PHASES = shared.PHASES
 make, reduced = shared.make, shared.reduced
 ABOUT = {"torch": "residual + dropout(x), then layer_norm: separate ops of torch, weights in the activations' dtype"}
@@ -40,20 +42,21 @@ def work(spec: Spec, dtype: str, phase: Phase) -> Work:
     return Work(0.0, float(arrays * array * DTYPES[dtype].itemsize), {"vector": float(operations * array)})
 
 
-def verify(spec: Spec, dtype: str, harness: Any) -> None:
+def verify(spec: Spec, dtype: str, harness: Any, backend: str = OURS) -> None:
     """Raises AssertionError when our kernel breaks the rule at the case's width."""
-    harness.check(harness.make_case("add", 1, 70, spec.width, dtype=DTYPES[dtype], dropout_p=spec.dropout))
+    case = harness.make_case("add", 1, 70, spec.width, dtype=DTYPES[dtype], dropout_p=spec.dropout)
+    harness.check(case, runner(backend, harness.run_on(backend)))
 
 
-def ours(problem: Problem) -> Contender:
+def ours(problem: Problem, backend: str = OURS) -> Contender:
     p = problem
     rate, seed = p.spec.dropout, p.seed if p.spec.dropout else None
 
     def forward() -> tuple[Tensor, Tensor]:
-        return add_layer_norm(p.x, p.residual, p.weight, p.bias, EPS, rate, seed, backend=OURS)
+        return add_layer_norm(p.x, p.residual, p.weight, p.bias, EPS, rate, seed, backend=backend)
 
     leaves = (p.x, p.residual, p.weight, p.bias)
-    return Contender(OURS, forward, leaves, (p.dout, p.dout), steps={"reused": _reused(problem)})
+    return Contender(backend, forward, leaves, (p.dout, p.dout), steps={"reused": _reused(problem)})
 
 
 def _reused(problem: Problem) -> Callable[[], Tensor]:
@@ -98,4 +101,4 @@ def plain(problem: Problem) -> Contender:
     return Contender("torch", forward, leaves, (p.dout, p.dout), exact=exact, steps={"reused": reused})
 
 
-CONTENDERS: dict[str, Callable[[Any], Contender]] = {OURS: ours, "torch": plain}
+CONTENDERS: dict[str, Callable[..., Contender]] = {OURS: ours, "torch": plain}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,9 @@ CASES: dict[str, Spec] = {
     for spec in (
         _ofa("ofa_base_enc_1024", "OFA-base encoder, B2, 900 image and 124 text tokens", 2, 30, 124, quick=True),
         _ofa("ofa_base_enc_1024_b8", "the same, B8", 8, 30, 124),
+        _ofa("ofa_base_enc_1024_b32", "the same, B32: a GPU's size", 32, 30, 124, default=False),
         Spec("plain_1024", "no bias, no mask, B2 T1024", (1024,) * 2),
+        Spec("plain_1024_b32", "the same, B32: a GPU's size", (1024,) * 32, default=False),
         Spec("causal_1024", "no bias, causal, B2 T1024", (1024,) * 2, causal=True),
         Spec("ragged", "no bias, 8 samples of 32 to 1024 tokens", _RAGGED),
         _ofa("small_16", "text only, B1 T16, all terms", 1, 0, 16, quick=True),
@@ -78,6 +81,7 @@ CASES: dict[str, Spec] = {
     )
 }
 HARNESS = "harness"
+DEVICES = ("cpu", "cuda")
 SLOW_CONTENDERS = frozenset({"flex"})
 MEMORY_PEER = "sdpa_mask"
 ABOUT = {
@@ -111,7 +115,7 @@ class Problem:
         optional = (self.q_pos, self.k_pos, *self.tables, self.head_scale)
         return (self.q, self.k, self.v, *(x for x in optional if x is not None))
 
-    def run(self, return_lse: bool = False) -> Any:
+    def run(self, return_lse: bool = False, backend: str = OURS) -> Any:
         """Our kernel on the case."""
         return attention(
             self.q,
@@ -124,7 +128,7 @@ class Problem:
             self.head_scale,
             self.scale,
             return_lse=return_lse,  # type: ignore[call-overload]
-            backend=OURS,
+            backend=backend,
         )
 
 
@@ -212,14 +216,15 @@ def work(spec: Spec, dtype: str, phase: Phase) -> Work:
     return Work(float(flops), float(moved))
 
 
-def verify(spec: Spec, dtype: str, harness: Any) -> None:
+def verify(spec: Spec, dtype: str, harness: Any, backend: str = OURS) -> None:
     """Raises AssertionError when our kernel is wrong on the case: all gradients reduced, then the timed size itself."""
-    attention_check.reduced_size(make(reduced(spec), dtype), harness, OURS)
-    attention_check.timed_size(make(spec, dtype), harness)
+    attention_check.reduced_size(make(reduced(spec), dtype), harness, backend)
+    attention_check.timed_size(make(spec, dtype), harness, backend)
 
 
-def ours(problem: Problem) -> Contender:
-    return Contender(OURS, problem.run, problem.leaves, problem.dout, packed=lambda out: out)
+def ours(problem: Problem, backend: str = OURS) -> Contender:
+    forward = partial(problem.run, backend=backend)
+    return Contender(backend, forward, problem.leaves, problem.dout, packed=lambda out: out)
 
 
-CONTENDERS: dict[str, Callable[[Any], Contender]] = {OURS: ours} | attention_peers.PEERS
+CONTENDERS: dict[str, Callable[..., Contender]] = {OURS: ours} | attention_peers.PEERS

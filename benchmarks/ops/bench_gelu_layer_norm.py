@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.core import DTYPES, Contender, Phase, Work
+from benchmarks.moved import runner
 from benchmarks.ops import layer_norm_peer as shared
 from benchmarks.ops.layer_norm_peer import EPS, OURS, Problem, Spec
 from ofakern.ops.layer_norm import gelu_layer_norm
 
 OP = "gelu_layer_norm"
 HARNESS = "layer_norm_cases"
+DEVICES = ("cpu", "cuda")
 PHASES = shared.PHASES
 make, reduced = shared.make, shared.reduced
 ABOUT = {"torch": "gelu, then layer_norm: separate ops of torch, weights in the activations' dtype"}
@@ -36,16 +38,17 @@ def work(spec: Spec, dtype: str, phase: Phase) -> Work:
     return Work(0.0, float(arrays * array * DTYPES[dtype].itemsize), other)
 
 
-def verify(spec: Spec, dtype: str, harness: Any) -> None:
+def verify(spec: Spec, dtype: str, harness: Any, backend: str = OURS) -> None:
     """Raises AssertionError when our kernel breaks the rule at the case's width."""
-    harness.check(harness.make_case("gelu", 1, 70, spec.width, dtype=DTYPES[dtype]))
+    case = harness.make_case("gelu", 1, 70, spec.width, dtype=DTYPES[dtype])
+    harness.check(case, runner(backend, harness.run_on(backend)))
 
 
-def ours(problem: Problem) -> Contender:
+def ours(problem: Problem, backend: str = OURS) -> Contender:
     p, made = problem, []
 
     def forward() -> Tensor:
-        return gelu_layer_norm(p.x, p.weight, p.bias, EPS, backend=OURS)
+        return gelu_layer_norm(p.x, p.weight, p.bias, EPS, backend=backend)
 
     def reused() -> Tensor:
         if not made:
@@ -54,7 +57,7 @@ def ours(problem: Problem) -> Contender:
         shared.kernels().gelu_layer_norm_forward(*made[0], *inputs, torch.get_num_threads())
         return made[0][0]  # type: ignore[no-any-return]
 
-    return Contender(OURS, forward, (p.x, p.weight, p.bias), p.dout, steps={"reused": reused})
+    return Contender(backend, forward, (p.x, p.weight, p.bias), p.dout, steps={"reused": reused})
 
 
 def plain(problem: Problem) -> Contender:
@@ -80,4 +83,4 @@ def plain(problem: Problem) -> Contender:
     return Contender("torch", forward, (p.x, weight, bias), p.dout, steps={"reused": reused})
 
 
-CONTENDERS: dict[str, Callable[[Any], Contender]] = {OURS: ours, "torch": plain}
+CONTENDERS: dict[str, Callable[..., Contender]] = {OURS: ours, "torch": plain}

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.core import DTYPES, Contender, Phase, Work
+from benchmarks.moved import runner
 from ofakern.ops.layer_norm import embed_layer_norm, head_scale_layer_norm
 
 OP = "layer_norm"
 OURS = "cpu"
 HARNESS = "layer_norm_cases"
+DEVICES = ("cpu", "cuda")
 ABOUT = {"torch": "scale or embeddings, then layer_norm: separate ops of torch, weights in the activations' dtype"}
 
 
@@ -91,24 +93,25 @@ def work(spec: Spec, dtype: str, phase: Phase) -> Work:
     return Work(0.0, float(elements * DTYPES[dtype].itemsize), {"vector": float(operations)})
 
 
-def verify(spec: Spec, dtype: str, harness: Any) -> None:
+def verify(spec: Spec, dtype: str, harness: Any, backend: str = OURS) -> None:
     """Raises AssertionError when our kernel breaks the rule at the case's width."""
     op = "embed" if spec.entries else "head_scale"
-    harness.check(harness.make_case(op, 1, 70, spec.width, heads=spec.heads, dtype=DTYPES[dtype]))
+    case = harness.make_case(op, 1, 70, spec.width, heads=spec.heads, dtype=DTYPES[dtype])
+    harness.check(case, runner(backend, harness.run_on(backend)))
 
 
-def ours(problem: Problem) -> Contender:
+def ours(problem: Problem, backend: str = OURS) -> Contender:
     p = problem
 
     def embed() -> Tensor:
-        return embed_layer_norm(p.tokens, p.x, p.weight, p.bias, p.types, backend=OURS)
+        return embed_layer_norm(p.tokens, p.x, p.weight, p.bias, p.types, backend=backend)
 
     def heads() -> Tensor:
-        return head_scale_layer_norm(p.x, p.scale, p.weight, p.bias, backend=OURS)
+        return head_scale_layer_norm(p.x, p.scale, p.weight, p.bias, backend=backend)
 
     if p.spec.entries:
-        return Contender(OURS, embed, (p.x, p.types, p.weight, p.bias), p.dout)
-    return Contender(OURS, heads, (p.x, p.scale, p.weight, p.bias), p.dout)
+        return Contender(backend, embed, (p.x, p.types, p.weight, p.bias), p.dout)
+    return Contender(backend, heads, (p.x, p.scale, p.weight, p.bias), p.dout)
 
 
 def plain(problem: Problem) -> Contender:
@@ -125,4 +128,4 @@ def plain(problem: Problem) -> Contender:
     return Contender("torch", lambda: norm((p.x * scale[:, None]).flatten(1)), leaves, p.dout)
 
 
-CONTENDERS: dict[str, Callable[[Any], Contender]] = {OURS: ours, "torch": plain}
+CONTENDERS: dict[str, Callable[..., Contender]] = {OURS: ours, "torch": plain}

@@ -18,6 +18,7 @@ _EPILOG = """examples:
   ofakern bench attention --quick --compare old.json
   ofakern bench patch --case t5_base_enc_1024 --dtype bf16
   ofakern bench all --quick --json now.json
+  ofakern bench attention --device cuda --case ofa_base_enc_1024_b32
 
 Needs a checkout of the repository (benchmarks/ and tests/ops/): the op's own tests decide whether it may be timed."""
 
@@ -32,7 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("ops", nargs="+", metavar="OP", help="ops (benchmarks/ops/bench_OP.py), or all")
-    parser.add_argument("--device", default="cpu", help="cpu (default)")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu (default) or cuda: the Triton kernels, which `auto` does not take yet"
+    )
     parser.add_argument("--dtype", nargs="+", metavar="D", help="f32 bf16 f16 (default: f32 and bf16)")
     parser.add_argument("--case", nargs="+", metavar="NAME", help="only these cases (default: all but the longest)")
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds, no compiled peer: under a minute")
@@ -43,8 +46,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.device != "cpu":
-        raise OfakernValueError(f"bench: --device must be cpu (this version has no GPU kernel), got {args.device!r}")
+    if args.device not in ("cpu", "cuda"):
+        raise OfakernValueError(f"bench: --device must be cpu or cuda, got {args.device!r}")
     root = str(_checkout())
     if root not in sys.path:
         sys.path.insert(0, root)
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         ) from error
     old = None if args.compare is None else tables.load(args.compare)
     options = runner.Options(args.ops, args.dtype, args.case, args.quick, args.threads)
-    results = runner.run(options)
+    results = (runner if args.device == "cpu" else import_module("benchmarks.gpu")).run(options)
     print(tables.render(results))
     if args.json is not None:
         runner.write_json(results, args.json)
@@ -65,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
             print(path)
     if old is not None:
         print(f"\nagainst {args.compare}:\n{tables.compare(results, old)}")
-    return 0
+    wrong = results.get("wrong", [])
+    for line in wrong:
+        print(f"WRONG {line}")
+    return 1 if wrong else 0
 
 
 def _checkout() -> Path:

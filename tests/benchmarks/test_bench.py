@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import pytest
 import torch
 
 import ofakern
-from benchmarks import catalogue, memory, plots, report, roofline, run, tables, timing
+from benchmarks import catalogue, gpu, memory, plots, report, roofline, run, tables, timing
 from benchmarks.core import Contender, OpBench, Unavailable, Work
-from benchmarks.ops import bench_attention
+from benchmarks.moved import moved
+from benchmarks.ops import bench_add_layer_norm, bench_attention
 from benchmarks.ops.bench_attention import CASES, CONTENDERS, make, reduced, work
 from ofakern.cli import bench
 from ofakern.cli import main as cli
@@ -143,7 +146,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: py
     ("arguments", "message"),
     [
         (["dance"], "all, got 'dance'"),
-        (["attention", "--device", "cuda"], "--device must be cpu"),
+        (["attention", "--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
         (["attention", "--dtype", "f8"], "--dtype must be one of f32, bf16, f16, got 'f8'"),
         (["attention", "--case", "x"], "--case must be one of ofa_base_enc_1024, "),
         (["attention", "--threads", "0"], "--threads must be at least 1, got 0"),
@@ -202,3 +205,79 @@ def test_memory_of_a_dense_peer_is_its_matrices() -> None:
     assert dense is not None and ours is not None
     assert 384 <= dense <= 1600
     assert 0 <= ours < dense / 10
+
+
+def test_gpu_benchmarks_are_those_with_a_gpu_kernel() -> None:
+    assert {"attention", "add_layer_norm", "gelu_layer_norm", "layer_norm"} <= set(gpu.names())
+    with pytest.raises(OfakernValueError, match="OP must have a GPU kernel with --device cuda .*got 'rotation_6d'"):
+        gpu.run(run.Options(["rotation_6d"]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a GPU")
+def test_a_gpu_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "attention", "--device", "cuda"]) == 2
+    assert "--device cuda must find a GPU, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", gpu.names())
+def test_problems_move_whole(name: str) -> None:
+    """Moved to the CPU itself: equal tensors that are others, leaves that ask for a gradient, a contender that runs."""
+    op = catalogue.load(name)
+    spec = next(op.reduced(spec) for spec in op.cases.values() if spec.quick)
+    problem = op.make(spec, "f32")
+    other = moved(problem, "cpu")
+    assert type(other) is type(problem) and other.spec == problem.spec
+    for field in vars(problem).values():
+        if isinstance(field, torch.Tensor):
+            same = [x for x in vars(other).values() if isinstance(x, torch.Tensor) and torch.equal(x, field)]
+            assert any(x is not field and x.requires_grad == field.requires_grad and x.is_leaf for x in same)
+    first, second = (op.contenders[op.ours](x, "cpu") for x in (problem, other))
+    assert torch.equal(first.comparable(first.call("fwd")()), second.comparable(second.call("fwd+bwd")()))
+
+
+@pytest.fixture
+def gpu_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU runner over the CPU kernels and the wall clock: all of it but events, memory and the spin."""
+
+    def sample(call: Any, flush: Any) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    replaced = {"BACKEND": "cpu", "_DEVICE": "cpu", "_FLUSH": 8, "_GEMM": 64, "_sample": sample}
+    for name, value in (replaced | {"_peak_mib": lambda call, leaves: 0.0}).items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a stand-in")
+
+
+@pytest.mark.usefixtures("gpu_stand_in")
+def test_gpu_records_have_the_stated_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.json"
+    assert (
+        cli.main(["bench", "attention", "--device", "cuda", "--quick", "--case", "small_16", "--json", str(path)]) == 0
+    )
+    found = tables.load(path)
+    assert found["machine"]["gpu"] == "a stand-in" and found["wrong"] == []
+    assert {(r["phase"], r["dtype"]) for r in found["records"]} == {("fwd", "bf16"), ("fwd+bwd", "bf16")}
+    for record in found["records"]:
+        assert record.keys() == RECORD | ({"versus"} if record["backend"] == "cpu" else set())
+        assert record["device"] == "cuda"
+    assert {r["backend"] for r in found["records"]} == {"cpu", "sdpa_plain", "sdpa_mask", "sdpa_concat", "ofasys"}
+    assert "left out by --quick" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("gpu_stand_in")
+def test_a_wrong_gpu_kernel_is_named_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(*args: Any, **options: Any) -> Any:
+        out, lse = attention(*args, **options)
+        return out * 1.01, lse
+
+    monkeypatch.setattr(bench_attention, "attention", wrong)
+    cases = ["--case", "small_16", "64mb", "--quick", "--dtype", "f32"]
+    monkeypatch.setitem(bench_add_layer_norm.CASES, "64mb", replace(bench_add_layer_norm.CASES["64mb"], bytes=4096))
+    assert cli.main(["bench", "attention", "add_layer_norm", "--device", "cuda", *cases]) == 1
+    printed = capsys.readouterr().out
+    assert "WRONG attention small_16 f32" in printed and "add_layer_norm 64mb f32 fwd+bwd torch" in printed

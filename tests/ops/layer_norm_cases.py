@@ -100,8 +100,11 @@ def run(case: Case, function: Callable[..., Any], **more: Any) -> dict[str, Tens
     }
 
 
-def run_cpu(case: Case) -> dict[str, Tensor]:
-    return run(case, OPS[case.op][0], backend="cpu")
+def run_on(backend: str) -> Callable[[Case], dict[str, Tensor]]:
+    return lambda case: run(case, OPS[case.op][0], backend=backend)
+
+
+run_cpu = run_on("cpu")
 
 
 def check(case: Case, call: Callable[[Case], dict[str, Tensor]] = run_cpu) -> None:
