@@ -72,7 +72,8 @@ class Contender:
     dout: the incoming gradient, one per output; packed: the output as one tensor that all contenders share, for
     comparison (the first of several outputs if it is not given). forward_only: why there is no backward.
     exact: computes the case's own function (a peer that leaves out the bias does not). steps: calls of phases other
-    than fwd and fwd+bwd. compiled: making it has already run it on the case itself.
+    than fwd and fwd+bwd. compiled: making it has already run it on the case itself. details: numbers of the last call
+    that belong into its record beside the times.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Contender:
     compiled: bool = False
     forward_only: str | None = None
     steps: Mapping[str, Callable[[], Output]] = field(default_factory=dict)
+    details: Callable[[], Mapping[str, float]] | None = None
 
     def call(self, phase: Phase) -> Callable[[], Output]:
         """The function to time; returns the output. Raises Unavailable when the contender has no such phase."""

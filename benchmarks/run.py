@@ -49,6 +49,7 @@ class _Timing:
     seconds: dict[str, float]
     work: Work
     peak_mib: float | None = None
+    details: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -192,8 +193,10 @@ def _run_case(session: _Session, spec: Any, dtype: str, bar: Any) -> Iterator[st
         del last
         for name in calls:
             seconds = timing.quantiles(samples[name])
+            details = contenders[name].details
+            numbers = {} if details is None else dict(details())
             peak = _peak(session, spec, dtype, name, phase)
-            session.timings.append(_Timing(spec.name, phase, dtype, name, seconds, work, peak))
+            session.timings.append(_Timing(spec.name, phase, dtype, name, seconds, work, peak, numbers))
         bar.update()
         yield _progress_line(session, spec.name, dtype, phase)
 
@@ -275,6 +278,7 @@ def _records(session: _Session, roof: dict[str, Any]) -> list[dict[str, Any]]:
             "gbps": t.work.bytes / p50 / 1e9,
             "bound": bound,
             "roofline_pct": 100 * bounds[bound] / p50,
+            **t.details,
         }
         if t.backend == session.op.ours:
             peers = [key for key in median if key[:3] == (t.case, t.phase, t.dtype) and key[3] != t.backend]
