@@ -49,7 +49,7 @@ def config(dim: int = 32, heads: int = 4, layers: int = 2, **options: Any) -> An
         setattr(cfg, f"decoder_{name}", getattr(cfg.decoder, name))
     defaults = {"use_self_attn_bias": True, "share_attn_bias": False, "entangle_position_embedding": False}
     for name, value in (
-        defaults | {"image_bucket_size": 6, "token_bucket_size": 8, "vocabulary": 50} | options
+        defaults | {"image_bucket_size": 6, "token_bucket_size": 8, "vocabulary": 50, "max_positions": 64} | options
     ).items():
         setattr(cfg, name, value)
     return cfg
@@ -124,12 +124,12 @@ class BaseAdaptor(nn.Module):
 class TextAdaptor(BaseAdaptor):
     def __init__(self, embed_tokens: nn.Embedding, is_src: bool, cfg: Any) -> None:
         super().__init__(embed_tokens, is_src, cfg)
-        self.embed_positions = nn.Embedding(66, cfg.encoder_embed_dim)
+        self.embed_positions = nn.Embedding(cfg.max_positions + 2, cfg.encoder_embed_dim)
         count = 1 if cfg.share_attn_bias else self.num_layers
         self.token_rel_pos_table_list = nn.ModuleList(
             nn.Embedding(2 * cfg.token_bucket_size - 1, cfg.encoder_attention_heads) for _ in range(count)
         )
-        self.register_buffer("token_rp_bucket", token_buckets(cfg.token_bucket_size, 64))
+        self.register_buffer("token_rp_bucket", token_buckets(cfg.token_bucket_size, cfg.max_positions))
 
     def get_rel_pos_bias(self, batch_size: int, seq_length: int, idx: int, **kwargs: Any) -> Tensor:
         bucket = self.token_rp_bucket[:seq_length, :seq_length]
