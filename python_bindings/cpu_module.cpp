@@ -7,6 +7,7 @@
 
 namespace ofakern {
 void bind_attention(pybind11::module_& m);
+void bind_beam_step(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
 void bind_log_mel(pybind11::module_& m);
 void bind_patch_embed(pybind11::module_& m);
@@ -28,6 +29,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("describe",
         [](pybind11::handle tensor) { return ofakern::describe(ofakern::view_of("describe", "tensor", tensor)); });
   ofakern::bind_attention(m);
+  ofakern::bind_beam_step(m);
   ofakern::bind_cross_entropy(m);
   ofakern::bind_log_mel(m);
   ofakern::bind_patch_embed(m);
