@@ -10,12 +10,14 @@ from ofakern.generate.automaton import (
     TokenAutomaton,
     compile_target,
 )
+from ofakern.generate.candidates import CandidateSet, best_candidates, score_candidates
 from ofakern.generate.config import GenerationConfig
 from ofakern.generate.frames import FrameDecoder, Frames, generate_frames
 from ofakern.generate.scoring import SpecialTokens
 from ofakern.generate.search import DecodeState, Hypothesis, StepDecoder, generate
 
 __all__ = [
+    "CandidateSet",
     "ChoiceTokens",
     "DecodeState",
     "FixedTokens",
@@ -30,7 +32,9 @@ __all__ = [
     "StepDecoder",
     "TargetElement",
     "TokenAutomaton",
+    "best_candidates",
     "compile_target",
     "generate",
     "generate_frames",
+    "score_candidates",
 ]

@@ -87,18 +87,17 @@ class TokenAutomaton:
         changed["renormalise"] = np.zeros_like(self.arrays.renormalise)
         return TokenAutomaton(Arrays(**changed), self.start, self.final, self.vocabulary_size, self.longest)
 
-    def narrow(self, states: Tensor) -> bool:
-        """Whether the logits of few tokens are all that a step in these states (int64 [rows]) needs.
+    def is_narrow(self, states: npt.NDArray[np.int64]) -> _Flags:
+        """bool [rows]: whether the logits of few tokens are all that a step in this state needs.
 
         So it is where probabilities are taken over explicit tokens only.
         """
-        return bool(self._narrow[states].all())
-
-    @cached_property
-    def _narrow(self) -> Tensor:
         arrays = self.arrays
-        few = np.diff(arrays.first) <= self.vocabulary_size // 4  # else the whole product is the cheaper one
-        return torch.from_numpy(arrays.renormalise & (np.diff(arrays.range_first) == 0) & few)
+        degree = arrays.first[states + 1] - arrays.first[states]
+        few = degree <= self.vocabulary_size // 4  # else the whole product is the cheaper one
+        explicit = arrays.range_first[states + 1] == arrays.range_first[states]
+        narrow: _Flags = arrays.renormalise[states] & few & explicit
+        return narrow
 
     # ------------------------------------------------------------------------------------------- what may come next
 
