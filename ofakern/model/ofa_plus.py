@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ofakern.data.batch import PackedBatch, PackedSide
-from ofakern.errors import OfakernValueError
+from ofakern.errors import OfakernRuntimeError, OfakernValueError
 from ofakern.model.config import OFAConfig
-from ofakern.model.decode import DecodeState
+from ofakern.model.decode import DecodeState, SegmentKind, WeightCache
 from ofakern.model.initialise import initialise
 from ofakern.model.stacks import Decoder, Encoder, Memory
 from ofakern.nn.adaptor import FrameAdaptor
@@ -35,11 +35,18 @@ class OFAPlus(nn.Module):
         embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.encoder = Encoder(config, embed_tokens, backend)
         self.decoder = Decoder(config, embed_tokens, backend)
+        self._decode_weights = WeightCache()
         initialise(self, config.pad_id, seed, config.init_std)
 
     @property
     def device(self) -> torch.device:
         return self.encoder.adaptor.embed_tokens.weight.device
+
+    def train(self, mode: bool = True) -> OFAPlus:
+        """As every module's; a model in training keeps no packed weights."""
+        if mode:
+            self._decode_weights.clear()
+        return super().train(mode)
 
     def prepare(self, batch: PackedBatch) -> PackedBatch:
         """Builds the batch's layouts now, e.g. before it moves to a device, instead of at its first use."""
@@ -104,7 +111,25 @@ class OFAPlus(nn.Module):
         """Hidden states `[Nt, D]` of a batch: `decode(target, encode(source))`."""
         return self.decode(batch.target, self.encode(batch.source))
 
-    @torch.no_grad()
+    def quantize(self, kind: str | None) -> OFAPlus:
+        """Incremental decoding on rounded weights: kind "int8", or None for the model's own again. Returns the model.
+
+        The decoder's projections and the output's are kept as int8 with one float32 scale per output, a half (float32:
+        a quarter) of the bytes that a step reads; products have float32 sums. A weight is off by at most 1/254 of its
+        row's largest magnitude m, so an output by at most m / 254 * sum |x| of its inputs x. Everything else (encoder,
+        attention, norms, `decode`, the loss) keeps the model's weights, which stay in memory.
+
+        Raises:
+            OfakernValueError: another kind.
+            OfakernRuntimeError: the model is in training mode; so does `begin_decode` of a quantized model.
+            BackendError: no kernel for this device or dtype.
+        """
+        if kind is not None and self.training:
+            raise OfakernRuntimeError("OFAPlus.quantize: model must not be in training mode, got it\nTry: model.eval()")
+        self._decode_weights.quantize(kind, self.output_weight)
+        return self
+
+    @torch.inference_mode()
     def begin_decode(
         self,
         memory: Memory,
@@ -118,14 +143,30 @@ class OFAPlus(nn.Module):
 
         max_length: the most tokens that will be fed (begin token and prefix included). Rows of a sample stand together.
         modality: of the segment, as in a batch's `modality_id` (models with `modal_ffn` choose their experts by it).
-        adaptor: of the segment, "text" or "image_vqgan".
+        adaptor: of the segment, "text" or "image_vqgan". The decoder's weights are packed for steps of a few rows at
+        the first call in evaluation mode and again when a parameter has changed: a second copy of them in memory.
         """
-        return DecodeState(self.decoder, memory, rows_per_sample, max_length, target_slot, modality, adaptor)
+        if self.training and self._decode_weights.kind is not None:
+            raise OfakernRuntimeError(
+                "OFAPlus.begin_decode: a quantized model must not be in training mode, got it\n"
+                "Try: model.eval(), or quantize(None)"
+            )
+        weights = self._decode_weights.of(self.decoder, self.output_weight, keep=not self.training)
+        kind = SegmentKind(adaptor, modality, target_slot, max_length)
+        return DecodeState(self.decoder, weights, memory, rows_per_sample, kind)
 
-    @torch.no_grad()
+    def decode_hidden(self, state: DecodeState, tokens: Tensor) -> Tensor:
+        """Feeds one token per row, int64 `[rows]`; returns the decoder's output `[rows, D]`."""
+        return state.step(tokens)
+
+    @torch.inference_mode()
+    def step_logits(self, state: DecodeState, hidden: Tensor) -> Tensor:
+        """`logits` of a step's `[rows, D]` by the state's weights: `[rows, V]`."""
+        return state.weights.output(hidden)
+
     def decode_step(self, state: DecodeState, tokens: Tensor) -> Tensor:
         """Feeds one token per row, int64 `[rows]`; returns the next token's logits `[rows, V]`."""
-        return self.logits(state.step(tokens))
+        return self.step_logits(state, self.decode_hidden(state, tokens))
 
 
 class SegmentWriter:
@@ -141,6 +182,16 @@ class SegmentWriter:
 
     def decode_step(self, state: DecodeState, tokens: Tensor) -> Tensor:
         return self._model.decode_step(state, tokens)
+
+    def decode_hidden(self, state: DecodeState, tokens: Tensor) -> Tensor:
+        return self._model.decode_hidden(state, tokens)
+
+    def step_logits(self, state: DecodeState, hidden: Tensor) -> Tensor:
+        return self._model.step_logits(state, hidden)
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self._model.output_weight
 
 
 class FrameWriter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,9 @@ class Memory:
     @property
     def samples(self) -> int:
         return len(self.lengths)
+
+    def to(self, dtype: torch.dtype) -> Memory:
+        return replace(self, states=self.states.to(dtype), positions=self.positions.to(dtype))
 
 
 class Encoder(nn.Module):

@@ -120,16 +120,26 @@ class Adaptor(nn.Module, ABC):
         """(embedding, position embedding), `[n_tokens, D]` each, after scale, type embedding, norms and dropout."""
         position = self.position(values)
         embed = self._normed_embedding(values, embed_tokens, position)
-        if self.layernorm_position is not None:
-            position = self.layernorm_position(position)
-        return F.dropout(embed, self.dropout, self.training), position
+        return F.dropout(embed, self.dropout, self.training), self._normed_position(position)
+
+    def position_embedding(self, values: SegmentValues) -> Tensor:
+        """The second half of `forward` alone, `[n_tokens, D]`."""
+        return self._normed_position(self.position(values))
+
+    def token_embedding(self, values: SegmentValues, embed_tokens: nn.Embedding) -> Tensor:
+        """The first half of `forward` alone, `[n_tokens, D]`; raw positions are made only where they are added."""
+        embed = self._normed_embedding(values, embed_tokens, self.position(values) if self.entangle else None)
+        return F.dropout(embed, self.dropout, self.training)
 
     def table(self, embed_tokens: nn.Embedding) -> Tensor | None:
         """`[V, D]` where the raw embeddings are its rows at `value` and nothing more, else None."""
         return None
 
-    def _normed_embedding(self, values: SegmentValues, embed_tokens: nn.Embedding, position: Tensor) -> Tensor:
-        """The embeddings after scale, raw position, type embedding and norm."""
+    def _normed_position(self, position: Tensor) -> Tensor:
+        return position if self.layernorm_position is None else self.layernorm_position(position)
+
+    def _normed_embedding(self, values: SegmentValues, embed_tokens: nn.Embedding, position: Tensor | None) -> Tensor:
+        """The embeddings after scale, raw position (given where it is entangled), type embedding and norm."""
         types = self.type_embedding.weight if self.type_embedding is not None and self.side.source else None
         factor = self.options.scale_embedding_gradient
         table = self.table(embed_tokens)
@@ -138,7 +148,7 @@ class Adaptor(nn.Module, ABC):
         embed = self.embed(values, embed_tokens)
         if self.embed_scale != 1.0:
             embed = embed * self.embed_scale
-        if self.entangle:  # the raw position: its norm serves the bias only
+        if self.entangle and position is not None:  # the raw position: its norm serves the bias only
             embed = embed + position
         if types is not None:
             embed = embed + types
@@ -148,7 +158,10 @@ class Adaptor(nn.Module, ABC):
 
 
 class TokenAdaptor(Adaptor):
-    """An adaptor of tokens that the decoder can write one by one. step_shape: of one token's value."""
+    """An adaptor of tokens that the decoder can write one by one. step_shape: of one token's value.
+
+    Its `position` depends on the values' `positions` only, so that decoding makes those of a block of steps at once.
+    """
 
     step_shape: tuple[int, ...] = ()
 

@@ -114,11 +114,15 @@ class _Layer(nn.Module):
         """The second half of a layer. x: the residual; seen: what `join` says fc1 sees of it (default: made here)."""
         y = self.before(x, self.final_layer_norm) if seen is None else seen
         if self.experts_fc1 is None or self.experts_fc2 is None:
-            y = self.fc2(self._hidden(self.fc1(y)))
+            y = self.fc2(self.hidden(self.fc1(y)))
         elif routing is None:
             raise OfakernValueError("feed_forward: routing must be given to a layer with experts, got None")
         else:
-            y = routing.leave(self._hidden(routing.enter(y, self.experts_fc1)), self.experts_fc2)
+            y = routing.leave(self.hidden(routing.enter(y, self.experts_fc1)), self.experts_fc2)
+        return self.leave(y, x, samples)
+
+    def leave(self, y: Tensor, x: Tensor, samples: Samples | None) -> Tensor:
+        """Adds the feed-forward part's output y to the residual x, both `[N, D]`: the layer's result."""
         y, dropout = self._branch(y, None, samples, self.adapter)
         residual = x if self.w_resid is None else x * self.w_resid
         if self.config.normalize_before:  # the next norm is another layer's
@@ -143,7 +147,8 @@ class _Layer(nn.Module):
             y = drop_path(y, self.config.drop_path, samples.sample_id, samples.count)
         return y, 0.0
 
-    def _hidden(self, y: Tensor) -> Tensor:
+    def hidden(self, y: Tensor) -> Tensor:
+        """What stands between fc1 and fc2: activation and norm of `[N, F]`."""
         dropout = self.config.activation_dropout if self.training else 0.0
         if self.ffn_layernorm is not None and self.config.activation == "gelu" and dropout == 0.0:
             return gelu_norm(y, self.ffn_layernorm)
@@ -190,10 +195,6 @@ class DecoderLayer(_Layer):
         self.cross_attn_ln = config.norm(config.dim, config.scale_attn)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.dim)
 
-    def self_input(self, x: Tensor) -> Tensor:
-        """What self-attention's projections see: the incremental decoder projects one step's keys from it."""
-        return self.before(x, self.self_attn_layer_norm)
-
     def forward(
         self,
         x: Tensor,
@@ -201,13 +202,12 @@ class DecoderLayer(_Layer):
         cross: Positions,
         source_keys_values: tuple[Tensor, Tensor],
         tables: Sequence[Tensor] = (),
-        self_keys_values: tuple[Tensor, Tensor] | None = None,
         samples: Samples | None = None,
         routing: Routing | None = None,
         prefix: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """source_keys_values: `encoder_attn.keys_values` of the encoder; self_keys_values: of a cache (default: x)."""
-        y = self.self_attn(self.self_input(x), positions, tables, self_keys_values, prefix)
+        """source_keys_values: `encoder_attn.keys_values` of the encoder."""
+        y = self.self_attn(self.before(x, self.self_attn_layer_norm), positions, tables, prefix=prefix)
         x, seen = self.join(y, x, self.self_attn_layer_norm, self.encoder_attn_layer_norm, samples, self.self_attn_ln)
         y = self.encoder_attn(seen, cross, keys_values=source_keys_values)
         x, seen = self.join(y, x, self.encoder_attn_layer_norm, self.final_layer_norm, samples, self.cross_attn_ln)

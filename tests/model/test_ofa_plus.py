@@ -79,7 +79,7 @@ def per_sample(model: OFAPlus, batch: PackedBatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda f: "-".join(f) or "default")
 def test_order_of_the_batch_and_incremental_decoding(flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ofakern.model.decode.FIRST_CAPACITY", 3)  # so that these short answers outgrow it
+    monkeypatch.setattr("ofakern.model.decode.past.FIRST_STEPS", 3)  # so that these short answers outgrow it
     model, samples = build(**flags), examples()
     together = per_sample(model, PackedBatch.collate(samples))
     permuted = per_sample(model, PackedBatch.collate([samples[i] for i in (2, 0, 1)]))

@@ -1,0 +1,239 @@
+"""The decoder's state for the rows of a batch of samples, which may come, multiply, change places and leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ofakern.errors import OfakernTypeError, OfakernValueError
+from ofakern.model.decode.layer import LayerCaches, StepShape, step_layer
+from ofakern.model.decode.past import Past
+from ofakern.model.decode.segment import Segment, SegmentKind
+from ofakern.model.decode.source import Source
+from ofakern.model.decode.weights import DecodeWeights
+from ofakern.model.stacks import Decoder, Memory
+from ofakern.ops.decode_attention import KeyValueCache
+
+
+class DecodeState:
+    """The state of `rows` hypotheses; rows of one sample stand together, in the samples' order, at one position.
+
+    Opaque: callers use `rows`, `rows_of_sample`, `positions`, `length`, `reorder` and `join`. weights: those that the
+    model had when it began. All of it runs in inference mode.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        decoder: Decoder,
+        weights: DecodeWeights,
+        memory: Memory,
+        rows_per_sample: int | Sequence[int],
+        kind: SegmentKind,
+    ) -> None:
+        counts = [rows_per_sample] * memory.samples if isinstance(rows_per_sample, int) else list(rows_per_sample)
+        if len(counts) != memory.samples or min(counts, default=0) < 0 or kind.max_length < 1:
+            raise OfakernValueError(
+                f"OFAPlus.begin_decode: rows_per_sample must be a count or {memory.samples} counts and max_length at "
+                f"least 1, got {rows_per_sample} and {kind.max_length}"
+            )
+        self.weights = weights
+        self._decoder = decoder
+        self._device = memory.states.device
+        segment = Segment(decoder, kind)
+        self._segments = [segment] * memory.samples
+        self._token_shape = segment.token_shape
+        self._rows = np.array(counts, dtype=np.int64)
+        self._positions = np.zeros(memory.samples, dtype=np.int64)
+        layers, weight = decoder.decoder_layers(), decoder.adaptor.embed_tokens.weight
+        self._dtype = weight.dtype
+        with torch.autocast(self._device.type, enabled=False):
+            self._source = Source(decoder, memory.to(weight.dtype))
+            self._prefixes = _prefix_caches(decoder, weight.dtype)
+        config = decoder.config
+        width = config.dim // config.heads
+
+        def empty(slots: int) -> KeyValueCache:
+            return KeyValueCache.empty(slots, config.heads, width, width, weight.dtype, device=self._device)
+
+        self._past = Past(sum(counts), len(layers), kind.max_length, empty)
+        self._keep(self._rows > 0)
+
+    @property
+    def rows(self) -> int:
+        return int(self._rows.sum())
+
+    @property
+    def rows_of_sample(self) -> list[int]:
+        """Of the samples that still have rows, in their order."""
+        found: list[int] = self._rows.tolist()
+        return found
+
+    @property
+    def positions(self) -> Tensor:
+        """Tokens fed so far, int64 `[rows]`."""
+        return torch.from_numpy(np.repeat(self._positions, self._rows))
+
+    @property
+    def length(self) -> int:
+        """The most tokens that a row has been fed."""
+        return int(self._positions.max(initial=0))
+
+    @torch.inference_mode()
+    def reorder(self, index: Tensor) -> None:
+        """Row r becomes what row `index[r]` was. index: int64 `[rows']`, a sample's rows kept together and in order.
+
+        rows' may be smaller (finished samples leave for good) or larger. Only the table of slots moves.
+        """
+        wanted = index.cpu().numpy()
+        sample = np.repeat(np.arange(len(self._rows)), self._rows)
+        if wanted.size and not (0 <= wanted.min() and wanted.max() < len(sample)):
+            raise OfakernValueError(
+                f"DecodeState.reorder: index must be in [0, {len(sample) - 1}] (the rows), got {wanted.tolist()}"
+            )
+        sample = sample[wanted]
+        if (np.diff(sample) < 0).any():
+            raise OfakernValueError(
+                "DecodeState.reorder: index must keep the samples' rows together and in order, "
+                f"got samples {sample.tolist()}"
+            )
+        self._past.select(torch.from_numpy(wanted))
+        rows = np.bincount(sample, minlength=len(self._rows))
+        if not np.array_equal(rows, self._rows):
+            self._rows = rows
+            self._keep(rows > 0)
+
+    @torch.inference_mode()
+    def join(self, other: DecodeState) -> None:
+        """The other's samples come after ours, each where it stands; the other is of no use afterwards.
+
+        Keys are copied once. The other may write another kind of segment, of tokens of one shape.
+        """
+        if not isinstance(other, DecodeState):
+            raise OfakernTypeError(f"DecodeState.join: other must be a DecodeState, got {type(other).__name__}")
+        if other is self or other.weights is not self.weights:
+            raise OfakernValueError("DecodeState.join: other must be another state of the same weights, got another's")
+        if other._token_shape != self._token_shape:
+            raise OfakernValueError("DecodeState.join: other must write tokens of the same shape, got another")
+        self._past.join(self._counts(), other._past, other._counts())
+        self._source.join(other._source)
+        known = {segment.kind: segment for segment in self._segments}
+        self._segments = [*self._segments, *(known.setdefault(s.kind, s) for s in other._segments)]
+        self._rows = np.concatenate([self._rows, other._rows])
+        self._positions = np.concatenate([self._positions, other._positions])
+        self._keep(self._rows > 0)
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """tokens int64 `[rows]` (frames `[rows, F]`), each at its next position; the decoder's output `[rows, D]`."""
+        wanted = [self.rows, *self._token_shape]
+        if list(tokens.shape) != wanted:
+            raise OfakernValueError(
+                f"OFAPlus.decode_step: tokens must have shape {wanted} (the rows), got {list(tokens.shape)}"
+            )
+        for group in self._groups:
+            fed, most = int(self._positions[group.samples].max()), group.segment.kind.max_length
+            if fed >= most:
+                raise OfakernValueError(
+                    f"OFAPlus.decode_step: max_length ({most}) must exceed the tokens fed, got {fed}"
+                )
+        # The weights' dtype, whatever autocast would make of it: they are packed in that.
+        with torch.autocast(self._device.type, enabled=False):
+            return self._step(tokens.to(self._device))
+
+    def _step(self, tokens: Tensor) -> Tensor:
+        x, shape, own_bias = self._embed(tokens), self._shape(), self._own_bias()
+        for number, layer in enumerate(self._decoder.decoder_layers()):
+            caches = LayerCaches(self._past.caches[number], self._source.caches[number], self._prefixes[number])
+            bias = None if own_bias is None else own_bias[min(number, len(own_bias) - 1)]
+            x = step_layer(layer, self.weights.layers[number], caches, shape, bias, x)
+        self._positions += 1
+        for group in self._groups:
+            group.segment.forget_before(int(self._positions[group.samples].min()))
+        return self._decoder.finish(x)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        positions = self.positions.to(self._device)
+        if len(self._groups) == 1:
+            return self._groups[0].segment.embed(tokens, positions)
+        parts = [group.segment.embed(tokens[group.rows], positions[group.rows]) for group in self._groups]
+        if not parts:
+            return tokens.new_empty((0, self._decoder.config.dim), dtype=self._dtype)
+        return torch.cat(parts)[torch.argsort(torch.cat([group.rows for group in self._groups]))]
+
+    def _shape(self) -> StepShape:
+        """Gives every row a slot for its next token."""
+        slots = self._past.extend(self._counts())
+        positions = self._positions.tolist()
+        return StepShape(
+            self._offsets,
+            slots.to(self._device),
+            self._past.table[:, : self.length + 1],
+            torch.from_numpy((self._positions + 1).astype(np.int32)),
+            self._source.bias(self._segments, positions),
+            self._everybody,
+            self._experts,
+            self._decoder.backend,
+        )
+
+    def _own_bias(self) -> Tensor | None:
+        """f32 `[layers, H, sum of counts]`."""
+        rows = []
+        for segment, position in zip(self._segments, self._positions.tolist(), strict=True):
+            block = segment.block(position)
+            if block.own is None:
+                return None
+            rows.append(block.own[position - block.start, :, :, : position + 1])
+        return torch.cat(rows, 2) if rows else None
+
+    def _counts(self) -> np.ndarray:
+        """Tokens fed to each row."""
+        counts: np.ndarray = np.repeat(self._positions, self._rows)
+        return counts
+
+    def _keep(self, samples: np.ndarray) -> None:
+        """Only these samples stay, bool `[B]`; what follows from who is there is made anew."""
+        if not samples.all():
+            self._source.keep(samples)
+            self._segments = [segment for segment, kept in zip(self._segments, samples, strict=True) if kept]
+            self._rows, self._positions = self._rows[samples], self._positions[samples]
+        offsets = np.concatenate([[0], np.cumsum(self._rows)]).astype(np.int32)
+        self._offsets = torch.from_numpy(offsets)
+        self._everybody = torch.tensor([0, self.rows], dtype=torch.int32)
+        self._groups = [self._group(segment) for segment in dict.fromkeys(self._segments)]
+        self._experts = self._route() if self._decoder.config.modal_ffn else []
+
+    def _group(self, segment: Segment) -> _Group:
+        own = np.array([one is segment for one in self._segments])
+        rows = torch.from_numpy(np.flatnonzero(np.repeat(own, self._rows)))
+        return _Group(segment, np.flatnonzero(own), rows.to(self._device))
+
+    def _route(self) -> list[tuple[int, Tensor]]:
+        """Each expert's rows: a segment's modality has its own."""
+        found: dict[int, list[Tensor]] = {}
+        for group in self._groups:
+            found.setdefault(group.segment.kind.modality - 1, []).append(group.rows)
+        return [(expert, torch.cat(rows)) for expert, rows in found.items()]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What writes the same kind of segment: its samples, and their rows (int64)."""
+
+    segment: Segment
+    samples: np.ndarray
+    rows: Tensor
+
+
+def _prefix_caches(decoder: Decoder, dtype: torch.dtype) -> list[KeyValueCache | None]:
+    """Each layer's learned keys, one run that all rows see."""
+    prompt = decoder.decoder_prompt_encoder
+    if prompt is None:
+        return [None] * len(decoder.layers)
+    return [
+        KeyValueCache.of_source(k.to(dtype), v.to(dtype), [prompt.length], backend=decoder.backend) for k, v in prompt()
+    ]
