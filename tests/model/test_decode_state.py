@@ -142,6 +142,18 @@ def test_joined_states_give_what_each_gives_alone(flags: dict[str, Any]) -> None
         close(got, torch.cat([alone[n][at[n]][places[n]] for n in range(3)]))
 
 
+def test_rewound_rows_go_on_from_where_they_were() -> None:
+    model = build()
+    state = model.begin_decode(memory_of(model, [5, 8]), 1, 40)
+    run(model, state, [[*range(4, 24)], [*range(30, 50)]])
+    state.rewind(3)
+    assert state.positions.tolist() == [3, 3]
+    want = written(model, [5, 8], [[4, 5, 6, 70, 71], [30, 31, 32, 72, 73]])
+    close(torch.stack(run(model, state, [[70, 71], [72, 73]])), torch.stack([rows[-2:] for rows in want], 1))
+    with pytest.raises(OfakernValueError, match="length must be at least 0"):
+        state.rewind(-1)
+
+
 def test_a_state_that_was_left_by_all_takes_new_samples() -> None:
     model = build()
     state = model.begin_decode(memory_of(model, [4]), 2, 20)
@@ -229,6 +241,7 @@ def test_copies_and_pickles_of_a_model_carry_no_packed_weights() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@torch.no_grad()
 def test_int8_weights_keep_their_bound(dtype: torch.dtype) -> None:
     """Each projection within half a step per weight; the logits near; the model's own numbers come back."""
     model = build(dtype).quantize("int8")

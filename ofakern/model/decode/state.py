@@ -22,7 +22,8 @@ from ofakern.ops.decode_attention import KeyValueCache
 class DecodeState:
     """The state of `rows` hypotheses; rows of one sample stand together, in the samples' order, at one position.
 
-    Opaque: callers use `rows`, `rows_of_sample`, `positions`, `length`, `reorder` and `join`. weights: those that the
+    Opaque: callers use `rows`, `rows_of_sample`, `positions`, `length`, `reorder`, `rewind` and
+    `join`. weights: those that the
     model had when it began. All of it runs in inference mode.
     """
 
@@ -106,6 +107,12 @@ class DecodeState:
         if not np.array_equal(rows, self._rows):
             self._rows = rows
             self._keep(rows > 0)
+
+    def rewind(self, length: int) -> None:
+        """Forgets what rows were fed after their first `length` tokens."""
+        if length < 0:
+            raise OfakernValueError(f"DecodeState.rewind: length must be at least 0, got {length}")
+        self._positions = np.minimum(self._positions, length)
 
     @torch.inference_mode()
     def join(self, other: DecodeState) -> None:
