@@ -19,6 +19,7 @@ and, only where the default does not fit,
     reduced(spec) -> spec               a smaller case that warms up before memory is measured; else the case itself
     ABOUT = {peer: one line}            for docs/BENCHMARKS.md
     MEMORY_PEER = "..."                 whose memory stands beside ours there; else the first peer
+    extras(record, records, roof)       more numbers for a record, from all of the run and the measured roofline
     DEVICES = ("cpu",)                  with "cuda": our `build` and `verify` take a backend as their last argument
 
 `OpBench.of(module)` reads them; the runner, the report, the plots and pytest-benchmark know nothing else.
@@ -120,7 +121,10 @@ def tensors(output: Output) -> tuple[Tensor, ...]:
 
 
 class CaseSpec(Protocol):
-    """What the runner needs to know of a case; the rest is the op's own. default: runs without --case and --quick."""
+    """What the runner needs to know of a case; the rest is the op's own. default: runs without --case and --quick.
+
+    A spec may have `phases` of its own: those of the op that its case has.
+    """
 
     @property
     def name(self) -> str: ...
@@ -151,6 +155,7 @@ class OpBench:
     about: Mapping[str, str]
     memory_peer: str | None
     devices: tuple[str, ...]
+    extras: Callable[[Mapping[str, Any], list[dict[str, Any]], Mapping[str, Any]], Mapping[str, Any]] | None
 
     @property
     def ours(self) -> str:
@@ -175,4 +180,10 @@ class OpBench:
             about=getattr(module, "ABOUT", {}),
             memory_peer=getattr(module, "MEMORY_PEER", peers[0] if peers else None),
             devices=getattr(module, "DEVICES", ("cpu",)),
+            extras=getattr(module, "extras", None),
         )
+
+    def phases_of(self, spec: Any) -> tuple[Phase, ...]:
+        """The phases that this case has."""
+        phases: tuple[Phase, ...] = getattr(spec, "phases", self.phases)
+        return phases

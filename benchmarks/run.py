@@ -151,7 +151,7 @@ def _run_job(job: _Job, quick: bool, bands: dict[str, dict[str, float]]) -> _Ses
 
 def _run_cases(session: _Session, job: _Job) -> None:
     steps = [(spec, dtype) for dtype in job.dtypes for spec in job.specs]
-    with tqdm(total=len(steps) * (1 + len(job.op.phases)), unit="step", disable=None) as bar:
+    with tqdm(total=sum(1 + len(job.op.phases_of(spec)) for spec, _ in steps), unit="step", disable=None) as bar:
         for spec, dtype in steps:
             bar.set_description(f"{job.op.name} {spec.name} {dtype}: check")
             check(session.op, spec, dtype, session.harness)
@@ -175,7 +175,7 @@ def _run_case(session: _Session, spec: Any, dtype: str, bar: Any) -> Iterator[st
     contenders = _contenders(session, spec, dtype)
     expected = _agreed(session, contenders, spec, dtype)
     ours = contenders[session.op.ours]
-    for phase in session.op.phases:
+    for phase in session.op.phases_of(spec):
         bar.set_description(f"{session.op.name} {spec.name} {dtype} {phase}")
         work = session.op.work(spec, dtype, phase)
         key = band_of(work)
@@ -215,7 +215,7 @@ def _contenders(session: _Session, spec: Any, dtype: str) -> dict[str, Contender
                 raise Unavailable("left out by --quick: it compiles for many seconds")
             made[name] = build(problem)
         except Unavailable as reason:
-            for phase in session.op.phases:
+            for phase in session.op.phases_of(spec):
                 _skip(session, spec, dtype, phase, name, str(reason))
     return made
 
@@ -247,7 +247,7 @@ def _agreed(session: _Session, contenders: Mapping[str, Contender], spec: Any, d
 
 
 def _peak(session: _Session, spec: Any, dtype: str, name: str, phase: Phase) -> float | None:
-    if session.meter is None or (session.quick and phase != session.op.phases[-1]):
+    if session.meter is None or (session.quick and phase != session.op.phases_of(spec)[-1]):
         return None
     return session.meter.peak_mib(spec.name, dtype, name, phase, torch.get_num_threads())
 
@@ -284,6 +284,9 @@ def _records(session: _Session, roof: dict[str, Any]) -> list[dict[str, Any]]:
             peers = [key for key in median if key[:3] == (t.case, t.phase, t.dtype) and key[3] != t.backend]
             record["versus"] = {key[3]: median[key] / p50 for key in peers}
         records.append(record)
+    if session.op.extras is not None:
+        for record in records:
+            record.update(session.op.extras(record, records, roof))
     return records
 
 

@@ -27,7 +27,7 @@ def _cases() -> Iterator[Any]:
 def _timed() -> Iterator[Any]:
     for case in _cases():
         op, spec, dtype = case.values
-        for phase in op.phases:
+        for phase in op.phases_of(spec):
             for contender in (name for name in op.contenders if name not in op.slow):
                 yield pytest.param(op, spec, dtype, phase, contender, id=f"{case.id}-{phase}-{contender}")
 

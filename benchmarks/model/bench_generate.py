@@ -252,7 +252,7 @@ def extras(record: Mapping[str, Any], records: list[dict[str, Any]], roof: Mappi
     """decode_ms: the same contender's time after the encoder; floor_ms: the least for that."""
     spec, dtype, phase = CASES[record["case"]], record["dtype"], record["phase"]
     same = [r for r in records if all(r[key] == record[key] for key in ("case", "dtype", "backend"))]
-    decode = next((r["ms"] for r in same if r["phase"] == "decode"), record["ms"])
+    decode = next((r["ms"] for r in same if r["phase"] == "decode"), record["ms"])["p50"]
     rate = roof["gemm_tflops"][dtype]["best"] * 1e12
     read = max(band["read_gbps"] for band in roof["bandwidth"].values()) * 1e9
     floor = sum(max(op.bytes / read, op.flops / rate) for op in ops(spec, dtype, phase))

@@ -1,7 +1,7 @@
-"""Decoding as it is usually done, on our model's weights: keys and values expanded to every beam, caches that are moved.
+"""Decoding as it is usually done, on our model's weights: keys and values expanded to every beam, caches that move.
 
-Samples of the case have sources of one length S. Both peers search as fairseq does, with log_softmax and topk. What they
-have in common is `_Peer`; the difference is in what a step computes anew and how it attends.
+Samples of the case have sources of one length S. Both peers search as fairseq does, with log_softmax and topk. What
+they have in common is `Peer`; the difference is in what a step computes anew and how it attends.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Peer(ABC):
 
     @abstractmethod
     def biases(self, state: PeerState) -> tuple[list[Tensor], Tensor]:
-        """Of the newest position: each layer's for self-attention `[R, H, 1, t]`, and cross attention's `[R, H, 1, S]`."""
+        """Of the newest position: each layer's for self-attention `[R, H, 1, t]`, cross attention's `[R, H, 1, S]`."""
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor: ...
@@ -243,6 +243,7 @@ def beam_search(peer: Peer, memory: Memory, beams: int, length: int) -> Tensor:
     first = torch.arange(batch)[:, None] * beams
     for step in range(length):
         scores = F.log_softmax(peer.step(state, tokens), -1, dtype=torch.float32).view(batch, beams, -1)
+        scores[scores != scores] = -torch.inf
         scores[:, :, [PAD, EOS]] = -torch.inf
         scores = scores[:, :1] if step == 0 else scores + sums[:, :, None]
         found, places = scores.flatten(1).topk(2 * beams, 1)

@@ -63,6 +63,22 @@ def test_roofline_share_is_least_time_over_time(results: dict[str, Any]) -> None
     assert record["roofline_pct"] == pytest.approx(100 * max(bounds.values()) / (record["ms"]["p50"] / 1e3))
 
 
+def test_generation_is_told_with_its_floor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every contender decodes the same; the whole has its decoding's time beside it, and the floor of that."""
+    path, threads = tmp_path / "r.json", torch.get_num_threads()
+    try:
+        assert cli.main(["bench", "generate", "--quick", "--threads", "1", "--json", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = {(r["backend"], r["phase"]): r for r in tables.load(path)["records"]}
+    assert found.keys() == {
+        (name, phase) for name in ("ofakern", "ofasys", "expanded") for phase in ("decode", "whole")
+    }
+    for (name, phase), record in found.items():
+        assert record["decode_ms"] == found[name, "decode"]["ms"]["p50"]
+        assert 0 < record["floor_ms"] < record["decode_ms"] and (phase == "decode" or record["ms"]["p50"] > 0)
+
+
 def test_the_floor_is_the_largest_part_of_the_work() -> None:
     roof = {"gemm_tflops": {"bf16": {"best": 2.0}}, "other_gops": {"erf": 4.0}}
     band = {"copy_gbps": 10.0, "read_gbps": 8.0}
@@ -96,7 +112,8 @@ def test_every_benchmark_fits_the_seam(name: str) -> None:
     assert set(op.about) <= set(op.contenders) and op.slow <= set(op.contenders)
     assert op.memory_peer is None or op.memory_peer in op.contenders
     for spec in op.cases.values():
-        for phase in op.phases:
+        assert op.phases_of(spec) and set(op.phases_of(spec)) <= set(op.phases)
+        for phase in op.phases_of(spec):
             job = op.work(spec, op.dtypes[0], phase)
             assert job.flops >= 0 and job.bytes > 0 and set(job.other) <= set(roofline.KINDS)
 
