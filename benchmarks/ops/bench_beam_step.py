@@ -1,8 +1,11 @@
 """Cases of beam_step and its peers: a step of beam 5 over OFA's vocabulary of 59,457 entries, 10 candidates a sample.
 
 topk     torch: log_softmax in float32, plus the rows' sums, topk over each sample's rows.
-masked   the same behind a mask of what each row may be followed by, made from the automaton (closed sets: the softmax
-         is over what is allowed), as a search without this op does.
+
+`closed_3129` is a whole search through a closed set (`benchmarks/closed_search.py`), the output projection included:
+
+masked   all logits by F.linear, behind a mask made from the automaton's tables, then log_softmax and topk.
+trie     the same behind a mask that a Python loop over rows and a trie of dictionaries makes, as OFASys does.
 """
 
 from __future__ import annotations
@@ -14,15 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.closed_sets import VOCABULARY, vqa_answers
+from benchmarks import closed_search
+from benchmarks.closed_search import ClosedSearch
+from benchmarks.closed_sets import VOCABULARY
 from benchmarks.core import DTYPES, Contender, Phase, Unavailable, Work
-from ofakern.generate import ChoiceTokens, compile_target
 from ofakern.ops.beam_step import BeamCandidates, StepRules, beam_step
 
 OP = "beam_step"
 OURS = "cpu"
 PHASES = ("fwd",)
-ABOUT = {"topk": "log_softmax and topk", "masked": "an automaton's mask, log_softmax and topk"}
+ABOUT = {
+    "topk": "log_softmax and topk",
+    "masked": "F.linear, an automaton's mask, log_softmax and topk",
+    "trie": "the same, the mask by a Python loop over a trie",
+}
 BEAMS = 5
 WIDTH = 2 * BEAMS
 PAD = 1
@@ -30,7 +38,7 @@ PAD = 1
 
 @dataclass(frozen=True)
 class Spec:
-    """rows: beams of all samples. closed: inside a closed set, every fifth at its root."""
+    """rows: beams of all samples. closed: a search through a closed set instead of one step."""
 
     name: str
     description: str
@@ -45,7 +53,7 @@ CASES: dict[str, Spec] = {
     for spec in (
         Spec("r5_v59457", "one sample, beam 5", 5),
         Spec("r80_v59457", "16 samples, beam 5", 80, quick=True),
-        Spec("closed_3129", "16 samples, beam 5, in a closed set of 3,129 answers", 80, closed=True),
+        Spec("closed_3129", "a search in a closed set of 3,129 answers, 16 samples, beam 5", 80, closed=True),
     )
 }
 
@@ -57,35 +65,34 @@ class Problem:
     sums: Tensor
     row_offsets: Tensor
     rules: StepRules
-    allowed: Callable[[], Tensor] | None
 
 
-def make(spec: Spec, dtype: str) -> Problem:
+def make(spec: Spec, dtype: str) -> Problem | ClosedSearch:
     """Inputs drawn from a fixed seed."""
+    if spec.closed:
+        return closed_search.record(dtype)
     generator = torch.Generator().manual_seed(1)
     logits = (torch.randn(spec.rows, VOCABULARY, generator=generator) * 3).to(DTYPES[dtype])
     sums = -torch.rand(spec.rows, generator=generator) * 5
     offsets = torch.arange(0, spec.rows + 1, BEAMS, dtype=torch.int32)
-    if not spec.closed:
-        return Problem(spec, logits, sums, offsets, StepRules(pad=PAD), None)
-    automaton = compile_target([ChoiceTokens(vqa_answers())], eos=2, vocabulary_size=VOCABULARY)
-    inner = (automaton.tables.first.diff() > 0).nonzero()[:, 0]
-    states = inner[torch.randint(len(inner), (spec.rows,), generator=generator)]
-    states[::BEAMS] = automaton.start
-    rules = StepRules(pad=PAD, states=states.int(), tables=automaton.tables)
-    return Problem(spec, logits, sums, offsets, rules, lambda: automaton.allowed(states))
+    return Problem(spec, logits, sums, offsets, StepRules(pad=PAD))
 
 
 def work(spec: Spec, dtype: str, phase: Phase) -> Work:
     """Every logit that the softmax is over is read once and has one exponential."""
-    problem = make(spec, dtype) if spec.closed else None
-    looked_at = spec.rows * VOCABULARY if problem is None else int(problem.allowed().sum())  # type: ignore[misc]
+    if spec.closed:
+        return closed_search.work(dtype)
+    looked_at = spec.rows * VOCABULARY
     return Work(0.0, float(looked_at * DTYPES[dtype].itemsize), {"exp": float(looked_at)})
 
 
 def verify(spec: Spec, dtype: str, harness: Any) -> None:
     """Raises AssertionError unless rows and tokens are the reference's and scores within two roundings."""
-    have, want = _step(make(spec, dtype)), _step(make(spec, dtype), "reference")
+    problem = make(spec, dtype)
+    if isinstance(problem, ClosedSearch):
+        torch.testing.assert_close(closed_search.ours(problem), closed_search.exact(problem), rtol=1e-5, atol=1e-4)
+        return
+    have, want = _step(problem), _step(problem, "reference")
     assert torch.equal(have.origins, want.origins) and torch.equal(have.tokens, want.tokens)
     torch.testing.assert_close(have.scores, want.scores, rtol=3e-7, atol=3e-7)
 
@@ -94,33 +101,42 @@ def _step(problem: Problem, backend: str = "auto") -> BeamCandidates:
     return beam_step(problem.logits, problem.sums, problem.row_offsets, WIDTH, problem.rules, backend=backend)
 
 
-def ours(problem: Problem) -> Contender:
+def ours(problem: Problem | ClosedSearch) -> Contender:
+    if isinstance(problem, ClosedSearch):
+        return _searching(OURS, lambda: closed_search.ours(problem))
     return Contender(OURS, lambda: _step(problem))
 
 
-def _best(scores: Tensor, problem: Problem) -> tuple[Tensor, ...]:
-    scores[:, PAD] = float("-inf")
-    scores += problem.sums[:, None]
-    best, places = scores.view(len(problem.row_offsets) - 1, -1).topk(WIDTH)
-    return best, places // VOCABULARY, places % VOCABULARY
-
-
-def topk(problem: Problem) -> Contender:
-    if problem.spec.closed:
+def topk(problem: Problem | ClosedSearch) -> Contender:
+    if isinstance(problem, ClosedSearch):
         raise Unavailable("it knows no closed set: `masked` does")
-    return Contender("topk", lambda: _best(torch.log_softmax(problem.logits.float(), -1), problem))
-
-
-def masked(problem: Problem) -> Contender:
-    allowed = problem.allowed
-    if allowed is None:
-        raise Unavailable("nothing is masked: `topk` is the peer")
 
     def forward() -> tuple[Tensor, ...]:
-        logits = problem.logits.float().masked_fill(~allowed(), float("-inf"))
-        return _best(torch.log_softmax(logits, -1), problem)
+        scores = torch.log_softmax(problem.logits.float(), -1)
+        scores[:, PAD] = float("-inf")
+        scores += problem.sums[:, None]
+        best, places = scores.view(len(problem.row_offsets) - 1, -1).topk(WIDTH)
+        return best, places // VOCABULARY, places % VOCABULARY
 
-    return Contender("masked", forward)
+    return Contender("topk", forward)
 
 
-CONTENDERS: dict[str, Callable[[Any], Contender]] = {OURS: ours, "topk": topk, "masked": masked}
+def masked(problem: Problem | ClosedSearch) -> Contender:
+    if not isinstance(problem, ClosedSearch):
+        raise Unavailable("nothing is masked: `topk` is the peer")
+    return _searching("masked", lambda: closed_search.masked(problem))
+
+
+def trie(problem: Problem | ClosedSearch) -> Contender:
+    if not isinstance(problem, ClosedSearch):
+        raise Unavailable("nothing is masked: `topk` is the peer")
+    root = closed_search.trie_of()
+    return _searching("trie", lambda: closed_search.trie_loop(problem, root))
+
+
+def _searching(name: str, forward: Callable[[], Tensor]) -> Contender:
+    # Candidates that are missing differ in nothing: -inf everywhere.
+    return Contender(name, forward, packed=lambda scores: scores.nan_to_num(neginf=0.0))
+
+
+CONTENDERS: dict[str, Callable[[Any], Contender]] = {OURS: ours, "topk": topk, "masked": masked, "trie": trie}
