@@ -113,13 +113,34 @@ class TargetReader:
         """The values of one answer; `prefix` forced tokens stand before them, `columns` are the Example's."""
         eos = self._tokenizer.vocabulary.eos
         tokens = [token for token in answer.tokens[prefix:] if token != eos]
-        output = Output(score=answer.score, tokens=list(answer.tokens))
+        output = Output(score=answer.score, tokens=list(answer.tokens), token_log_probs=list(answer.token_scores))
         for number, part in self._parts(tokens, automaton):
             slot = self._slots[number]
             if slot.loss:
                 self._add(output, slot, part, columns)
         self._finish(output, columns)
         return output
+
+    def partial(self, tokens: Sequence[int], automaton: TokenAutomaton) -> tuple[str | None, str]:
+        """Name and text so far of the slot that the last of `tokens` (without the forced prefix) belongs to.
+
+        None and "" at the end and between slots; "" for a slot without text. A closed set's answer is as its tokens
+        spell it.
+        """
+        if tokens[-1] == self._tokenizer.vocabulary.eos:
+            return None, ""
+        number, part = 0, tokens
+        if len(self._slots) > 1 or self._slots[0].group is not None:
+            numbers = automaton.trace(tokens)
+            number = numbers[-1]
+            begin = next((i for i in reversed(range(len(numbers))) if numbers[i] != number), -1) + 1
+            part = tokens[begin:]
+        slot = self._slots[number] if number >= 0 else None
+        if slot is None or not slot.loss:
+            return None, ""
+        if slot.modality is Modality.PHONE:
+            return slot.name, phone_names(part, self._tokenizer.vocabulary)
+        return slot.name, decode_text(part, self._tokenizer) if slot.modality is Modality.TEXT else ""
 
     def _parts(self, tokens: Sequence[int], automaton: TokenAutomaton) -> list[tuple[int, list[int]]]:
         """(slot, its tokens) in order; a box stands four tokens at a time."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 
-from ofakern.checkpoint.answers import TargetReader
-from ofakern.checkpoint.denoise import is_motion, learnt_settings, made_motions, motion_loss, within_positions
+from ofakern.checkpoint.answering import answer_all, encode_sources, evaluating, in_chunks
+from ofakern.checkpoint.denoise import is_motion, learnt_settings, motion_loss, within_positions
 from ofakern.checkpoint.files import load_module, read_json, save_module, write_folder, write_json
 from ofakern.checkpoint.foreign import Account, read_foreign
-from ofakern.checkpoint.image_tokenizer import IMAGE_CODES, check_window, codes_of, codes_options
+from ofakern.checkpoint.image_tokenizer import IMAGE_CODES, check_window, codes_options
 from ofakern.checkpoint.known_task import KnownTask, TaskLike
-from ofakern.data.batch import Example, PackedBatch
+from ofakern.checkpoint.recipes import Recipes
+from ofakern.checkpoint.requests import Answer, PreparedRequest, Recipe, Row, StreamPiece, requested
+from ofakern.data.batch import PackedBatch
 from ofakern.data.example import Encoder, PreprocessConfig, Split
 from ofakern.data.readers import open_files
 from ofakern.errors import (
@@ -27,17 +29,16 @@ from ofakern.errors import (
     OfakernTypeError,
     OfakernValueError,
 )
-from ofakern.generate import GenerationConfig, SpecialTokens, generate, generate_frames
+from ofakern.generate import GenerationConfig, SearchSession, SpecialTokens, TokenEvent
 from ofakern.instruction import Modality
 from ofakern.modality.adaptors import adaptor_config
 from ofakern.modality.audio.adaptor import MEL_BINS, AudioFbankConfig, AudioFrameAdaptor
 from ofakern.modality.audio.criterion import guided_attention, speech_loss
-from ofakern.modality.audio.postprocess import Speech
 from ofakern.modality.image.adaptor import ImagePatchEmbedAdaptor, ImageResnetAdaptor, ImageVitAdaptor
 from ofakern.modality.image.vqgan import VQGAN, VQGANConfig
 from ofakern.modality.output import Output
 from ofakern.modality.video.adaptor import VideoAdaptor
-from ofakern.model import TIED_KEYS, FrameWriter, OFAConfig, OFAPlus, SegmentWriter
+from ofakern.model import TIED_KEYS, Memory, OFAConfig, OFAPlus, SegmentWriter
 from ofakern.nn.loss import LossSums, label_smoothed_cross_entropy
 from ofakern.plan import Plan, build_plans
 from ofakern.text import Tokenizer
@@ -49,9 +50,6 @@ _VERSION = 1
 _IMAGE_ADAPTORS = ("image_resnet", "image_vit", "image_patch_embed")
 _WEIGHTS = "model.safetensors"
 _IMAGE_TOKENIZER = "image_tokenizer.safetensors"
-
-Row = Mapping[str, Any]
-Answer = Output | list[Output]
 
 
 class GeneralistModel:
@@ -105,6 +103,8 @@ class GeneralistModel:
         self._adaptors_open = config is None and "adaptors" not in overrides
         self._tokenizer: Tokenizer | None = None
         self._network: OFAPlus | None = None
+        self._recipes = Recipes()
+        self._writers: dict[tuple[str, int], SegmentWriter] = {}
         if tokenizer is not None:
             self._build(tokenizer)
 
@@ -129,6 +129,7 @@ class GeneralistModel:
         self._tokenizer = tokenizer
         self.config = dataclasses.replace(self.config, vocab_size=len(tokenizer.vocabulary))
         self._network = OFAPlus(self.config, backend=self._backend, seed=self._seed).eval()
+        self._writers.clear()
         tokens = _image_tokens(self._network, self.preprocess)
         self.preprocess = dataclasses.replace(
             self.preprocess,
@@ -268,55 +269,52 @@ class GeneralistModel:
     def inference(self, instruction: str, data: Sequence[Row], **kwargs: Any) -> list[Any]: ...
 
     @overload
-    def inference(self, instruction: Sequence[str], data: Any = None, **kwargs: Any) -> list[Any]: ...
+    def inference(self, instruction: Sequence[Any], data: Any = None, **kwargs: Any) -> list[Any]: ...
 
     def inference(
         self,
-        instruction: str | Sequence[str],
+        instruction: str | Sequence[Any],
         data: Row | Sequence[Row] | None = None,
         *,
         closed_set: Iterable[str] | None = None,
         batch_size: int = 8,
         files: str | Path | None = None,
+        stream: Callable[[StreamPiece], object] | None = None,
         **generation: Any,
     ) -> Any:
-        """Follow an instruction, or that of a task the model knows by name.
+        """Follow an instruction, or that of a task the model knows by name; many of them together.
 
         Args:
-            instruction: a task's name, or any instruction (its first alternative), new ones included. A list is
-                followed one by one, with one `data` each.
+            instruction: a task's name, or any instruction (its first alternative), new ones included. A list of them
+                is followed in one batch, with one `data` each; so is a list of (instruction, row) pairs, or of
+                (instruction, row, settings) with settings of `generation` for this row.
             data: the slots' values by name: one row, or a list of rows. Images are paths, PIL images or arrays.
                 Answers in them are not looked at.
             closed_set: the only answers there are (a list, or a mapping whose keys they are).
             batch_size: rows generated together. files: folder or .zip archive for file names.
+            stream: is called with a `StreamPiece` for every token as soon as it is certain. What it raises is raised.
             generation: `GenerationConfig`'s settings, OFASys's names too (`beam_size=`, `max_len=`, ...).
 
         Returns:
-            An `Output` (`.text`, `.box` in pixels of the original image, `.image`, `.save_box(path)`) for one row, a
-            list in order for a list of rows; with `num_return_sequences` above 1 every `Output` is a list, best first.
+            An `Output` (`.text`, `.box` in pixels of the original image, `.image`, `.values`, `.score`,
+            `.token_log_probs`) for one row, a list in order for a list; with `num_return_sequences` above 1 every
+            `Output` is a list, best first. A row's answer does not depend on what it is generated together with.
 
         Raises:
             InstructionError: what the instruction is wrong about. DataError: a row that cannot be used.
             OfakernRuntimeError: a slot's modality is not available yet. OfakernValueError: an unknown task or setting,
             or an adaptor that this model was built without.
         """
-        if not isinstance(instruction, str):
-            rows = [data] * len(instruction) if data is None or isinstance(data, Mapping) else list(data)
-            if len(rows) != len(instruction):
-                raise OfakernValueError(
-                    f"inference: data must have one entry per instruction ({len(instruction)}), got {len(rows)}"
-                )
-            shared: dict[str, Any] = {"closed_set": closed_set, "batch_size": batch_size, "files": files}
-            return [
-                self.inference(one, row, **shared, **generation) for one, row in zip(instruction, rows, strict=True)
-            ]
-        known = self._known(instruction)
-        if closed_set is not None:
-            known = known.with_answers(closed_set)
-        single = data is None or isinstance(data, Mapping)
-        rows_given: list[Row] = [cast(Row, data or {})] if single else list(cast(Sequence[Row], data))
-        config = self._generation(known, known.generation, generation)
-        found = list(self._follow(known, rows_given, config, batch_size, files))
+        single = isinstance(instruction, str) and (data is None or isinstance(data, Mapping))
+        if batch_size < 1:
+            raise OfakernValueError(f"inference: batch_size must be at least 1, got {batch_size}")
+        closed = None if closed_set is None else tuple(map(str, closed_set))
+        asked = []
+        for one, row, own in requested(instruction, data):
+            known = self._known(one)
+            recipe = self._recipes.get(self, one, known, closed, files)
+            asked.append((recipe, row, self._generation(known, known.generation, {**generation, **own})))
+        found = self._answered(asked, batch_size, stream)
         return found[0] if single else found
 
     __call__ = inference
@@ -325,8 +323,74 @@ class GeneralistModel:
         """The best answer for each of a task's (prepared) rows."""
         known = self.tasks[task.name]
         config = self._generation(known, task.generation, {"num_return_sequences": 1})
-        found = self._follow(known, rows, config, task.micro_batch_size, task.files)
+        recipe = self._recipes.get(self, task.name, known, None, task.files)
+        found = self._answered([(recipe, row, config) for row in rows], task.micro_batch_size, None)
         return [cast(Output, answer) for answer in found]
+
+    def _answered(
+        self,
+        asked: Sequence[tuple[Recipe, Row, GenerationConfig]],
+        batch_size: int,
+        stream: Callable[[StreamPiece], object] | None,
+    ) -> list[Answer]:
+        found: list[Answer] = []
+        for chunk in in_chunks(enumerate(asked), batch_size):
+            prepared = [recipe.prepare(row, n, config, tell=stream) for n, (recipe, row, config) in chunk]
+            found += answer_all(self, prepared)
+        return found
+
+    def prepare_request(
+        self,
+        instruction: str,
+        row: Row,
+        *,
+        closed_set: Iterable[str] | None = None,
+        files: str | Path | None = None,
+        number: int = 0,
+        keep_images: bool = True,
+        on_token: Callable[[TokenEvent], object] | None = None,
+        stream: bool = False,
+        **generation: Any,
+    ) -> PreparedRequest:
+        """One row made ready for a `SearchSession` (`prepared.search`) or `run_request`; `inference` has the arguments.
+
+        number: names the row in errors. keep_images: an answer's `.image` is the row's. May be called from several
+        threads.
+        """
+        known = self._known(instruction)
+        closed = None if closed_set is None else tuple(map(str, closed_set))
+        recipe = self._recipes.get(self, instruction, known, closed, files)
+        config = self._generation(known, known.generation, generation)
+        return recipe.prepare(row, number, config, on_token, stream=stream, keep_images=keep_images)
+
+    def encode_requests(self, prepared: Sequence[PreparedRequest]) -> Memory:
+        """The memory that `SearchSession.add` takes for requests with one `writer_key`."""
+        with evaluating(self.network):
+            return encode_sources(self.network, prepared)
+
+    def search_session(self, writer_key: tuple[str, int] = ("text", int(Modality.TEXT))) -> SearchSession:
+        """A session for prepared requests; `add(..., model=self.writer(key))` takes those with another key."""
+        vocabulary = self.tokenizer.vocabulary
+        special = SpecialTokens(vocabulary.bos, vocabulary.pad, vocabulary.eos, vocabulary.unk)
+        return SearchSession(self.writer(writer_key), special)
+
+    def writer(self, key: tuple[str, int]) -> SegmentWriter:
+        """What writes targets of this adaptor and modality (`PreparedRequest.writer_key`); the same one every time."""
+        adaptor, modality = key
+        if not self.config.modal_ffn:
+            modality = int(Modality.TEXT)  # only experts by modality tell them apart
+        writer = self._writers.get((adaptor, modality))
+        if writer is None:
+            writer = self._writers[adaptor, modality] = SegmentWriter(self.network, adaptor, modality)
+        return writer
+
+    def run_request(self, prepared: PreparedRequest) -> Answer:
+        """The answer of one request, of any kind, by itself."""
+        return answer_all(self, [prepared])[0]
+
+    def plan_for(self, instruction: str) -> Plan:
+        """The plan that inference follows for a task's name or an instruction."""
+        return self._known(instruction).plans[0]
 
     def _generation(self, known: KnownTask, task: Mapping[str, Any], asked: Mapping[str, Any]) -> GenerationConfig:
         """The settings of an answer; speech may take all the model's positions unless it is asked for less, codes of an
@@ -352,102 +416,6 @@ class GeneralistModel:
             )
         plans = build_plans(instruction, default_image_adaptor=self._image_adaptor)
         return KnownTask(instruction, tuple(self._check_plan(plan) for plan in plans))
-
-    def _follow(
-        self, known: KnownTask, rows: Sequence[Row], config: GenerationConfig, batch_size: int, files: Any
-    ) -> Iterator[Answer]:
-        if batch_size < 1:
-            raise OfakernValueError(f"inference: batch_size must be at least 1, got {batch_size}")
-        closed_sets = known.closed_sets(self.tokenizer)
-        plan = known.plans[0]
-        encoder = Encoder(
-            plan, self.tokenizer, self.preprocess, split="test", closed_sets=closed_sets, files=open_files(files)
-        )
-        made = plan.target[0].modality
-        codes = codes_of(self.config)
-        reader = TargetReader(plan, self.tokenizer, closed_sets, encoder.coder, self.image_tokenizer, codes)
-        # Answers that rows may bring along are not looked at, unless the source shows them anyway.
-        hidden = {slot.name for slot in plan.target_slots if slot.loss} - set(plan.source_columns)
-        size = 1 if reader.per_sample else batch_size
-        for begin in range(0, len(rows), size):
-            chunk = rows[begin : begin + size]
-            examples = []
-            for number, row in enumerate(chunk, begin):
-                if not isinstance(row, Mapping):
-                    raise DataError(f"inference: row {number} must be a mapping of columns, got {type(row).__name__}")
-                asked = {name: value for name, value in row.items() if name not in hidden}
-                examples.append(encoder(asked, number))
-            if made is Modality.AUDIO:
-                yield from self._speak(plan, examples, config)
-            elif made is Modality.MOTION:
-                yield from self._move(encoder, plan, examples, config)
-            else:
-                yield from self._generate(reader, examples, chunk[0], config)
-
-    def _generate(
-        self, reader: TargetReader, examples: list[Example], row: Row, config: GenerationConfig
-    ) -> Iterator[Answer]:
-        network = self.network
-        training = network.training
-        network.eval()
-        automaton = reader.automaton(row)
-        constrained = True
-        if config.compat == "ofasys":
-            config, constrained = reader.as_ofasys(config)
-        vocabulary, longest = self.tokenizer.vocabulary, self.preprocess.max_target_length
-        try:
-            with torch.inference_mode():
-                memory = network.encode(PackedBatch.collate(examples).source.to(network.device))
-                target = examples[0].target[0]
-                found = generate(
-                    SegmentWriter(network, target.adaptor, target.modality),
-                    memory,
-                    len(examples),
-                    config,
-                    automaton=automaton if constrained else None,
-                    prefix=_prefixes(examples, vocabulary.pad),
-                    special=SpecialTokens(vocabulary.bos, vocabulary.pad, vocabulary.eos, vocabulary.unk),
-                    max_positions=codes_of(self.config) + 1 if target.adaptor == IMAGE_CODES else longest,
-                )
-        finally:
-            network.train(training)
-        for example, answers in zip(examples, found, strict=True):
-            outputs = [reader.read(a, example.prefix_length, automaton, example.columns) for a in answers]
-            yield outputs if config.num_return_sequences > 1 else outputs[0]
-
-    def _speak(self, plan: Plan, examples: list[Example], config: GenerationConfig) -> Iterator[Answer]:
-        network, target, name = self.network, examples[0].target[0], plan.target[0].slots[0].name
-        training = network.training
-        network.eval()
-        try:
-            with torch.inference_mode():
-                memory = network.encode(PackedBatch.collate(examples).source.to(network.device))
-                writer = FrameWriter(network, target.adaptor, target.modality)
-                found = generate_frames(writer, memory, len(examples), config, network.device)
-        finally:
-            network.train(training)
-        for answers in found:
-            outputs = []
-            for answer in answers:
-                features = self.preprocess.audio.restore(answer.frames.cpu())
-                speech = Speech(features, answer.stop, self.preprocess.speech_rate)
-                outputs.append(Output(values={name: speech}, speech=speech))
-            yield outputs if config.num_return_sequences > 1 else outputs[0]
-
-    def _move(
-        self, encoder: Encoder, plan: Plan, examples: list[Example], config: GenerationConfig
-    ) -> Iterator[Answer]:
-        network, slot = self.network, plan.target[0].slots[0]
-        training = network.training
-        network.eval()
-        try:
-            with torch.inference_mode():
-                found = made_motions(network, encoder, slot, examples, config)
-        finally:
-            network.train(training)
-        for answers in found:
-            outputs = [Output(values={slot.name: motion}, motion=motion) for motion in answers]
-            yield outputs if config.num_return_sequences > 1 else outputs[0]
 
     # ------------------------------------------------------------------------------------------------------ files
 
@@ -576,17 +544,6 @@ def _newest(folder: Path) -> Path:
 
 def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _prefixes(examples: Sequence[Example], pad: int) -> Tensor | None:
-    """int64 [B, P]: the decoder's forced first tokens after the begin token, padded behind."""
-    longest = max(example.prefix_length for example in examples)
-    if longest == 0:
-        return None
-    prefix = torch.full((len(examples), longest), pad)
-    for row, example in zip(prefix, examples, strict=True):
-        row[: example.prefix_length] = example.target[0].value[1 : 1 + example.prefix_length]
-    return prefix
 
 
 def _audio_limits(config: OFAConfig) -> dict[str, Any]:

@@ -13,13 +13,23 @@ from ofakern.generate.automaton import (
 from ofakern.generate.candidates import CandidateSet, best_candidates, score_candidates
 from ofakern.generate.config import GenerationConfig
 from ofakern.generate.frames import FrameDecoder, Frames, generate_frames
-from ofakern.generate.scoring import SpecialTokens
-from ofakern.generate.search import DecodeState, Hypothesis, StepDecoder, generate
+from ofakern.generate.search import (
+    DecodeState,
+    Finished,
+    Hypothesis,
+    SearchRequest,
+    SearchSession,
+    SpecialTokens,
+    StepDecoder,
+    TokenEvent,
+    generate,
+)
 
 __all__ = [
     "CandidateSet",
     "ChoiceTokens",
     "DecodeState",
+    "Finished",
     "FixedTokens",
     "FrameDecoder",
     "Frames",
@@ -28,11 +38,14 @@ __all__ = [
     "Hypothesis",
     "RangeTokens",
     "RepeatTokens",
+    "SearchRequest",
+    "SearchSession",
     "SpecialTokens",
     "StepDecoder",
     "TargetElement",
     "TokenAutomaton",
     "best_candidates",
+    "TokenEvent",
     "compile_target",
     "generate",
     "generate_frames",

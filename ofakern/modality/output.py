@@ -29,7 +29,8 @@ class Output:
     the picture that was made, when the target is an IMAGE slot. motion: the motion that was made, when it is a MOTION
     slot.
     speech: the written speech, when the target is an AUDIO slot (`.waveform()`, `.save_audio(path)`, ...).
-    score: log-probability of the answer. tokens: vocabulary indices without the begin token.
+    score: log-probability of the answer. tokens: vocabulary indices without the begin token. token_log_probs: of each
+    of them, as the search saw it.
     values: every target slot's value by its name (a list for a slot of a repeated group).
     """
 
@@ -38,6 +39,7 @@ class Output:
     image: Image.Image | None = None
     score: float | None = None
     tokens: list[int] = field(default_factory=list)
+    token_log_probs: list[float] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
     speech: Speech | None = None

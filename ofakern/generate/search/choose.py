@@ -1,0 +1,189 @@
+"""From a step's logits to every group's candidates: what the ops are told about the rows, and who takes which op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ofakern.generate.config import GenerationConfig
+from ofakern.generate.search.automata import Automata
+from ofakern.generate.search.candidates import Candidates, penalise_chosen
+from ofakern.generate.search.contract import SpecialTokens
+from ofakern.generate.search.ofasys import prefix_candidates
+from ofakern.generate.search.random import uniforms
+from ofakern.generate.search.restrict import Adjustments, restrictions
+from ofakern.generate.search.table import Array, Table
+from ofakern.ops.beam_step import RaggedLogits, StepRules, beam_step, sample_step
+
+__all__ = ["Chooser"]
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """What follows from a table's groups alone, and is kept while they stay.
+
+    base: int64 [R], where the states of a row's automaton begin, -1 without one. levels: bool [G] each, the searched
+    groups in the order in which they choose. sampled: bool [G]. filters: those of `sample_step`.
+    """
+
+    rules: StepRules
+    offsets: Tensor
+    counts_history: bool
+    base: Array
+    levels: tuple[Array, ...]
+    sampled: Array
+    filters: dict[str, Any]
+    width: int
+
+
+class Chooser:
+    """Asks `beam_step` and `sample_step` for the candidates of a table's groups."""
+
+    def __init__(self, special: SpecialTokens, automata: Automata) -> None:
+        self._special = special
+        self._automata = automata
+        self._kept: _Fixed | None = None
+        self._version = -1
+
+    def base(self, table: Table) -> Array:
+        """int64 [R]: where the states of each row's automaton begin in `Automata.tables`; -1 without one."""
+        return self._fixed(table).base
+
+    def closed(self, table: Table) -> Array | None:
+        """int64 [R], states in `Automata.tables`, when at this step all rows choose from closed sets."""
+        base, groups, steps = self._fixed(table).base, table.groups, table.steps
+        if bool((base < 0).any()) or bool(((steps < groups["prefix"]) | (steps >= groups["limit"])).any()):
+            return None
+        states = table.states + base
+        return states if bool(self._automata.narrow[states].all()) else None
+
+    def __call__(
+        self, logits: Tensor | RaggedLogits, table: Table, configs: Mapping[int, GenerationConfig], alive: Array
+    ) -> Candidates:
+        """The candidates of the groups `alive` (bool [G]). configs: of the running requests, by id.
+
+        Raises `InvalidLogitsError` with the row where logits are no numbers.
+        """
+        fixed = self._fixed(table)
+        adjustments = restrictions(table, configs)
+        rules = self._rules(fixed, table, ragged=isinstance(logits, RaggedLogits))
+        found = Candidates.none(len(table.groups), fixed.width)
+        odd = _leaves_prefix(table) & alive
+        if odd.any():
+            assert isinstance(logits, Tensor)
+            for groups, parts in prefix_candidates(logits, table, odd, self._special):
+                found.put(groups, *parts)
+        for number, level in enumerate(fixed.levels):
+            if number:
+                penalise_chosen(adjustments, found, table, level, self._special.eos)
+            level = level & alive & ~odd
+            if level.any():
+                own = _with(rules, adjustments, table, level)
+                got = beam_step(logits, torch.from_numpy(table.sums), fixed.offsets, fixed.width, own)
+                found.put(level, *(part.numpy()[level] for part in got))
+        sampled = fixed.sampled & alive
+        if sampled.any():
+            self._draw(found, logits, table, sampled, _with(rules, adjustments, table, sampled))
+        return found
+
+    def _draw(
+        self, found: Candidates, logits: Tensor | RaggedLogits, table: Table, sampled: Array, rules: StepRules
+    ) -> None:
+        fixed, groups = self._fixed(table), table.groups[table.group]
+        numbers = uniforms(groups["seed"], groups["number"], table.steps[table.group])
+        drawn, gains = (x.numpy() for x in sample_step(logits, torch.from_numpy(numbers), rules, **fixed.filters))
+        rows = sampled[table.group]  # one of each group
+        tokens, gains = drawn[rows, None], gains[rows, None]
+        found.put(sampled, table.sums[rows, None] + gains, np.zeros_like(tokens), tokens, gains)
+
+    def _fixed(self, table: Table) -> _Fixed:
+        if self._kept is None or self._version != table.version:
+            self._kept, self._version = _fixed(table, self._special, self._automata), table.version
+        return self._kept
+
+    def _rules(self, fixed: _Fixed, table: Table, *, ragged: bool) -> StepRules:
+        """The rules of this step, for all rows."""
+        groups, steps, rows = table.groups, table.steps, table.group
+        changes: dict[str, Any] = {}
+        if fixed.counts_history:
+            first = int(groups["counted"].min())
+            changes["history"] = torch.from_numpy(table.tokens[:, first:])
+            changes["counted_from"] = _int32((groups["counted"] - first)[rows])
+        if ragged:  # closed sets: neither a prefix, nor an end, nor free text
+            return replace(fixed.rules, ngram=None, **changes)
+        at_end = steps >= groups["limit"]
+        in_prefix = np.flatnonzero((steps < groups["prefix"]) & ~at_end)
+        if len(in_prefix) or at_end.any():
+            forced = np.where(at_end, self._special.eos, -1)
+            forced[in_prefix] = table.prefixes[in_prefix, steps[in_prefix]]
+            changes["forced"] = _int32(forced[rows])
+        early = steps < groups["earliest"]
+        if early.any():
+            changes["no_eos"] = torch.from_numpy(early[rows])
+        if (fixed.base >= 0).any():
+            outside = (fixed.base < 0) | (steps < groups["prefix"])[rows]
+            changes["states"] = _int32(np.where(outside, -1, table.states + fixed.base))
+            changes["tables"] = self._automata.tables
+        return replace(fixed.rules, **changes)
+
+
+def _fixed(table: Table, special: SpecialTokens, automata: Automata) -> _Fixed:
+    groups, rows = table.groups, table.groups[table.group]
+
+    def used(name: str, unused: float) -> Tensor | None:
+        return torch.from_numpy(rows[name]).contiguous() if (groups[name] != unused).any() else None
+
+    rules = StepRules(
+        temperature=used("temperature", 1),
+        repetition_penalty=used("repetition", 1),
+        ngram=used("ngram", 0),
+        unk_penalty=used("unk", 0),
+        pad=special.pad,
+        eos=special.eos,
+        unk=special.unk,
+    )
+    base = np.full(len(rows), -1)
+    has = rows["automaton"] >= 0
+    if has.any():
+        assert automata.tables is not None  # which brings `base` up to date
+        base[has] = automata.base[rows["automaton"][has]]
+    sampled = groups["sampled"]
+    filters = {name: used(name, off) for name, off in (("top_k", 0), ("top_p", 1), ("typical_p", 1), ("min_p", 0))}
+    return _Fixed(
+        rules=rules,
+        offsets=_int32(table.offsets),
+        counts_history=rules.ngram is not None or rules.repetition_penalty is not None,
+        base=base,
+        levels=tuple(~sampled & (groups["level"] == n) for n in range(int(groups["level"].max(initial=0)) + 1)),
+        sampled=sampled,
+        filters={name: values for name, values in filters.items() if values is not None},
+        width=int(2 * groups["width"].max(initial=1)),
+    )
+
+
+def _with(rules: StepRules, adjustments: Adjustments, table: Table, groups: Array) -> StepRules:
+    """The rules for the rows of `groups` (bool [G])."""
+    changes: dict[str, Any] = {}
+    if not groups.all():
+        changes["live"] = torch.from_numpy(groups[table.group])
+    csr = adjustments.csr(len(table.group))
+    if csr is not None:
+        names = ("adjust_first", "adjust_tokens", "adjust_values")
+        changes.update(zip(names, map(torch.from_numpy, csr), strict=True))
+    return replace(rules, **changes) if changes else rules
+
+
+def _leaves_prefix(table: Table) -> Array:
+    """bool [G]: groups in a forced prefix that may be left, as OFASys has it."""
+    groups, steps = table.groups, table.steps
+    odd: Array = groups["ofasys"] & (groups["automaton"] < 0)
+    return odd & (steps < groups["prefix"]) & (steps < groups["limit"])
+
+
+def _int32(values: Array) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, np.int32))

@@ -1,0 +1,270 @@
+"""Searches of many requests at once, each with its own settings, over one decode state.
+
+The beam search is fairseq's, which OFA and OFASys use: 2 x beams candidates a step, an answer ends only from within the
+best beams, a sample is done with its num_beams-th answer. A step costs a fixed number of calls on whole arrays: Python
+runs per request that ends or streams, never per beam or vocabulary entry. The bookkeeping stays on the CPU, wherever
+the model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ofakern.errors import OfakernRuntimeError, OfakernValueError
+from ofakern.generate.config import GenerationConfig
+from ofakern.generate.search.automata import Automata
+from ofakern.generate.search.candidates import Candidates
+from ofakern.generate.search.choose import Chooser
+from ofakern.generate.search.contract import Finished, Hypothesis, SearchRequest, SpecialTokens, StepDecoder, TokenEvent
+from ofakern.generate.search.plan import Running, plan_request
+from ofakern.generate.search.restrict import forbidden_ids
+from ofakern.generate.search.states import DecodeStates
+from ofakern.generate.search.stream import certain_tokens, last_tokens
+from ofakern.generate.search.table import EARLY, NEVER_EARLY, Array, Table
+from ofakern.ops.beam_step import InvalidLogitsError, RaggedLogits
+from ofakern.ops.gathered_linear import gathered_linear
+
+__all__ = ["SearchSession"]
+
+
+class SearchSession:
+    """Runs requests that come and go, one token of each at every `step`.
+
+    An answer depends on its request alone: not on what runs beside it, and when drawn not on its place either.
+
+    Args:
+        model: what writes the answers; `add` may name another.
+        special: vocabulary ids.
+    """
+
+    def __init__(self, model: StepDecoder, special: SpecialTokens | None = None) -> None:
+        self._model = model
+        self._special = special or SpecialTokens()
+        self._automata = Automata()
+        self._chooser = Chooser(self._special, self._automata)
+        self._table = Table()
+        self._states = DecodeStates()
+        self._running: dict[int, Running] = {}
+        self._configs: dict[int, GenerationConfig] = {}
+        self._unchecked: list[Running] = []
+        self._next_id = 0
+
+    @property
+    def running(self) -> int:
+        """Requests that are not finished."""
+        return len(self._running)
+
+    @torch.inference_mode()
+    def add(self, memory: Any, requests: Sequence[SearchRequest], model: StepDecoder | None = None) -> list[int]:
+        """Start a request for every sample of `memory`; returns their ids, by which `step` reports them.
+
+        Raises OfakernValueError, and starts nothing, when an answer cannot fit into the decoder's positions.
+        """
+        if not requests:
+            return []
+        planned = [plan_request(self._next_id + n, request, self._special) for n, request in enumerate(requests)]
+        longest = max(int(one.records["limit"][0]) for one in planned)
+        self._states.begin(model or self._model, memory, [one.groups for one in planned], longest + 1)
+        self._forget_automata()
+        for one in planned:
+            automaton, states = one.request.automaton, np.zeros(one.groups, np.int64)
+            if automaton is not None:
+                one.records["automaton"] = self._automata.number(automaton)
+                states += automaton.start
+            self._table.add(one.records, [one.prefix] * one.groups, states, self._special.bos)
+            self._running[one.id], self._configs[one.id] = one, one.config
+        self._unchecked += [one for one in planned if one.records["restricted"][0]]
+        self._next_id += len(planned)
+        return [one.id for one in planned]
+
+    def cancel(self, id: int) -> bool:
+        """End a request without an answer, nor an event; False when it does not run."""
+        if id not in self._running:
+            return False
+        self._leave([id])
+        return True
+
+    @torch.inference_mode()
+    def step(self) -> list[Finished | TokenEvent]:
+        """One more token for every running request: the tokens that became certain, and the requests that ended."""
+        if not self._running:
+            return []
+        logits = self._logits(self._table.tokens[:, -1])
+        self._continue(self._choose(logits))
+        events = self._streamed()
+        ended = [one for one in self._running.values() if one.groups == 0 or one.error is not None]
+        for one in ended:
+            events += self._finished(one)
+        self._leave([one.id for one in ended])
+        return events
+
+    # ------------------------------------------------------------------------------------------------- the choice
+
+    def _logits(self, tokens: Array) -> Tensor | RaggedLogits:
+        """Those of the next token; only of what is allowed, where all rows choose from closed sets."""
+        states = self._chooser.closed(self._table)
+        fed = None if states is None else self._states.hidden(tokens)
+        if fed is None:
+            logits = self._states.logits(tokens)
+        else:
+            hidden, model, state = fed
+            if hidden.device.type == "cpu":
+                return self._closed_logits(hidden, model.output_weight, states)
+            logits = model.step_logits(state, hidden).cpu()
+        self._check_ids(logits.shape[1])
+        return logits
+
+    def _closed_logits(self, hidden: Tensor, weight: Tensor, states: Any) -> RaggedLogits:
+        self._check_ids(weight.shape[0])
+        tables = self._automata.tables
+        rows = torch.from_numpy(states.astype(np.int32))
+        values, first, tokens = gathered_linear(hidden, weight, rows, tables.first, tables.tokens)
+        return RaggedLogits(values, first, tokens, weight.shape[0])
+
+    def _check_ids(self, vocabulary: int) -> None:
+        """A request that forbids ids beyond the vocabulary fails alone."""
+        for one in self._unchecked:
+            largest = max(forbidden_ids(one.config))
+            if largest >= vocabulary:
+                one.error = OfakernValueError(
+                    f"generate: forbidden ids must be in the vocabulary ({vocabulary}), got {largest}"
+                )
+        self._unchecked.clear()
+
+    def _choose(self, logits: Tensor | RaggedLogits) -> Candidates:
+        """The candidates; a request whose logits are no numbers fails alone."""
+        while True:
+            failed = [one.id for one in self._running.values() if one.error is not None]
+            alive = ~np.isin(self._table.groups["request"], failed)
+            try:
+                return self._chooser(logits, self._table, self._configs, alive)
+            except InvalidLogitsError as error:
+                group = self._table.groups[self._table.group[error.row]]
+                step = self._table.clock - int(group["start"])
+                failure = OfakernRuntimeError(f"generate: logits must be finite, got NaN at step {step}")
+                failure.__cause__ = error
+                self._running[int(group["request"])].error = failure
+
+    # ------------------------------------------------------------------------------------------------ its results
+
+    def _continue(self, candidates: Candidates) -> None:
+        """Take the answers that end, and move the best other candidates into the rows."""
+        table, eos = self._table, self._special.eos
+        groups = table.groups
+        self._end(candidates, candidates.ending(groups["width"], eos))
+        kept = candidates.continuing(groups["width"], eos)
+        dead = np.asarray(~kept.any(1))
+        done: Array = dead | self._is_done(candidates, kept)
+        for group in np.flatnonzero(done).tolist():
+            one = self._running[int(groups["request"][group])]
+            one.groups -= 1
+            if bool(dead[group]) and one.groups == 0 and not any(one.found) and one.error is None:
+                self._give_up(one, group)
+        groups_on, column = (kept & ~done[:, None]).nonzero()
+        parents = table.offsets[groups_on] + candidates.origins[groups_on, column]
+        tokens = candidates.tokens[groups_on, column]
+        states = self._advance(parents, tokens)
+        chosen = candidates.gains[groups_on, column], candidates.scores[groups_on, column]
+        self._states.reorder(parents)
+        table.grow(parents, tokens, *chosen, states)
+
+    def _advance(self, parents: Array, tokens: Array) -> Array:
+        """int64: the automata's states after `tokens`; a forced prefix does not move them."""
+        table, base = self._table, self._chooser.base(self._table)
+        states: Array = table.states[parents]
+        moving = ((table.steps >= table.groups["prefix"])[table.group] & (base >= 0))[parents]
+        if moving.any():
+            own = base[parents[moving]]
+            states[moving] = self._automata.advance(states[moving] + own, tokens[moving]) - own
+        return states
+
+    def _end(self, candidates: Candidates, ends: Array) -> None:
+        """Take the answers that end within the best beams, in the order of their scores."""
+        table, groups = self._table, self._table.groups
+        offsets = table.offsets
+        for group, column in zip(*ends.nonzero(), strict=True):
+            record = groups[group]
+            if record["early"] == EARLY and record["found"] >= record["width"]:
+                continue
+            row = offsets[group] + candidates.origins[group, column]
+            begin = int(record["start"]) + 1
+            tokens = (*table.tokens[row, begin:].tolist(), self._special.eos)
+            gains = (*table.gains[row, begin:].tolist(), float(candidates.gains[group, column]))
+            score = float(candidates.scores[group, column]) / len(tokens) ** float(record["power"])
+            found = self._running[int(record["request"])].found[record["number"]]
+            found.append(Hypothesis(tokens, score, gains))
+            groups["found"][group] += 1
+            if len(found) >= record["width"]:
+                groups["worst"][group] = sorted((one.score for one in found), reverse=True)[record["width"] - 1]
+
+    def _is_done(self, candidates: Candidates, kept: Array) -> Array:
+        """bool [G]: groups that need no more steps."""
+        groups = self._table.groups
+        enough: Array = groups["found"] >= groups["width"]
+        if not enough.any():
+            return enough
+        length = self._table.steps + 1  # tokens a running beam has after this step
+        longest = np.where((groups["early"] == NEVER_EARLY) & (groups["power"] > 0), groups["limit"] + 1, length)
+        best = candidates.scores[np.arange(len(groups)), kept.argmax(1)]
+        hopeless = best / longest ** groups["power"] <= groups["worst"]
+        done: Array = enough & ((groups["early"] == EARLY) | hopeless)
+        return done
+
+    def _give_up(self, one: Running, group: int) -> None:
+        """Where every continuation is forbidden and nothing ended, what stands so far is the answer."""
+        table = self._table
+        row = table.offsets[group]
+        begin = int(table.groups["start"][group]) + 1
+        tokens, gains = table.tokens[row, begin:].tolist(), table.gains[row, begin:].tolist()
+        score = float(table.sums[row]) / max(len(tokens), 1) ** one.config.length_penalty
+        one.found[table.groups["number"][group]].append(Hypothesis(tuple(tokens), score, tuple(gains)))
+
+    # --------------------------------------------------------------------------------------------------- reporting
+
+    def _streamed(self) -> list[Finished | TokenEvent]:
+        """What became certain of the requests that stream."""
+        events: list[Finished | TokenEvent] = []
+        for one in [one for one in self._running.values() if one.streams and one.groups and one.error is None]:
+            events += self._told(one, certain_tokens(one, self._table))
+        return events
+
+    def _finished(self, one: Running) -> list[Finished | TokenEvent]:
+        events: list[Finished | TokenEvent] = []
+        if one.streams and one.error is None:
+            events += self._told(one, last_tokens(one))
+        answers = [] if one.error is not None else one.answers()
+        return [*events, Finished(one.id, answers, one.error)]
+
+    def _told(self, one: Running, events: list[TokenEvent]) -> list[TokenEvent]:
+        """The events that `step` returns: those of a request without a callback, which is called here."""
+        if one.request.on_token is None:
+            return events
+        try:
+            for event in events:
+                one.request.on_token(event)
+        except Exception as error:  # the caller's own: it ends this request and reaches the caller with its end
+            one.error = error
+        return []
+
+    def _leave(self, ids: Sequence[int]) -> None:
+        for id in ids:  # a callback may have cancelled one that has just ended
+            self._running.pop(id, None)
+            self._configs.pop(id, None)
+        rows = np.flatnonzero(~np.isin(self._table.groups["request"], ids)[self._table.group])
+        if len(rows) < len(self._table.group):
+            self._states.reorder(rows)
+            self._table.keep(rows)
+
+    def _forget_automata(self) -> None:
+        """So that a session that serves for days keeps only the automata it uses."""
+        groups = self._table.groups
+        renumbered = self._automata.forget(groups["automaton"])
+        if renumbered is not None:
+            has = groups["automaton"] >= 0
+            groups["automaton"][has] = renumbered[groups["automaton"][has]]
+            self._table.version += 1
