@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_decoder import JoiningDecoder, ToyDecoder
+from toy_decoder import HiddenDecoder, JoiningDecoder, ToyDecoder
 
 from ofakern.errors import OfakernRuntimeError, OfakernValueError
 from ofakern.generate import (
@@ -36,6 +36,7 @@ def automaton(*elements: Any) -> Any:
 
 
 CLOSED = automaton(ChoiceTokens(((5, 6), (5, 7, 8), (9,), (9, 10, 11, 12))))
+OTHER = automaton(ChoiceTokens(((20,), (21, 22), (21, 23), (24, 25, 26))))
 BOX = automaton(RangeTokens(30, 38, 4))
 GROUP = automaton(FixedTokens((8, 9)), RepeatTokens((RangeTokens(30, 38, 4), FreeTokens(4, 30))))
 
@@ -296,6 +297,28 @@ def test_repetition_penalty_is_that_of_ctrl() -> None:
         logits[[1, EOS]] = -torch.inf
         assert token == int(logits.argmax())
         history = (*history, token)
+
+
+def test_closed_sets_take_the_logits_they_need_only() -> None:
+    plain, hidden = ToyDecoder(vocabulary=V, scale=1.0), HiddenDecoder(V, 1.0)
+    wanted = [
+        SearchRequest(GenerationConfig(num_beams=3, num_return_sequences=3), CLOSED),
+        SearchRequest(GenerationConfig(), CLOSED),
+        SearchRequest(GenerationConfig(do_sample=True, num_return_sequences=5, top_p=0.9), OTHER),
+        SearchRequest(GenerationConfig(num_beams=2, repetition_penalty=1.5, temperature=0.5), OTHER, prefix=(7, 8)),
+        SearchRequest(
+            GenerationConfig(num_beams=4, num_beam_groups=2, diversity_penalty=3.0, suppress_tokens=(9,)), CLOSED
+        ),
+    ]
+    session = SearchSession(hidden)
+    ids = session.add(range(len(wanted)), wanted)
+    found = run(session)
+    for sample, (id, request) in enumerate(zip(ids, wanted, strict=True)):
+        assert same(found[id], alone(plain, sample, request)), sample
+    assert hidden.whole_steps == 2, "only while a prefix is forced"
+    session.add([0], [SearchRequest(GenerationConfig(suppress_tokens=(V,)), CLOSED)])
+    (ended,) = _all(session)
+    assert isinstance(ended, Finished) and "in the vocabulary (40), got 40" in str(ended.error)
 
 
 def test_refused() -> None:

@@ -58,6 +58,22 @@ class ToyDecoder:
         return torch.stack([self.logits_after(sample, history) for sample, history in rows])
 
 
+class HiddenDecoder(ToyDecoder):
+    """One that gives hidden states and the output projection: closed sets need no logits of the whole vocabulary."""
+
+    def __init__(self, vocabulary: int, scale: float) -> None:
+        super().__init__(vocabulary, scale=scale)
+        self.output_weight = torch.eye(vocabulary)
+        self.whole_steps = 0
+
+    def decode_hidden(self, state: ToyState, tokens: Tensor) -> Tensor:
+        return super().decode_step(state, tokens)
+
+    def decode_step(self, state: ToyState, tokens: Tensor) -> Tensor:
+        self.whole_steps += 1
+        return super().decode_step(state, tokens)
+
+
 class JoiningDecoder(ToyDecoder):
     """One whose states can be joined, as the real model's."""
 

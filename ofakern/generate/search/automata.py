@@ -22,7 +22,7 @@ class Automata:
         self.base = np.zeros(0, np.int64)
         self._tables: AutomatonTables | None = None
         self._keys = np.zeros(0, np.int64)
-        self.narrow = np.zeros(0, np.bool_)
+        self._vocabulary = 0
 
     def number(self, automaton: TokenAutomaton) -> int:
         """The automaton's number; a new one is taken in."""
@@ -55,39 +55,48 @@ class Automata:
         return self._tables
 
     def _join(self) -> None:
-        parts = [_tables(automaton) for automaton in self._known]
+        parts = [AutomatonTables(**vars(automaton.tables)) for automaton in self._known]
         sizes = np.array([len(part.renormalise) for part in parts])
         self.base = sizes.cumsum() - sizes
         self._tables = parts[0] if len(parts) == 1 else _joined(parts, self.base.tolist())
-        self.narrow = np.zeros(int(sizes.sum()), np.bool_)
-        vocabulary = max(automaton.vocabulary_size for automaton in self._known)
-        counts = np.diff(self._tables.first.numpy())
-        self._stride = vocabulary
-        self._keys = np.repeat(np.arange(len(counts)) * vocabulary, counts) + self._tables.tokens.numpy()
+        self._vocabulary = min(automaton.vocabulary_size for automaton in self._known)
+
+    def narrow(self, states: Array) -> bool:
+        """Whether the logits of few tokens are all that a step in these states needs: all are of closed sets."""
+        tables = self.tables
+        first, range_first = tables.first.numpy(), tables.range_first.numpy()
+        few = first[states + 1] - first[states] <= self._vocabulary // 4  # else the whole product is the cheaper one
+        explicit = range_first[states + 1] == range_first[states]
+        return bool((few & explicit & tables.renormalise.numpy()[states]).all())
 
     def advance(self, states: Array, tokens: Array) -> Array:
-        """int64 [rows]: the states (counted in `tables`) after `tokens`; explicit tokens come before ranges."""
+        """int64 [rows]: the states after `tokens`; explicit tokens come before ranges."""
         tables = self.tables
         after = np.full(len(states), len(tables.renormalise) - 1)  # a sink: nothing follows
-        for number, entry in self._ranges_of(states):
-            lo, hi, target = tables.ranges.numpy()[entry].T
-            inside = (tokens[number] >= lo) & (tokens[number] < hi)
-            after[number[inside]] = target[inside]
-        if len(self._keys):
-            key = states * self._stride + tokens
-            place = np.searchsorted(self._keys, key).clip(max=len(self._keys) - 1)
-            after = np.where(self._keys[place] == key, tables.targets.numpy()[place], after)
+        ranges, first = tables.ranges.numpy(), tables.range_first.numpy()
+        begin, count = first[states], first[states + 1] - first[states]
+        for number in range(int(count.max(initial=0))):
+            rows = np.flatnonzero(count > number)
+            lo, hi, target = ranges[begin[rows] + number].T
+            inside = (tokens[rows] >= lo) & (tokens[rows] < hi)
+            after[rows[inside]] = target[inside]
+        place = _find(tables.first.numpy(), tables.tokens.numpy(), states, tokens)
+        found = place >= 0
+        after[found] = tables.targets.numpy()[place[found]]
         return after
 
-    def _ranges_of(self, states: Array) -> list[tuple[Array, Array]]:
-        """Row numbers and range entries, one pair of arrays for each place a range has in its state."""
-        first = self.tables.range_first.numpy()
-        begin, count = first[states], first[states + 1] - first[states]
-        found = []
-        for place in range(int(count.max(initial=0))):
-            number = np.flatnonzero(count > place)
-            found.append((number, begin[number] + place))
-        return found
+
+def _find(first: Array, members: Array, states: Array, tokens: Array) -> Array:
+    """int64 [rows]: the place of each row's token among its state's, which ascend; -1 where it is not there."""
+    lo, end = first[states].astype(np.int64), first[states + 1].astype(np.int64)
+    hi = end.copy()
+    last = max(len(members) - 1, 0)
+    for _ in range(int((end - lo).max(initial=0)).bit_length()):
+        middle = (lo + hi) // 2
+        below = (lo < hi) & (members[np.minimum(middle, last)] < tokens)
+        lo, hi = np.where(below, middle + 1, lo), np.where(below, hi, np.minimum(middle, hi))
+    place = np.minimum(lo, last)
+    return np.where((lo < end) & (members[place] == tokens), lo, -1) if len(members) else np.full(len(states), -1)
 
 
 def _joined(parts: list[AutomatonTables], base: list[int]) -> AutomatonTables:
@@ -108,18 +117,4 @@ def _joined(parts: list[AutomatonTables], base: list[int]) -> AutomatonTables:
         ranges=torch.cat(shifted),
         renormalise=torch.cat([part.renormalise for part in parts]),
         free=torch.cat([part.free for part in parts]),
-    )
-
-
-def _tables(automaton: TokenAutomaton) -> AutomatonTables:
-    counts = automaton._counts
-    used = automaton._ranges[:, :, 1] > automaton._ranges[:, :, 0]
-    return AutomatonTables(
-        first=torch.cat((counts.new_zeros(1), counts.cumsum(0))).int(),
-        tokens=automaton._tokens.int(),
-        targets=automaton._targets.int(),
-        range_first=torch.cat((counts.new_zeros(1), used.sum(1).cumsum(0))).int(),
-        ranges=automaton._ranges.reshape(-1, 3)[used.reshape(-1)].int(),
-        renormalise=automaton.renormalise,
-        free=automaton.free,
     )

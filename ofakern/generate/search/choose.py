@@ -57,10 +57,11 @@ class Chooser:
     def closed(self, table: Table) -> Array | None:
         """int64 [R], states in `Automata.tables`, when at this step all rows choose from closed sets."""
         base, groups, steps = self._fixed(table).base, table.groups, table.steps
-        if bool((base < 0).any()) or bool(((steps < groups["prefix"]) | (steps >= groups["limit"])).any()):
+        forced = (steps < groups["prefix"]) | ((steps >= groups["limit"]) & ~groups["bounded"])
+        if bool((base < 0).any()) or bool(forced.any()):
             return None
         states = table.states + base
-        return states if bool(self._automata.narrow[states].all()) else None
+        return states if self._automata.narrow(states) else None
 
     def __call__(
         self, logits: Tensor | RaggedLogits, table: Table, configs: Mapping[int, GenerationConfig], alive: Array

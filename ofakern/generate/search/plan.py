@@ -72,6 +72,7 @@ def _settings(config: GenerationConfig, request: SearchRequest, prefix: int) -> 
         "power": config.length_penalty,
         "prefix": prefix,
         "limit": _limit(config, request, prefix),
+        "bounded": request.automaton is not None and request.automaton.longest is not None,
         "earliest": config.min_new_tokens + (0 if ofasys else prefix),
         # fairseq, and so OFASys, count the start token among the n-grams: it matters where `<s>` is generated.
         "counted": 0 if ofasys else 1 + prefix,

@@ -37,6 +37,7 @@ group_type = np.dtype(
         ("start", np.int64),  # column of the start token
         ("prefix", np.int64),  # forced tokens
         ("limit", np.int64),  # step at which the end of sequence is forced
+        ("bounded", np.bool_),  # the automaton ends by itself, so that nothing needs to be forced
         ("earliest", np.int64),  # first step at which it is allowed
         ("counted", np.int64),  # first column that n-grams and repetitions count from
         ("automaton", np.int64),  # its number, -1 for none
