@@ -9,8 +9,7 @@ import pytest
 import torch
 from scenes import COLOURS, scenes, small_model, tasks
 
-from ofakern.checkpoint import GeneralistModel
-from ofakern.checkpoint.requests import StreamPiece
+from ofakern.checkpoint import GeneralistModel, StreamPiece
 from ofakern.errors import OfakernValueError
 from ofakern.generate import Finished
 from ofakern.modality.output import Output

@@ -47,6 +47,19 @@ def test_train_resume_generate(config: Path, capsys: pytest.CaptureFixture[str])
     arguments[1] = str(checkpoint.parent)  # the run's folder stands for its newest checkpoint
     assert main([*arguments, "--closed-set", "yes", "no"]) == 0
     assert capsys.readouterr().out.strip() in ("yes", "no")
+    searched = ["--early-stopping", "never", "--repetition-penalty", "1.2", "--suppress-tokens", "5", "6"]
+    assert main([*arguments, *searched]) == 0
+    whole = capsys.readouterr().out
+    assert main([*arguments, *searched, "--stream"]) == 0
+    assert capsys.readouterr().out == whole
+    drawn = ["--do-sample", "--typical-p", "0.9", "--min-p", "0.01", "--top-k", "20", "--seed", "3", "--json"]
+    assert main([*arguments, *drawn]) == 0
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert len(line["token_log_probs"]) == len(line["tokens"])
+    diverse = ["--num-beam-groups", "2", "--diversity-penalty", "1", "--num-beams"]
+    assert main([*arguments, *diverse, "4"]) == 0
+    assert main([*arguments, *diverse, "3"]) == 2
+    assert "multiple of num_beam_groups" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

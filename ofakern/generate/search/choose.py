@@ -137,7 +137,7 @@ def _fixed(table: Table, special: SpecialTokens, automata: Automata) -> _Fixed:
     groups, rows = table.groups, table.groups[table.group]
 
     def used(name: str, unused: float) -> Tensor | None:
-        return torch.from_numpy(rows[name]).contiguous() if (groups[name] != unused).any() else None
+        return torch.from_numpy(rows[name].copy()) if (groups[name] != unused).any() else None
 
     rules = StepRules(
         temperature=used("temperature", 1),
@@ -187,4 +187,4 @@ def _leaves_prefix(table: Table) -> Array:
 
 
 def _int32(values: Array) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, np.int32))
+    return torch.from_numpy(np.array(values, np.int32))
