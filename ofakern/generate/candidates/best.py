@@ -14,7 +14,7 @@ from ofakern.generate.automaton import ChoiceTokens, TokenAutomaton, compile_tar
 from ofakern.generate.candidates.numbering import CandidateSet, Numbers
 from ofakern.generate.candidates.scoring import CandidateScorer, Floats
 from ofakern.generate.config import GenerationConfig
-from ofakern.generate.search import Hypothesis, SpecialTokens  # type: ignore[attr-defined]
+from ofakern.generate.search import Hypothesis, SpecialTokens
 
 #: Rows of a decoding step: enough for whole matrix products, few enough to hold their keys and values.
 MAX_ROWS = 1024

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ofakern.errors import OfakernRuntimeError, OfakernValueError
 from ofakern.generate.candidates.numbering import CandidateSet, Numbers
-from ofakern.generate.search import SpecialTokens  # type: ignore[attr-defined]
+from ofakern.generate.search import SpecialTokens
 from ofakern.ops.gathered_linear import gathered_linear
 
 _WHERE = "score_candidates"

@@ -55,7 +55,7 @@ class Automata:
         return self._tables
 
     def _join(self) -> None:
-        parts = [AutomatonTables(**vars(automaton.tables)) for automaton in self._known]
+        parts = [automaton.tables for automaton in self._known]
         sizes = np.array([len(part.renormalise) for part in parts])
         self.base = sizes.cumsum() - sizes
         self._tables = parts[0] if len(parts) == 1 else _joined(parts, self.base.tolist())
