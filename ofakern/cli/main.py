@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "print the plan of an instruction",
     "train": "train a model on the tasks of a YAML file",
     "generate": "follow an instruction with a saved model",
+    "serve": "answer requests over HTTP with a saved model",
     "convert": "turn a checkpoint of OFASys or OFA into a saved model, or back",
     "parity": "recompute recorded cases of OFASys and compare",
     "bench": "time ops against their peers",

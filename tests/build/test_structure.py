@@ -32,6 +32,7 @@ RANKS = {
     "plan": 5,
     "data": 6,
     "checkpoint": 7,
+    "serve": 8,
     "tasks": 9,
     "train": 9,
     "cli": 10,

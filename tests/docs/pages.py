@@ -13,6 +13,7 @@ PAGES = (
     "docs/ARCHITECTURE.md",
     "docs/MODALITIES.md",
     "docs/PATCH.md",
+    "docs/SERVING.md",
     "benchmarks/results/README.md",
     *sorted(
         str(page.relative_to(ROOT)) for half in ("csrc", "ofakern") for page in ROOT.glob(f"{half}/ops/*/README.md")
