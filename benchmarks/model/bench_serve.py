@@ -55,6 +55,8 @@ class Spec:
     default: bool = True
 
 
+_DEMO = OFAConfig(dim=128, ffn_dim=512, heads=2, encoder_layers=2, decoder_layers=2, init_std=0.08)
+
 CASES = {
     spec.name: spec
     for spec in (
@@ -78,12 +80,14 @@ def make(spec: Spec, dtype: str) -> Problem:
         image_height=spec.image, image_width=spec.image, patch_height=patch, patch_width=patch
     )
     adaptors = (TextAdaptorConfig(max_position=256), image)
-    small = OFAConfig(dim=128, ffn_dim=512, heads=2, encoder_layers=2, decoder_layers=2, init_std=0.08)
-    config = OFAConfig.from_size("base") if spec.base else small
-    config = replace(config, dropout=0.0, vocab_size=len(tokenizer.vocabulary), adaptors=adaptors)
+    config = replace(_config(spec), dropout=0.0, vocab_size=len(tokenizer.vocabulary), adaptors=adaptors)
     model = GeneralistModel(config, tokenizer=tokenizer, image_size=spec.image, seed=0)
     model.network.to(DTYPES[dtype]).eval()
     return Problem(spec, model, list(_requests(spec)))
+
+
+def _config(spec: Spec) -> OFAConfig:
+    return OFAConfig.from_size("base") if spec.base else _DEMO
 
 
 def _requests(spec: Spec) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -168,8 +172,8 @@ def reduced(spec: Spec) -> Spec:
 
 def work(spec: Spec, dtype: str, phase: str) -> Work:
     """Two flops per parameter and token, five beams of 13 tokens for captions and 4 or 5 tokens otherwise."""
-    config = OFAConfig.from_size("base") if spec.base else OFAConfig(dim=128, ffn_dim=512)
-    layers = 6 if spec.base else 2
+    config = _config(spec)
+    layers = config.encoder_layers
     layer = 4 * config.dim**2 + 2 * config.dim * config.ffn_dim
     vocabulary = config.dim * (59_000 if spec.base else 1_400)
     source = (spec.image // (16 if spec.base else 8)) ** 2 + 16
