@@ -8,12 +8,13 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ofakern.checkpoint.denoise import made_motions
-from ofakern.checkpoint.requests import Answer, PreparedRequest
+from ofakern.checkpoint.requests import Answer, PreparedRequest, prefix_of
 from ofakern.data.batch import PackedBatch
 from ofakern.data.example import PreprocessConfig
-from ofakern.generate import SearchSession, generate_frames
+from ofakern.generate import SearchSession, SpecialTokens, best_candidates, generate_frames
 from ofakern.generate.search import finish
 from ofakern.instruction import Modality
 from ofakern.modality.audio.postprocess import Speech
@@ -32,6 +33,9 @@ class _Model(Protocol):
 
     @property
     def network(self) -> OFAPlus: ...
+
+    @property
+    def special_tokens(self) -> SpecialTokens: ...
 
     def search_session(self) -> SearchSession: ...
 
@@ -68,8 +72,11 @@ def answer_all(model: _Model, prepared: Sequence[PreparedRequest]) -> list[Answe
     with evaluating(model.network):
         _search(model, {n: one for n, one in enumerate(prepared) if one.search is not None}, found)
         apart = {n: one for n, one in enumerate(prepared) if one.search is None}
-        for numbers in _grouped(apart, lambda one: (id(one.recipe), one.config)):
+        for numbers in _grouped(apart, lambda one: (id(one.recipe), id(one.automaton), one.config)):
             chosen = [prepared[n] for n in numbers]
+            if chosen[0].config.all_candidates:
+                found.update(zip(numbers, _score_all(model, chosen), strict=True))
+                continue
             made = _speak if chosen[0].recipe.made is Modality.AUDIO else _move
             for number, outputs in zip(numbers, made(model, chosen), strict=True):
                 found[number] = outputs if chosen[0].config.num_return_sequences > 1 else outputs[0]
@@ -93,6 +100,24 @@ def _search(model: _Model, prepared: Mapping[int, PreparedRequest], found: dict[
         numbers.update(zip(ids, group, strict=True))
     for id, answers in finish(session).items():
         found[numbers[id]] = prepared[numbers[id]].read(answers)
+
+
+def _score_all(model: _Model, prepared: Sequence[PreparedRequest]) -> list[Answer]:
+    """Requests of one automaton whose candidates are all scored."""
+    first = prepared[0]
+    forced = [torch.tensor(prefix_of(one.example), dtype=torch.int64) for one in prepared]
+    special = model.special_tokens
+    answers = best_candidates(
+        model.writer(first.writer_key),
+        encode_sources(model.network, prepared),
+        len(prepared),
+        first.config,
+        automaton=first.automaton,
+        prefix=pad_sequence(forced, batch_first=True, padding_value=special.pad),
+        special=special,
+        max_positions=first.recipe.positions,
+    )
+    return [one.read(best) for one, best in zip(prepared, answers, strict=True)]
 
 
 def _speak(model: _Model, prepared: Sequence[PreparedRequest]) -> Iterator[list[Output]]:

@@ -370,9 +370,13 @@ class GeneralistModel:
 
     def search_session(self, writer_key: tuple[str, int] = ("text", int(Modality.TEXT))) -> SearchSession:
         """A session for prepared requests; `add(..., model=self.writer(key))` takes those with another key."""
+        return SearchSession(self.writer(writer_key), self.special_tokens)
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """Their ids in this model's vocabulary."""
         vocabulary = self.tokenizer.vocabulary
-        special = SpecialTokens(vocabulary.bos, vocabulary.pad, vocabulary.eos, vocabulary.unk)
-        return SearchSession(self.writer(writer_key), special)
+        return SpecialTokens(vocabulary.bos, vocabulary.pad, vocabulary.eos, vocabulary.unk)
 
     def writer(self, key: tuple[str, int]) -> SegmentWriter:
         """What writes targets of this adaptor and modality (`PreparedRequest.writer_key`); the same one every time."""

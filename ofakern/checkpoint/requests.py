@@ -16,7 +16,7 @@ from ofakern.instruction import Modality
 from ofakern.modality.output import Output
 from ofakern.plan import Plan
 
-__all__ = ["PreparedRequest", "Recipe", "StreamPiece", "requested"]
+__all__ = ["PreparedRequest", "Recipe", "StreamPiece", "prefix_of", "requested"]
 
 Row = Mapping[str, Any]
 Answer = Output | list[Output]
@@ -93,13 +93,17 @@ class Recipe:
                 raise OfakernValueError(f"inference: streamed targets must be tokens, got {self.made.name}")
             return PreparedRequest(self, example, config, None, None)
         automaton = self.automaton or self.reader.automaton(row)
+        if config.all_candidates:
+            if stream or on_token or tell:
+                raise OfakernValueError("inference: all_candidates must not be streamed, got a listener")
+            return PreparedRequest(self, example, config, None, automaton)
         if tell is not None:
             on_token = _PieceTeller(number, self.reader, automaton, tell)
         searched, constrained = self.reader.as_ofasys(config) if config.compat == "ofasys" else (config, True)
         request = SearchRequest(
             searched,
             automaton if constrained else None,
-            tuple(example.target[0].value[1 : 1 + example.prefix_length].tolist()),
+            prefix_of(example),
             self.positions,
             on_token,
             stream,
@@ -112,7 +116,8 @@ class PreparedRequest:
     """A row that is ready to be answered.
 
     Attributes:
-        search: what a `SearchSession` takes; None for speech and motions, which `GeneralistModel.run_request` makes.
+        search: what a `SearchSession` takes; None for speech, motions and where all candidates are scored, which
+            `GeneralistModel.run_request` does.
         automaton: of the target, also where the search is not bound to it.
     """
 
@@ -143,6 +148,11 @@ class PreparedRequest:
         """That slot's name (None at the end and between slots) and its text so far."""
         assert self.automaton is not None
         return self.recipe.reader.partial(tokens, self.automaton)
+
+
+def prefix_of(example: Example) -> tuple[int, ...]:
+    """The forced first tokens of an answer, without the start token."""
+    return tuple(example.target[0].value[1 : 1 + example.prefix_length].tolist())
 
 
 class _PieceTeller:

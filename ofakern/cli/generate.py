@@ -60,6 +60,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--closed-set", metavar="ANSWER", nargs="+", help="the only answers there are")
     parser.add_argument(
+        "--all-candidates", action="store_true", help="score every answer of the closed set instead of searching"
+    )
+    parser.add_argument(
         "--do-sample", action="store_true", help="draw an answer at random instead of searching for the best"
     )
     parser.add_argument(
@@ -89,8 +92,7 @@ def run(args: argparse.Namespace) -> int:
             raise OfakernValueError(f"--data: value must be NAME=VALUE, got {item!r}")
         row[name] = value
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
-    if args.do_sample:
-        given["do_sample"] = True
+    given.update({name: True for name in ("do_sample", "all_candidates") if getattr(args, name)})
     if args.early_stopping is not None:
         given["early_stopping"] = _EARLY[args.early_stopping]
     if args.suppress_tokens:

@@ -54,6 +54,17 @@ _INTEGERS = {
     "frames": 1,
 }
 
+# What would change an answer's score, and does not when all candidates are scored.
+_OF_A_SEARCH = {
+    "do_sample",
+    "num_beam_groups",
+    "repetition_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "unk_penalty",
+}
+
 # Of real numbers: how the rule reads, and whether a value keeps it.
 _REALS: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     "length_penalty": ("be finite", math.isfinite),
@@ -93,7 +104,10 @@ class GenerationConfig:
             that hold `top_p` of the probability, have at least `min_p` times the best one's and are the `typical_p`
             most typical (Meister et al.).
         seed: of the draws. A draw is a function of seed, number of the answer and step, not of the batch.
-        num_return_sequences: answers per sample, best first; at most num_beams unless sampling.
+        num_return_sequences: answers per sample, best first; at most num_beams unless sampling or all_candidates.
+        all_candidates: score every answer of a closed set instead of searching for the best (OFA's all-candidate
+            evaluation; with `length_penalty` 0 exactly that). Beams play no role; only `temperature` and
+            `length_penalty` change a score.
         early_stopping: True: a sample is done with its num_beams-th finished answer (fairseq, OFASys). False: it goes
             on while the best running beam's score, at its present length, beats the worst of them (transformers'
             heuristic). "never": until no running beam of any length can beat it.
@@ -123,6 +137,7 @@ class GenerationConfig:
     typical_p: float = 1.0
     min_p: float = 0.0
     num_return_sequences: int = 1
+    all_candidates: bool = False
     early_stopping: bool | Literal["never"] = True
     unk_penalty: float = 0.0
     stop_threshold: float = 0.5
@@ -156,6 +171,16 @@ class GenerationConfig:
         if self.compat not in (None, "ofasys"):
             raise OfakernValueError(f"{_WHERE}: compat must be None or 'ofasys', got {self.compat!r}")
         self._check_beams()
+        if self.all_candidates:
+            self._check_all_candidates()
+
+    def _check_all_candidates(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name in _OF_A_SEARCH and getattr(self, field.name) != field.default:
+                raise OfakernValueError(
+                    f"{_WHERE}: {field.name} must be {field.default!r} with all_candidates, "
+                    f"got {getattr(self, field.name)!r}"
+                )
 
     def _check_bad_words(self) -> None:
         words = self.bad_words_ids
@@ -165,7 +190,7 @@ class GenerationConfig:
 
     def _check_beams(self) -> None:
         beams, groups = self.num_beams, self.num_beam_groups
-        if beams is not None and not self.do_sample and self.num_return_sequences > beams:
+        if beams is not None and not self.do_sample and not self.all_candidates and self.num_return_sequences > beams:
             raise OfakernValueError(
                 f"{_WHERE}: num_return_sequences must be at most num_beams ({beams}), got {self.num_return_sequences}\n"
                 f"Try: num_beams={self.num_return_sequences}"
