@@ -92,7 +92,7 @@ struct RowSearch {
       for (; place > 0 && largest > bounds[place - 1]; --place) bounds[place] = bounds[place - 1];
       bounds[place] = largest;
     }
-    return sum + scores.plain(bounds[width - 1] * scores.rules.scale);
+    return sum + scores.plain(bounds[width - 1]);
   }
 
   // The tokens [lo, hi) of a row of the vocabulary.
@@ -102,7 +102,7 @@ struct RowSearch {
     const float scale = scores.rules.scale, reached = reached_by_chunks(maxima, lo, hi);
     float limit = limit_of(max_of(worst(), reached));
     for (i64 chunk = lo / kChunk; chunk * kChunk < hi; ++chunk) {
-      if (!(maxima[chunk] * scale > limit)) continue;
+      if (!(maxima[chunk] > limit)) continue;
       const i64 end = min_of(hi, (chunk + 1) * kChunk);
       for (i64 at = max_of(lo, chunk * kChunk); at < end; at += kWidth) {
         const i64 n = min_of<i64>(kWidth, end - at);

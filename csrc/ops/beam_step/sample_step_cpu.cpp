@@ -101,7 +101,7 @@ OFAKERN_LOCAL double weigh(SampleScratch* s) {
   DoubleSum sum = dzero();
   for (i64 i = 0; i < s->count; i += kWidth) {
     const i64 left = s->count - i;
-    Vec w = exp_below(vsub(vload_n(s->log_probs + i, left), vset(best)));
+    Vec w = exp_of(vsub(vload_n(s->log_probs + i, left), vset(best)));
     vstore_n(s->weights + i, w, left);
     if (left < kWidth) {
       float rest[kWidth] = {};

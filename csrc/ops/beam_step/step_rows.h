@@ -19,7 +19,7 @@ struct StepPlan {
   i64 rows, vocabulary, pieces, chunks;
   i64 longest;           // most tokens that a list holds
   ExpSum* sums;          // [rows, pieces]; of rows whose softmax is over the vocabulary
-  float* maxima;         // [rows, chunks]: the largest logit of each chunk that no rule touches
+  float* maxima;         // [rows, chunks]: the largest x of each chunk that no rule touches
   std::uint8_t* faults;  // [rows]: 0 or 1 + RowFault
   bool ragged() const { return in->first.defined(); }
 };
@@ -56,39 +56,38 @@ struct Scratch {
         special(false) {}
 };
 
-// One chunk that a rule touches or that ends early, as f32 with the rules applied.
+// One chunk of which a rule changes something, or that ends early: x in f32.
 template <class T>
 OFAKERN_LOCAL void sum_marked_chunk(const T* logits, i64 lo, i64 hi, const RowRules& rules, const Marks& marks,
                                     ExpSum* sum, float* largest) {
-  float chunk[kChunk];
-  for (i64 i = 0; i < kChunk; ++i) chunk[i] = lo + i < hi ? to_float(logits[lo + i]) : kLowest;
-  marks.seen.each(lo, hi, [&](i64 token) { chunk[token - lo] = penalised(chunk[token - lo], rules, marks, token); });
-  add_chunk(chunk, rules.scale, largest_of(chunk), sum);
-  marks.special.each(lo, hi, [&](i64 token) { chunk[token - lo] = kLowest; });
-  *largest = largest_of(chunk);
+  float x[kChunk];
+  for (i64 i = 0; i < kChunk; i += kWidth) {
+    const i64 left = hi - lo - i;
+    vstore(x + i, left >= kWidth ? vload_as(logits + lo + i) : vset(kLowest));
+    for (i64 l = 0; l < left && left < kWidth; ++l) x[i + l] = to_float(logits[lo + i + l]);
+  }
+  marks.seen.each(lo, hi, [&](i64 token) { x[token - lo] = penalised(x[token - lo], rules, marks, token); });
+  for (i64 i = 0; i < kChunk; ++i) x[i] *= rules.scale;
+  add_chunk(x, largest_of(x), sum);
+  marks.special.each(lo, hi, [&](i64 token) { x[token - lo] = kLowest; });
+  *largest = largest_of(x);
 }
 
-// Adds the logits [lo, hi) of a row to `sum` and leaves the chunks' maxima.
+// Sums the logits [lo, hi) of a row and leaves the chunks' maxima.
 template <class T>
-OFAKERN_LOCAL ExpSum sum_piece(const T* logits, i64 lo, i64 hi, const RowRules& rules, const Marks& marks, ExpSum sum,
+OFAKERN_LOCAL ExpSum sum_piece(const T* logits, i64 lo, i64 hi, const RowRules& rules, const Marks& marks,
                                float* maxima) {
+  ExpSum sum;
   for (i64 at = lo; at < hi; at += kChunk) {
     float* largest = maxima + at / kChunk;
-    if (at + kChunk > hi || marks.special.any(at, at + kChunk)) {
+    if (at + kChunk > hi || rules.scale != 1 || marks.special.any(at, at + kChunk)) {
       sum_marked_chunk(logits, at, min_of(at + kChunk, hi), rules, marks, &sum, largest);
     } else {
       *largest = largest_of(logits + at);
-      add_chunk(logits + at, rules.scale, *largest, &sum);
+      add_chunk(logits + at, *largest, &sum);
     }
   }
   return sum;
-}
-
-template <class T>
-OFAKERN_LOCAL ExpSum sum_piece_well(const T* logits, i64 lo, i64 hi, const RowRules& rules, const Marks& marks,
-                                    float* maxima) {
-  const ExpSum sum = sum_piece(logits, lo, hi, rules, marks, ExpSum(), maxima);
-  return too_coarse(sum) ? sum_piece(logits, lo, hi, rules, marks, shifted_sum(sum.largest), maxima) : sum;
 }
 
 OFAKERN_HOT bool is_live(const StepPlan& plan, i64 row) { return entry<std::uint8_t>(plan.in->live, row, 1) != 0; }
@@ -104,8 +103,8 @@ OFAKERN_LOCAL void sum_rows(const StepPlan& plan, int threads, const Skip& skip,
     if (skip(row) || !read_rules(in, row, &rules) || rules.alone) return;
     Marks& marks = marks_of(thread);
     Marker(in, rules, lo, hi, &marks);
-    plan.sums[task] = sum_piece_well(in.logits.as<const T>() + row * in.logits.stride[0], lo, hi, rules, marks,
-                                     plan.maxima + row * plan.chunks);
+    plan.sums[task] = sum_piece(in.logits.as<const T>() + row * in.logits.stride[0], lo, hi, rules, marks,
+                                plan.maxima + row * plan.chunks);
   });
 }
 
@@ -160,18 +159,14 @@ OFAKERN_LOCAL double log_sum_of_list(const RowScores& scores, Scratch* scratch) 
     }
   for (i64 i = 0; i < n; ++i) scratch->values[i] *= scores.rules.scale;
   ExpSum sum;
-  for (int tries = 0; tries < 2; ++tries) {
-    for (i64 at = 0; at < n; at += kChunk) {
-      float rest[kChunk];
-      const float* chunk = scratch->values + at;
-      if (at + kChunk > n) {
-        for (i64 i = 0; i < kChunk; ++i) rest[i] = at + i < n ? chunk[i] : kLowest;
-        chunk = rest;
-      }
-      add_chunk(chunk, 1.0f, largest_of(chunk), &sum);
+  for (i64 at = 0; at < n; at += kChunk) {
+    float rest[kChunk];
+    const float* chunk = scratch->values + at;
+    if (at + kChunk > n) {
+      for (i64 i = 0; i < kChunk; ++i) rest[i] = at + i < n ? chunk[i] : kLowest;
+      chunk = rest;
     }
-    if (tries == 1 || !too_coarse(sum)) break;
-    sum = shifted_sum(sum.largest);
+    add_chunk(chunk, largest_of(chunk), &sum);
   }
   return log_of(&sum, 1);
 }
