@@ -74,7 +74,8 @@ class Contender:
     comparison (the first of several outputs if it is not given). forward_only: why there is no backward.
     exact: computes the case's own function (a peer that leaves out the bias does not). steps: calls of phases other
     than fwd and fwd+bwd. compiled: making it has already run it on the case itself. details: numbers of the last call
-    that belong into its record beside the times.
+    that belong into its record beside the times. share: the part of the case that a call computes; times are divided
+    by it.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Contender:
     forward_only: str | None = None
     steps: Mapping[str, Callable[[], Output]] = field(default_factory=dict)
     details: Callable[[], Mapping[str, float]] | None = None
+    share: float = 1.0
 
     def call(self, phase: Phase) -> Callable[[], Output]:
         """The function to time; returns the output. Raises Unavailable when the contender has no such phase."""

@@ -192,7 +192,7 @@ def _run_case(session: _Session, spec: Any, dtype: str, bar: Any) -> Iterator[st
             raise OfakernRuntimeError(f"bench: {spec.name} {dtype} must give the same bits in every call, got others")
         del last
         for name in calls:
-            seconds = timing.quantiles(samples[name])
+            seconds = {key: t / contenders[name].share for key, t in timing.quantiles(samples[name]).items()}
             details = contenders[name].details
             numbers = {} if details is None else dict(details())
             peak = _peak(session, spec, dtype, name, phase)

@@ -3,6 +3,7 @@
 
 #include "ops/attention/attention.h"
 #include "tensor_caster.h"
+#include "torch_tensors.h"
 
 namespace py = pybind11;
 
@@ -30,11 +31,11 @@ Call read_inputs(Arguments& args) {
                                                {"tables[1]", "terms[1].q_coord", "terms[1].k_coord", "terms[1].same"}};
   Call call;
   AttentionInputs& in = call.inputs;
-  in.q = args.tensor("q");
-  in.k = args.tensor("k");
-  in.v = args.tensor("v");
-  in.q_pos = args.tensor("q_pos");
-  in.k_pos = args.tensor("k_pos");
+  in.q = args.rows("q");
+  in.k = args.rows("k");
+  in.v = args.rows("v");
+  in.q_pos = args.rows("q_pos");
+  in.k_pos = args.rows("k_pos");
   in.terms[0] = read_term(args, kTerms[0]);
   in.terms[1] = read_term(args, kTerms[1]);
   in.head_scale = args.tensor("head_scale");
@@ -60,6 +61,23 @@ void forward(const py::args& values) {
   attention_forward_cpu(call.inputs, out, lse, workspace, call.threads);
 }
 
+py::object make_forward(const py::args& values) {
+  Arguments args("attention", values, kInputs, Unready::copied);
+  const Call call = read_inputs(args);
+  const AttentionInputs& in = call.inputs;
+  const std::int64_t bytes =
+      attention_forward_workspace(in, call.threads);  // after its checks q and v have 3 dimensions
+  Made made;
+  const TensorView out = made.empty(in.q.dtype, {in.q.shape[0], in.q.shape[1], in.v.shape[2]});
+  const TensorView lse = made.empty(DType::f32, {in.q.shape[0], in.q.shape[1]});
+  const TensorView workspace = made.workspace(bytes);
+  {
+    const py::gil_scoped_release release;
+    attention_forward_cpu(in, out, lse, workspace, call.threads);
+  }
+  return made.results();
+}
+
 void backward(const py::args& values) {
   Arguments args("attention", values, 13 + kInputs);
   AttentionGradients gradients;
@@ -81,6 +99,35 @@ void backward(const py::args& values) {
   attention_backward_cpu(call.inputs, out, lse, dout, dlse, gradients, workspace, call.threads);
 }
 
+TensorView make_like(Made& made, const TensorView& x) { return x.defined() ? made.like(x) : made.none(); }
+
+// The gradients in the order of `backward`, None of what was not given.
+py::object make_backward(const py::args& values) {
+  Arguments args("attention", values, 4 + kInputs, Unready::copied);
+  const TensorView out = args.tensor("out");
+  const TensorView lse = args.tensor("lse");
+  const TensorView dout = args.rows("dout");
+  const TensorView dlse = args.tensor("dlse");
+  const Call call = read_inputs(args);
+  const AttentionInputs& in = call.inputs;
+  const std::int64_t bytes = attention_backward_workspace(in, call.threads);
+  Made made;
+  AttentionGradients gradients;
+  gradients.dq = made.like(in.q);
+  gradients.dk = made.like(in.k);
+  gradients.dv = made.like(in.v);
+  gradients.dq_pos = make_like(made, in.q_pos);
+  gradients.dk_pos = make_like(made, in.k_pos);
+  for (int t = 0; t < 2; ++t) gradients.dtables[t] = make_like(made, in.terms[t].table);
+  gradients.dhead_scale = make_like(made, in.head_scale);
+  const TensorView workspace = made.workspace(bytes);
+  {
+    const py::gil_scoped_release release;
+    attention_backward_cpu(in, out, lse, dout, dlse, gradients, workspace, call.threads);
+  }
+  return made.results();
+}
+
 std::int64_t forward_workspace(const py::args& values) {
   Arguments args("attention", values, kInputs);
   const Call call = read_inputs(args);
@@ -96,6 +143,8 @@ std::int64_t backward_workspace(const py::args& values) {
 }  // namespace
 
 void bind_attention(py::module_& m) {
+  m.def("attention", &make_forward);
+  m.def("attention_gradients", &make_backward);
   m.def("attention_forward", &forward);
   m.def("attention_backward", &backward);
   m.def("attention_forward_workspace", &forward_workspace);

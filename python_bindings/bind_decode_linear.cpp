@@ -3,6 +3,7 @@
 
 #include "ops/decode_linear/decode_linear.h"
 #include "tensor_caster.h"
+#include "torch_tensors.h"
 
 namespace py = pybind11;
 
@@ -13,7 +14,7 @@ constexpr std::size_t kInputs = 5;  // what read_inputs takes, threads included
 
 DecodeLinearInputs read_inputs(Arguments& args) {
   DecodeLinearInputs in;
-  in.x = args.tensor("x");
+  in.x = args.rows("x");
   in.packed = args.tensor("packed");
   in.scale = args.tensor("scale");
   in.bias = args.tensor("bias");
@@ -58,11 +59,27 @@ void forward(const py::args& values) {
   decode_linear_cpu(in, out, workspace, threads);
 }
 
+py::object make_forward(const py::args& values) {
+  Arguments args("decode_linear", values, 1 + kInputs, Unready::copied);
+  const DecodeLinearInputs in = read_inputs(args);
+  const std::int64_t width = args.integer("width");
+  const int threads = args.threads();
+  const std::int64_t bytes = decode_linear_workspace(in, threads);  // after its checks x has 2 dimensions
+  Made made;
+  const TensorView out = made.empty(in.x.dtype, {in.x.shape[0], width}), workspace = made.workspace(bytes);
+  {
+    const py::gil_scoped_release release;
+    decode_linear_cpu(in, out, workspace, threads);
+  }
+  return made.results();
+}
+
 }  // namespace
 
 void bind_decode_linear(py::module_& m) {
   m.def("decode_linear_packed_bytes", &packed_bytes);
   m.def("decode_linear_pack", &pack);
+  m.def("decode_linear", &make_forward);
   m.def("decode_linear_workspace", &workspace_bytes);
   m.def("decode_linear_forward", &forward);
 }

@@ -1,8 +1,11 @@
 // ops.layer_norm: every argument becomes a checked view with the GIL held, the kernel runs without it.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
 #include "ops/layer_norm/layer_norm.h"
 #include "tensor_caster.h"
+#include "torch_tensors.h"
 
 namespace py = pybind11;
 
@@ -146,9 +149,185 @@ void embed_backward(const py::args& values) {
   embed_layer_norm_backward_cpu(dout, in, stats, affine, dtable, dtype_table, gradients, workspace, threads);
 }
 
+// ---- with results that torch makes
+// ----------------------------------------------------------------------------------- Their sizes are taken from
+// arguments that the op has not checked yet: whatever they are, the checks come first thing.
+
+// Rows of the last `row_dims` dimensions.
+std::int64_t width_of(const TensorView& x, int row_dims = 1) {
+  std::int64_t width = 1;
+  for (int d = std::max(x.ndim - row_dims, 0); d < x.ndim; ++d) width *= x.shape[d];
+  return std::max<std::int64_t>(width, 1);
+}
+
+TensorView make_stats(Made& made, const TensorView& x, int row_dims = 1) {
+  return made.empty(DType::f32, {x.numel() / width_of(x, row_dims), 2});
+}
+
+AffineGradients make_gradients(Made& made, const LayerNormAffine& affine) {
+  AffineGradients gradients;
+  gradients.dweight = made.like(affine.weight);
+  gradients.dbias = made.like(affine.weight);
+  return gradients;
+}
+
+py::object make_add(const py::args& values) {
+  Arguments args("add_layer_norm", values, 8, Unready::copied);
+  const TensorView x = args.tensor("x"), residual = args.tensor("residual");
+  const LayerNormAffine affine = read_affine(args);
+  const Dropout dropout = read_dropout(args);
+  const int threads = args.threads();
+  Made made;
+  const TensorView out = made.like(x), total = made.like(x), stats = make_stats(made, x);
+  const TensorView workspace = made.workspace(layer_norm_forward_workspace(width_of(x), threads));
+  {
+    const py::gil_scoped_release release;
+    add_layer_norm_forward_cpu(x, residual, affine, dropout, out, total, stats, workspace, threads);
+  }
+  return made.results();
+}
+
+// Without dropout dx is None: dresidual is it.
+py::object make_add_gradients(const py::args& values) {
+  Arguments args("add_layer_norm", values, 8, Unready::copied);
+  const TensorView dout = args.tensor("dout"), dtotal = args.tensor("dtotal");
+  const TensorView total = args.tensor("total"), stats = args.tensor("stats");
+  const LayerNormAffine affine = read_weight(args);
+  const Dropout dropout = read_dropout(args);
+  const int threads = args.threads();
+  Made made;
+  const TensorView dx = dropout.p > 0 ? made.like(total) : made.none(), dresidual = made.like(total);
+  const AffineGradients gradients = make_gradients(made, affine);
+  const std::int64_t rows = total.numel() / width_of(total);
+  const TensorView workspace = made.workspace(layer_norm_backward_workspace(rows, width_of(total), 0, threads));
+  {
+    const py::gil_scoped_release release;
+    add_layer_norm_backward_cpu(dout, dtotal, total, stats, affine, dropout, dx, dresidual, gradients, workspace,
+                                threads);
+  }
+  return made.results();
+}
+
+py::object make_gelu(const py::args& values) {
+  Arguments args("gelu_layer_norm", values, 5, Unready::copied);
+  const TensorView x = args.tensor("x");
+  const LayerNormAffine affine = read_affine(args);
+  const int threads = args.threads();
+  Made made;
+  const TensorView out = made.like(x), stats = make_stats(made, x);
+  const TensorView workspace = made.workspace(layer_norm_forward_workspace(width_of(x), threads));
+  {
+    const py::gil_scoped_release release;
+    gelu_layer_norm_forward_cpu(x, affine, out, stats, workspace, threads);
+  }
+  return made.results();
+}
+
+py::object make_gelu_gradients(const py::args& values) {
+  Arguments args("gelu_layer_norm", values, 5, Unready::copied);
+  const TensorView dout = args.tensor("dout"), x = args.tensor("x"), stats = args.tensor("stats");
+  const LayerNormAffine affine = read_weight(args);
+  const int threads = args.threads();
+  Made made;
+  const TensorView dx = made.like(x);
+  const AffineGradients gradients = make_gradients(made, affine);
+  const std::int64_t rows = x.numel() / width_of(x);
+  const TensorView workspace = made.workspace(layer_norm_backward_workspace(rows, width_of(x), 0, threads));
+  {
+    const py::gil_scoped_release release;
+    gelu_layer_norm_backward_cpu(dout, x, stats, affine, dx, gradients, workspace, threads);
+  }
+  return made.results();
+}
+
+py::object make_head(const py::args& values) {
+  Arguments args("head_scale_layer_norm", values, 6, Unready::copied);
+  const TensorView x = args.tensor("x"), head_scale = args.tensor("head_scale");
+  const LayerNormAffine affine = read_affine(args);
+  const int threads = args.threads();
+  const std::int64_t width = width_of(x, 2);
+  Made made;
+  const TensorView out = made.empty(x.dtype, {x.numel() / width, width}), stats = make_stats(made, x, 2);
+  const TensorView workspace = made.workspace(layer_norm_forward_workspace(width, threads));
+  {
+    const py::gil_scoped_release release;
+    head_scale_layer_norm_forward_cpu(x, head_scale, affine, out, stats, workspace, threads);
+  }
+  return made.results();
+}
+
+py::object make_head_gradients(const py::args& values) {
+  Arguments args("head_scale_layer_norm", values, 6, Unready::copied);
+  const TensorView dout = args.tensor("dout"), x = args.tensor("x"), head_scale = args.tensor("head_scale");
+  const TensorView stats = args.tensor("stats");
+  const LayerNormAffine affine = read_weight(args);
+  const int threads = args.threads();
+  const std::int64_t width = width_of(x, 2), heads = x.ndim == 3 ? x.shape[1] : 0;
+  Made made;
+  const TensorView dx = made.like(x), dhead_scale = made.like(head_scale);
+  const AffineGradients gradients = make_gradients(made, affine);
+  const TensorView workspace = made.workspace(layer_norm_backward_workspace(x.numel() / width, width, heads, threads));
+  {
+    const py::gil_scoped_release release;
+    head_scale_layer_norm_backward_cpu(dout, x, head_scale, stats, affine, dx, dhead_scale, gradients, workspace,
+                                       threads);
+  }
+  return made.results();
+}
+
+py::object make_embed(const py::args& values) {
+  Arguments args("embed_layer_norm", values, 9, Unready::copied);
+  const EmbedInputs in = read_embed(args);
+  const LayerNormAffine affine = read_affine(args);
+  const int threads = args.threads();
+  const std::int64_t width = width_of(in.table);
+  TensorView shape = in.tokens;  // [..., D]
+  if (shape.ndim < 0 || shape.ndim >= kMaxDims)
+    Checker("embed_layer_norm").fail_value("tokens", "be a tensor of at most 7 dimensions", describe(in.tokens));
+  shape.shape[shape.ndim++] = width;
+  shape.dtype = in.table.dtype;
+  Made made;
+  const TensorView out = made.like(shape), stats = made.empty(DType::f32, {in.tokens.numel(), 2});
+  const TensorView workspace = made.workspace(layer_norm_forward_workspace(width, threads));
+  {
+    const py::gil_scoped_release release;
+    embed_layer_norm_forward_cpu(in, affine, out, stats, workspace, threads);
+  }
+  return made.results();
+}
+
+py::object make_embed_gradients(const py::args& values) {
+  Arguments args("embed_layer_norm", values, 9, Unready::copied);
+  const TensorView dout = args.tensor("dout");
+  const EmbedInputs in = read_embed(args);
+  const TensorView stats = args.tensor("stats");
+  const LayerNormAffine affine = read_weight(args);
+  const int threads = args.threads();
+  Made made;
+  const TensorView dtable = made.like(in.table);
+  const TensorView dtype_table = in.type_table.defined() ? made.like(in.type_table) : made.none();
+  const AffineGradients gradients = make_gradients(made, affine);
+  const std::int64_t width = width_of(in.table), entries = (in.table.numel() + in.type_table.numel()) / width;
+  const TensorView workspace =
+      made.workspace(embed_layer_norm_backward_workspace(in.tokens.numel(), width, entries, threads));
+  {
+    const py::gil_scoped_release release;
+    embed_layer_norm_backward_cpu(dout, in, stats, affine, dtable, dtype_table, gradients, workspace, threads);
+  }
+  return made.results();
+}
+
 }  // namespace
 
 void bind_layer_norm(py::module_& m) {
+  m.def("add_layer_norm", &make_add);
+  m.def("add_layer_norm_gradients", &make_add_gradients);
+  m.def("gelu_layer_norm", &make_gelu);
+  m.def("gelu_layer_norm_gradients", &make_gelu_gradients);
+  m.def("head_scale_layer_norm", &make_head);
+  m.def("head_scale_layer_norm_gradients", &make_head_gradients);
+  m.def("embed_layer_norm", &make_embed);
+  m.def("embed_layer_norm_gradients", &make_embed_gradients);
   m.def("layer_norm_forward_workspace", &layer_norm_forward_workspace);
   m.def("layer_norm_backward_workspace", &layer_norm_backward_workspace);
   m.def("embed_layer_norm_backward_workspace", &embed_layer_norm_backward_workspace);

@@ -28,11 +28,11 @@ Call read_inputs(Arguments& args) {
   in.weights = args.tensor("weights");
   in.hop = args.integer("hop");
   in.first_sample = args.integer("first_sample");
-  in.mirror_repeats_edge = args.integer("mirror_repeats_edge") != 0;
-  in.remove_dc = args.integer("remove_dc") != 0;
+  in.mirror_repeats_edge = args.flag("mirror_repeats_edge");
+  in.remove_dc = args.flag("remove_dc");
   in.preemphasis = args.real("preemphasis");
   in.power = static_cast<int>(args.integer("power"));
-  in.whisper = args.integer("whisper") != 0;
+  in.whisper = args.flag("whisper");
   in.floor = args.real("floor");
   call.threads = args.threads();
   return call;

@@ -80,7 +80,7 @@ const dlpack::ExchangeApi& exchange_api(const char* where, const char* argument,
   return api;
 }
 
-TensorView view_of(const char* where, const char* argument, py::handle object) {
+TensorView memory_of(const char* where, const char* argument, py::handle object) {
   TensorView view;
   if (object.is_none()) return view;
   const Checker check(where);
@@ -114,13 +114,20 @@ TensorView view_of(const char* where, const char* argument, py::handle object) {
     check.fail_type(argument, "hold data", "a " + type_name(object) + " without any (fake or meta)");
   }
   view.data = tensor.data == nullptr ? nullptr : static_cast<char*>(tensor.data) + tensor.byte_offset;
-  if (is_negated(object)) {
-    check.fail_value(argument, "not be a negative-bit view", describe(view), argument + std::string(".resolve_neg()"));
+  return view;
+}
+
+TensorView view_of(const char* where, const char* argument, py::handle object) {
+  const TensorView view = memory_of(where, argument, object);
+  if (view.defined() && is_negated(object)) {
+    Checker(where).fail_value(argument, "not be a negative-bit view", describe(view),
+                              argument + std::string(".resolve_neg()"));
   }
   return view;
 }
 
-Arguments::Arguments(const char* where, const py::args& args, std::size_t count) : where_(where), args_(args) {
+Arguments::Arguments(const char* where, const py::args& args, std::size_t count, Unready unready)
+    : where_(where), args_(args), unready_(unready) {
   if (args.size() != count) {
     throw py::type_error(std::string(where) + " takes " + std::to_string(count) + " arguments, got " +
                          std::to_string(args.size()));
@@ -129,7 +136,18 @@ Arguments::Arguments(const char* where, const py::args& args, std::size_t count)
 
 py::handle Arguments::next() { return PyTuple_GET_ITEM(args_.ptr(), static_cast<py::ssize_t>(position_++)); }
 
-TensorView Arguments::tensor(const char* argument) { return view_of(where_, argument, next()); }
+TensorView Arguments::read(const char* argument, py::handle object, bool (*ready)(const TensorView&)) {
+  if (unready_ == Unready::refused) return view_of(where_, argument, object);
+  const TensorView view = memory_of(where_, argument, object);
+  if (!view.defined() || (ready(view) && !is_negated(object))) return view;
+  copies_.push_back(object.attr("resolve_neg")());
+  if (!ready(memory_of(where_, argument, copies_.back()))) copies_.back() = copies_.back().attr("contiguous")();
+  return memory_of(where_, argument, copies_.back());
+}
+
+TensorView Arguments::tensor(const char* argument) { return read(argument, next(), &is_contiguous); }
+
+TensorView Arguments::rows(const char* argument) { return read(argument, next(), &is_last_contiguous); }
 
 std::vector<TensorView> Arguments::tensors(const char* argument) {
   const py::handle object = next();
@@ -138,7 +156,7 @@ std::vector<TensorView> Arguments::tensors(const char* argument) {
   std::vector<TensorView> views;
   for (const py::handle item : py::reinterpret_borrow<py::list>(object)) {
     const std::string name = argument + ("[" + std::to_string(views.size()) + "]");
-    views.push_back(view_of(where_, name.c_str(), item));
+    views.push_back(read(name.c_str(), item, &is_contiguous));
     check.given(name.c_str(), views.back());
   }
   return views;

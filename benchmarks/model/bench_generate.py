@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.core import DTYPES, Contender, Phase, Work
+from benchmarks.core import DTYPES, Contender, Phase, Unavailable, Work
+from benchmarks.model import candidate_case
+from benchmarks.model.candidate_case import Candidates
 from benchmarks.model.generate_peers import BOS, PEERS, Peer, PeerState, beam_search, prepared
 from ofakern.data.batch import Example, PackedBatch, Segment
 from ofakern.generate import GenerationConfig, generate
@@ -37,6 +39,7 @@ ABOUT = {
     "positions made anew in every step; bmm, float32 softmax",
     "expanded": "transformers' way: keys and values expanded to beams, SDPA, position terms cached and of the newest "
     "position only",
+    "batched": "all candidates only: answers as rows of one decoding state, all logits, masked",
 }
 _STRIDE = 16
 
@@ -44,7 +47,7 @@ _STRIDE = 16
 @dataclass(frozen=True)
 class Spec:
     """image: pixels (0: none); source: text tokens; tokens: generated, an end of sequence comes after them; codes: they
-    are an image's, of which single steps are timed."""
+    are an image's, of which single steps are timed; candidates: all answers of a closed set are scored instead."""
 
     name: str
     description: str
@@ -54,13 +57,14 @@ class Spec:
     image: int = 480
     source: int = 32
     codes: bool = False
+    candidates: bool = False
     small: bool = False
     quick: bool = False
     default: bool = True
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        return PHASES[2:] if self.codes else PHASES[:2]
+        return PHASES[2:] if self.codes else PHASES[:1] if self.candidates else PHASES[:2]
 
     @property
     def length(self) -> int:
@@ -82,6 +86,14 @@ CASES: dict[str, Spec] = {
     for spec in (
         Spec("ofa_base_480_b4_beam5", "OFA-base, image 480 and 32 tokens, beam 5, 16 tokens, batch 4", 4, 5, 16),
         Spec("codes_1024_b4", "OFA-base, 32 tokens to 1024 codes, sampling, 4 samples", 4, 1, 1024, 0, codes=True),
+        Spec(
+            "allcand_3129",
+            "OFA-base, image 480 and 32 tokens, all 3,129 answers of VQA scored",
+            1,
+            1,
+            5,
+            candidates=True,
+        ),
         Spec("small_96_b2", "1 + 2 layers of width 64, image 96, beam 3", 2, 3, 7, 96, small=True, quick=True),
     )
 }
@@ -98,6 +110,10 @@ class Problem:
     @cached_property
     def memory(self) -> Memory:
         return self.encode()
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        return Candidates.of(self.model, self.spec.small)
 
     @torch.inference_mode()
     def encode(self) -> Memory:
@@ -132,6 +148,8 @@ def ours(problem: Problem) -> Contender:
     spec, model = problem.spec, problem.model
     if spec.codes:
         return _steps(OURS, problem, _OurCodes(problem))
+    if spec.candidates:
+        return candidate_case.contender(OURS, problem.candidates, problem.memory)
     config = GenerationConfig(
         num_beams=spec.beams,
         max_new_tokens=spec.tokens,
@@ -150,6 +168,10 @@ def ours(problem: Problem) -> Contender:
 def _peer(name: str) -> Callable[[Problem], Contender]:
     def build(problem: Problem) -> Contender:
         spec = problem.spec
+        if spec.candidates and name == "ofasys":
+            return candidate_case.contender(name, problem.candidates, problem.memory)
+        if spec.candidates:
+            raise Unavailable("beams only: `batched` scores all candidates")
         if spec.codes:
             return _steps(name, problem, _PeerCodes(PEERS[name](problem.model, "image_vqgan"), problem))
         peer = PEERS[name](problem.model)
@@ -158,7 +180,17 @@ def _peer(name: str) -> Callable[[Problem], Contender]:
     return build
 
 
-CONTENDERS: dict[str, Callable[[Any], Contender]] = {OURS: ours} | {name: _peer(name) for name in PEERS}
+def batched(problem: Problem) -> Contender:
+    if not problem.spec.candidates:
+        raise Unavailable("it scores all candidates only")
+    return candidate_case.contender("batched", problem.candidates, problem.memory)
+
+
+CONTENDERS: dict[str, Callable[[Any], Contender]] = {
+    OURS: ours,
+    **{name: _peer(name) for name in PEERS},
+    "batched": batched,
+}
 
 
 def _contender(name: str, problem: Problem, decode: Callable[[Memory], Tensor]) -> Contender:
@@ -220,6 +252,8 @@ def _steps(name: str, problem: Problem, codes: _OurCodes | _PeerCodes) -> Conten
 def ops(spec: Spec, dtype: str, phase: Phase) -> list[Work]:
     """Every op after the encoder once: what it multiplies and what it must read and write."""
     c, item = spec.config(), DTYPES[dtype].itemsize
+    if spec.candidates:
+        return candidate_case.ops(c, spec.batch, spec.length, item)
     rows, keys, dim, layers = spec.batch * spec.beams, spec.batch * spec.length, c.dim, c.decoder_layers
 
     def linear(m: int, n: int, k: int) -> Work:
@@ -261,10 +295,12 @@ def extras(record: Mapping[str, Any], records: list[dict[str, Any]], roof: Mappi
 
 def verify(spec: Spec, dtype: str, harness: Any) -> None:
     """Raises AssertionError unless, in f32 and on a small model, all contenders give one score and one code's odds."""
-    small = replace(CASES["small_96_b2"], codes=spec.codes, image=0 if spec.codes else 96)
+    small = replace(CASES["small_96_b2"], codes=spec.codes, candidates=spec.candidates, image=0 if spec.codes else 96)
     problem = make(small, "f32")
-    if not spec.codes:
-        wanted, *found = [build(problem).forward() for build in CONTENDERS.values()]
+    if spec.candidates:
+        wanted, *found = candidate_case.every(problem.candidates, problem.memory)
+    elif not spec.codes:
+        wanted, *found = [build(problem).forward() for build in (ours, *map(_peer, PEERS))]
     else:
         wanted, *found = _first_codes(problem)
     for other in found:

@@ -76,6 +76,10 @@ bool is_contiguous(const TensorView& x) {
   return true;
 }
 
+bool is_last_contiguous(const TensorView& x) {
+  return x.ndim <= 0 || x.numel() == 0 || x.shape[x.ndim - 1] <= 1 || x.stride[x.ndim - 1] == 1;
+}
+
 void Checker::fail_value(const std::string& argument, const std::string& rule, const std::string& got,
                          const std::string& remedy) const {
   throw ValueError(message(where_, argument, rule, got, remedy));
@@ -143,8 +147,7 @@ void Checker::contiguous(const char* argument, const TensorView& x) const {
 }
 
 void Checker::last_contiguous(const char* argument, const TensorView& x) const {
-  if (x.ndim == 0 || x.numel() == 0) return;
-  if (x.shape[x.ndim - 1] > 1 && x.stride[x.ndim - 1] != 1) {
+  if (!is_last_contiguous(x)) {
     fail_value(argument, "be contiguous in its last dimension",
                describe(x) + " with strides " + join(x.stride, x.ndim));
   }

@@ -27,10 +27,11 @@ struct BackendError : Error {
   using Error::Error;
 };
 
-const char* name_of(DType dtype);           // as torch names it: "bfloat16"
-std::int64_t size_of(DType dtype);          // bytes of one element
-std::string describe(const TensorView& x);  // "float32[2, 8]", "float16[3] on cuda:1", "None"
-bool is_contiguous(const TensorView& x);    // row-major; dimensions of size 1 and empty tensors do not matter
+const char* name_of(DType dtype);              // as torch names it: "bfloat16"
+std::int64_t size_of(DType dtype);             // bytes of one element
+std::string describe(const TensorView& x);     // "float32[2, 8]", "float16[3] on cuda:1", "None"
+bool is_contiguous(const TensorView& x);       // row-major; dimensions of size 1 and empty tensors do not matter
+bool is_last_contiguous(const TensorView& x);  // the same of its last dimension alone
 
 // The checks of one op, a constant of its <op>.cpp: constexpr Checker kCheck("attention");
 // Each throws on the first broken rule; `argument` is the name the caller knows.

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from ofakern.errors import OfakernRuntimeError
+from ofakern.ops import log, native
 
+STRAIGHT = "straight"  # a backend's name inside the ops only: the CPU kernel, past torch's dispatcher
+_CPU = ("auto", "cpu") if native.cpu is not None else ()
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_kernels: dict[str, Callable[..., Any]] = {}
 LIBRARY: Any = torch.library.Library("ofakern", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -32,6 +37,7 @@ def define(
     """
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, cpu, "CPU")
+    _kernels[name] = cpu
     torch.library.register_fake(f"ofakern::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"ofakern::{name}", refuse_vmap(name), lib=LIBRARY)
     if triton is not None:
@@ -49,12 +55,36 @@ def define_triton(name: str, schema: str, kernel: Callable[..., Any], fake: Call
 
 
 def ops_of(name: str) -> dict[str, Any]:
-    """The op to call by backend: what `define` registered with and without Triton."""
-    return {backend: getattr(torch.ops.ofakern, name + suffix_of(backend)).default for backend in ("cpu", "triton")}
+    """What to call by backend: the ops that `define` registered, and under STRAIGHT the CPU kernel itself."""
+    ops = torch.ops.ofakern
+    named = {"cpu": name} | ({"triton": f"{name}_triton"} if hasattr(ops, f"{name}_triton") else {})
+    return {backend: getattr(ops, op).default for backend, op in named.items()} | {STRAIGHT: _kernels[name]}
 
 
 def suffix_of(backend: str) -> str:
     return "_triton" if backend == "triton" else ""
+
+
+def straight(backend: str, *tensors: Any) -> bool:
+    """Whether a call may go to the CPU kernel past Python's checks and the dispatcher, which take most of a small one.
+
+    So it is where nothing of torch's stands between (compilation, transforms, modes, tracing, a profiler) and all are
+    plain tensors or None. The binding checks a call as strictly; one that it refuses goes the other way, where Python
+    has words for what is wrong with it, or casts what can be cast.
+    """
+    return (
+        backend in _CPU
+        and not torch.compiler.is_compiling()  # first: nothing below traces
+        and _PLAIN.issuperset(map(type, tensors))
+        and not (
+            torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state()
+            or torch._C._autograd._profiler_enabled()
+            or log.ENABLED
+        )
+    )
 
 
 def apply_function(function: Any, *arguments: Any) -> Any:
@@ -105,6 +135,11 @@ class _Once(torch.autograd.Function):
             f"{ctx.op}: a compiled backend's gradient must not be differentiated again, got a double backward\n"
             "Try: backend='reference', which differentiates any number of times."
         )
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A dropout seed int64 `[2]` (seed, offset) from torch's default generator."""
+    return torch.randint(0, 2**63 - 1, (2,), device=device)
 
 
 def kernel_ready(tensor: Tensor) -> Tensor:

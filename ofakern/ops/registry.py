@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ofakern.errors import OfakernValueError
 from ofakern.ops.attention import api as attention_api
-from ofakern.ops.attention import backends as attention_backends
+from ofakern.ops.attention.backends import BACKENDS as ATTENTION_BACKENDS
 from ofakern.ops.beam_step import api as beam_step_api
 from ofakern.ops.beam_step import op as beam_step_op
 from ofakern.ops.cross_entropy import api as cross_entropy_api
@@ -34,7 +34,7 @@ class _Op(NamedTuple):
 
 
 _OPS: dict[str, _Op] = {
-    "attention": _Op(attention_backends.UNAVAILABLE, attention_api.refusals),
+    "attention": _Op(ATTENTION_BACKENDS.unavailable, attention_api.refusals),
     "beam_step": _Op(beam_step_op.BACKENDS.unavailable, beam_step_api.refusals),
     "cross_entropy": _Op(cross_entropy_backends.BACKENDS.unavailable, cross_entropy_api.refusals),
     "decode_attention": _Op(decode_attention_op.BACKENDS.unavailable, decode_attention_api.refusals),

@@ -74,8 +74,8 @@ class Backends:
         if tensor.device.type != device.lower():
             return f"takes {device} tensors, got {tensor.device}"
         if tensor.dtype not in self.dtypes:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-            return f"takes {names}, got {tensor.dtype}"
+            *names, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            return f"takes {', '.join(names)}{' and ' if names else ''}{last}, got {tensor.dtype}"
         if backend == "triton" and (reason := triton_refusal(tensor)) is not None:
             return reason
         return limit

@@ -224,7 +224,7 @@ BAD: list[tuple[type[OfakernError], str, tuple[Any, ...], dict[str, Any]]] = [
     (OfakernValueError, "labels must be in subset", (H, W, Y), {"subset": torch.tensor([1, 2])}),
     (OfakernValueError, "subset must hold every id once", (H, W, Y), {"subset": torch.tensor([0, 2, 2])}),
     (BackendError, "no CUDA kernel", (H, W, Y), {"backend": "cuda"}),
-    (BackendError, "takes float32, bfloat16, float16", (H.double(), W.double(), Y), {"backend": "cpu"}),
+    (BackendError, "takes float32, bfloat16 and float16", (H.double(), W.double(), Y), {"backend": "cpu"}),
 ]
 
 

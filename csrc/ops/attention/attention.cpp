@@ -1,6 +1,7 @@
 // Checks every argument against the contract in attention.h, then calls the active instruction set's kernel.
 #include "ops/attention/attention.h"
 
+#include <cmath>
 #include <string>
 
 #include "core/check.h"
@@ -72,7 +73,7 @@ void check_inputs(const AttentionInputs& in) {
   kCheck.given("k", in.k);
   kCheck.ndim("k", in.k, 3, "[Nk, Hk, K]");
   const std::int64_t queries = in.q.shape[0], heads = in.q.shape[1], keys = in.k.shape[0], key_heads = in.k.shape[1];
-  kCheck.that(key_heads > 0 && heads % key_heads == 0, "H",
+  kCheck.that(heads > 0 && key_heads > 0 && heads % key_heads == 0, "H",
               "be a multiple of k's heads (" + std::to_string(key_heads) + ")", std::to_string(heads));
   check_operand("q", in.q, "[Nq, H, K]", queries, heads, in.q);
   check_operand("k", in.k, "[Nk, Hk, K]", keys, key_heads, in.q);
@@ -96,6 +97,7 @@ void check_inputs(const AttentionInputs& in) {
     kCheck.plain("terms.same", term.same, "[Nq, 2]", {queries, 2}, DType::i32);
   }
   if (in.head_scale.defined()) kCheck.plain("head_scale", in.head_scale, "[H]", {heads}, DType::f32);
+  kCheck.that(std::isfinite(in.scale), "scale", "be finite", std::to_string(in.scale));
   kCheck.that(in.dropout_p >= 0 && in.dropout_p < 1, "dropout_p", "be in [0, 1)", std::to_string(in.dropout_p));
   if (in.dropout_p > 0) kCheck.plain("dropout_seed", in.dropout_seed, "[2]", {2}, DType::i64);
   check_layout(in.layout, queries, keys);

@@ -1,6 +1,7 @@
 // Checks every argument against the contract in layer_norm.h, then calls the active instruction set's kernel.
 #include "ops/layer_norm/layer_norm.h"
 
+#include <cmath>
 #include <string>
 
 #include "core/check.h"
@@ -68,6 +69,13 @@ void check_like(const Checker& check, const char* argument, const TensorView& x,
              describe(x));
 }
 
+void check_same_shape(const Checker& check, const char* argument, const TensorView& x, const char* as_argument,
+                      const TensorView& as) {
+  bool same = x.ndim == as.ndim;
+  for (int d = 0; same && d < x.ndim; ++d) same = x.shape[d] == as.shape[d];
+  if (!same) check.fail_value(argument, std::string("have ") + as_argument + "'s shape " + describe(as), describe(x));
+}
+
 void check_affine(const Checker& check, const LayerNormAffine& affine, std::int64_t width, bool forward) {
   check.plain("weight", affine.weight, "[D]", {width}, DType::f32);
   if (!forward) return;
@@ -117,14 +125,16 @@ Rows check_embed(const Checker& check, const EmbedInputs& in) {
   check_index(check, "tokens", in.tokens, shape.rows, "V", in.table.shape[0]);
   if (in.type_table.defined()) {
     check.plain("type_table", in.type_table, "[T, D]", {-1, shape.width}, in.table.dtype);
-    if (in.types.defined())
+    if (in.types.defined()) {
       check_index(check, "types", in.types, shape.rows, "T", in.type_table.shape[0]);
-    else
+      check_same_shape(check, "types", in.types, "tokens", in.tokens);
+    } else
       check.that(in.type_table.shape[0] == 1, "type_table", "have one row where types is None",
                  describe(in.type_table));
   } else {
     check.absent("types", in.types, "where type_table is None");
   }
+  check.that(std::isfinite(in.scale), "scale", "be finite", std::to_string(in.scale));
   return shape;
 }
 
@@ -154,6 +164,7 @@ void add_layer_norm_forward_cpu(const TensorView& x, const TensorView& residual,
   const Checker& check = kAdd;
   const Rows shape = check_activations(check, "x", x, 1);
   check_like(check, "residual", residual, "x", x, shape);
+  check_same_shape(check, "residual", residual, "x", x);
   check_affine(check, affine, shape.width, true);
   check_dropout(check, dropout);
   check_like(check, "out", out, "x", x, shape);

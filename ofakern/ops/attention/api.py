@@ -11,11 +11,13 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ofakern.errors import OfakernTypeError, OfakernValueError
+from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
 from ofakern.ops import log
-from ofakern.ops.attention import backends, op
+from ofakern.ops.attention import op
+from ofakern.ops.attention.backends import BACKENDS, limit
 from ofakern.ops.attention.layout import AttentionLayout
 from ofakern.ops.attention.reference import attention_reference
+from ofakern.ops.library import STRAIGHT, draw_seed, straight
 
 _WHERE = "attention"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -109,8 +111,14 @@ def attention(
     (arXiv 1910.10683), ALiBi (arXiv 2108.12409), BEiT, Swin and OFA; the algorithm is the online softmax of
     FlashAttention (arXiv 2205.14135).
     """
+    if straight(backend, q, k, v, q_pos, k_pos, head_scale, *tables) and not torch._C._is_any_autocast_enabled():
+        try:
+            out, lse = _run_straight(q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed)
+            return (out, lse) if return_lse else out
+        except OfakernError:
+            pass  # refused: the checks below say why, or cast what can be cast
     call = _check(q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed)
-    chosen = backends.select(backend, call.q, call.v, call.q_pos)
+    chosen = BACKENDS.select(backend, call.q, limit(call.q, call.v, call.q_pos))
     if log.ENABLED and not torch.compiler.is_compiling():
         log.once(_logger, _describe(call, chosen))
     out, lse = _run_reference(call) if chosen == "reference" else _run_op(chosen, call)
@@ -125,8 +133,7 @@ def refusals(*args: object, **kwargs: object) -> tuple[str, dict[str, str | None
     values.pop("return_lse")
     backend = values.pop("backend")
     call = _check(**values)
-    wanted = backends.automatic(call.q) if backend == "auto" else str(backend)
-    return wanted, {name: backends.refusal(name, call.q, call.v, call.q_pos) for name in backends.NAMES}
+    return BACKENDS.reasons(str(backend), call.q, limit(call.q, call.v, call.q_pos))
 
 
 class _Call(NamedTuple):
@@ -138,7 +145,7 @@ class _Call(NamedTuple):
     layout: AttentionLayout
     q_pos: Tensor | None
     k_pos: Tensor | None
-    tables: tuple[Tensor, ...]
+    tables: Sequence[Tensor]
     head_scale: Tensor | None
     scale: float
     dropout_p: float
@@ -257,7 +264,7 @@ def _check_dropout(p: float, seed: Tensor | None, device: torch.device) -> tuple
     if p == 0.0:
         return p, None
     if seed is None:
-        return p, torch.randint(0, 2**63 - 1, (2,), device=device)
+        return p, draw_seed(device)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
         got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
         raise OfakernTypeError(f"{_WHERE}: dropout_seed must be an int64 tensor, got {got}")
@@ -287,29 +294,39 @@ def _run_reference(call: _Call) -> tuple[Tensor, Tensor]:
 
 
 def _run_op(backend: str, call: _Call) -> tuple[Tensor, Tensor]:
-    layout = call.layout
+    q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed = call
     terms: list[Tensor | None] = []
-    for table, term in zip(call.tables, layout.terms, strict=True):
+    for table, term in zip(tables, layout.terms, strict=True):
         terms += [table, term.q_coord, term.k_coord, term.same]
     terms += [None] * (8 - len(terms))
-    return op.run(
-        backend,
-        call.q,
-        call.k,
-        call.v,
-        call.q_pos,
-        call.k_pos,
-        *terms,
-        call.head_scale,
-        call.dropout_seed,
-        layout.visible,
-        layout.q_offsets,
-        layout.k_offsets,
-        layout.key_seen,
-        layout.k_range,
-        call.scale,
-        call.dropout_p,
-    )
+    fixed = layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range
+    return op.run(backend, q, k, v, q_pos, k_pos, *terms, head_scale, dropout_seed, *fixed, scale, dropout_p)
+
+
+def _run_straight(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: AttentionLayout,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    tables: Sequence[Tensor],
+    head_scale: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A call that only the binding checks, but for what it cannot know: types, and how long a table has to be."""
+    fits = type(layout) is AttentionLayout and len(tables) == len(layout.terms) and q.ndim == 3
+    if not fits or any(table.shape[-1:] != (term.rows,) for table, term in zip(tables, layout.terms, strict=True)):
+        raise OfakernValueError(f"{_WHERE}: layout and tables must fit each other, got others")
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    if dropout_p == 0.0:
+        dropout_seed = None
+    elif dropout_seed is None:
+        dropout_seed = draw_seed(q.device)
+    call = _Call(q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed)
+    return _run_op(STRAIGHT, call)
 
 
 def _describe(call: _Call, backend: str) -> str:

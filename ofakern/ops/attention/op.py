@@ -2,7 +2,7 @@
 
 Schemas are complete on import; the autograd.Function stands outside the ops, because that costs half of what
 `register_autograd` costs, and is not used when nothing needs a gradient. Arguments are checked in api.py and again by
-the binding; here they are only brought into the form that kernels take.
+the binding, which also brings them into the form that kernels take.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofakern.errors import BackendError
 from ofakern.ops import native
-from ofakern.ops.attention.backends import UNAVAILABLE
-from ofakern.ops.library import LIBRARY, differentiate_once, refuse_vmap
+from ofakern.ops.library import (
+    apply_function,
+    define,
+    differentiate_once,
+    ops_of,
+    refuse_vmap,
+    suffix_of,
+)
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_pos, Tensor? k_pos, "
@@ -29,34 +34,15 @@ _Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE = 0, 1, 2, 3, 4, 5, 9,
 _DIFFERENTIABLE = (_Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE)
 _TENSORS = 20  # how many of the inputs are tensors; scale and dropout_p follow
 
-# The dispatcher picks by device; Triton is a second kernel for a device's tensors, so it has ops of its own.
-for _suffix in ("", "_triton"):
-    LIBRARY.define(f"attention_fwd{_suffix}({_INPUTS}) -> (Tensor out, Tensor lse)")
-    # An absent input's gradient is a tensor without elements: a schema cannot return `Tensor?`.
-    LIBRARY.define(
-        f"attention_bwd{_suffix}(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}) -> "
-        "(Tensor dq, Tensor dk, Tensor dv, Tensor dq_pos, Tensor dk_pos, "
-        "Tensor dtable0, Tensor dtable1, Tensor dhead_scale)"
-    )
-
 
 def run(backend: str, *inputs: Any) -> tuple[Tensor, Tensor]:
     """out and lse of `_INPUTS` in that order; differentiable in q, k, v, q_pos, k_pos, the tables and head_scale."""
     result: tuple[Tensor, Tensor]
     if torch.is_grad_enabled() and any(_requires_grad(inputs[n]) for n in _DIFFERENTIABLE):
-        result = _Attention.apply(backend, *inputs)  # type: ignore[no-untyped-call]
+        result = apply_function(_Attention, backend, *inputs)
     else:
-        result = _forward_op(backend)(*inputs)
+        result = _FORWARD[backend](*inputs)
     return result
-
-
-def _forward_op(backend: str) -> Any:
-    ops = torch.ops.ofakern
-    return ops.attention_fwd_triton if backend == "triton" else ops.attention_fwd
-
-
-def _backward_op(backend: str) -> str:
-    return "attention_bwd_triton" if backend == "triton" else "attention_bwd"
 
 
 def _requires_grad(tensor: Tensor | None) -> bool:
@@ -66,7 +52,7 @@ def _requires_grad(tensor: Tensor | None) -> bool:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(backend: str, *inputs: Any) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = _forward_op(backend)(*inputs)
+        result: tuple[Tensor, Tensor] = _FORWARD[backend](*inputs)
         return result
 
     @staticmethod
@@ -85,7 +71,7 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         arguments = (dout, dlse, out, lse, *tensors, *ctx.numbers)
-        results = differentiate_once(_backward_op(ctx.backend), *arguments)
+        results = differentiate_once("attention_bwd" + suffix_of(ctx.backend), *arguments)
         for n, result in zip(_DIFFERENTIABLE, results, strict=True):
             if tensors[n] is not None:
                 grads[n] = result
@@ -111,39 +97,12 @@ def _prepare(inputs: tuple[Any, ...]) -> list[Any]:
     return ready
 
 
-def _module() -> Any:
-    reason = UNAVAILABLE["cpu"]
-    if reason is not None:
-        raise BackendError(f"attention: backend 'cpu' cannot run this call: {reason}")
-    return native.cpu
+def _forward_cpu(*inputs: Any) -> Any:
+    return native.kernels.attention(*inputs, torch.get_num_threads())
 
 
-def _forward_cpu(*inputs: Any) -> tuple[Tensor, Tensor]:
-    module, threads = _module(), torch.get_num_threads()
-    ready = _prepare(inputs)
-    q, v = ready[_Q], ready[_V]
-    out = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype)
-    lse = torch.empty((q.shape[0], q.shape[1]), dtype=torch.float32)
-    workspace = torch.empty(module.attention_forward_workspace(*ready, threads), dtype=torch.uint8)
-    module.attention_forward(out, lse, workspace, *ready, threads)
-    return out, lse
-
-
-def _backward_cpu(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    module, threads = _module(), torch.get_num_threads()
-    ready = _prepare(inputs)
-    grads = [_empty_gradient(ready[n]) for n in _DIFFERENTIABLE]
-    workspace = torch.empty(module.attention_backward_workspace(*ready, threads), dtype=torch.uint8)
-    module.attention_backward(
-        *grads,
-        workspace,
-        out.contiguous(),
-        lse.contiguous(),
-        _kernel_ready(dout),
-        None if dlse is None else dlse.resolve_neg().contiguous(),
-        *ready,
-        threads,
-    )
+def _backward_cpu(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> Any:
+    grads = native.kernels.attention_gradients(out, lse, dout, dlse, *inputs, torch.get_num_threads())
     return tuple(torch.empty(0) if grad is None else grad for grad in grads)
 
 
@@ -168,10 +127,6 @@ def _backward_triton(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
     return tuple(torch.empty(0, device=out.device) if grad is None else grad for grad in grads)
 
 
-def _empty_gradient(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype)
-
-
 def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
     q, v = inputs[_Q], inputs[_V]
     shape = (q.shape[0], q.shape[1])
@@ -185,13 +140,21 @@ def _backward_fake(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
     )
 
 
-LIBRARY.impl("attention_fwd", _forward_cpu, "CPU")
-LIBRARY.impl("attention_bwd", _backward_cpu, "CPU")
-for _device in ("CUDA", "CPU"):  # CPU: Triton's interpreter
-    LIBRARY.impl("attention_fwd_triton", _forward_triton, _device)
-    LIBRARY.impl("attention_bwd_triton", _backward_triton, _device)
-for _suffix in ("", "_triton"):
-    torch.library.register_fake(f"ofakern::attention_fwd{_suffix}", _forward_fake, lib=LIBRARY)
-    torch.library.register_fake(f"ofakern::attention_bwd{_suffix}", _backward_fake, lib=LIBRARY)
-    torch.library.register_vmap(f"ofakern::attention_fwd{_suffix}", refuse_vmap("attention"), lib=LIBRARY)
-    torch.library.register_vmap(f"ofakern::attention_bwd{_suffix}", refuse_vmap("attention"), lib=LIBRARY)
+define(
+    "attention_fwd",
+    f"({_INPUTS}) -> (Tensor out, Tensor lse)",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+    triton=_forward_triton,
+)
+# An absent input's gradient is a tensor without elements: a schema cannot return `Tensor?`.
+define(
+    "attention_bwd",
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dq_pos, Tensor dk_pos, "
+    "Tensor dtable0, Tensor dtable1, Tensor dhead_scale)",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+    triton=_backward_triton,
+)
+_FORWARD = ops_of("attention_fwd")

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofakern.errors import BackendError
 from ofakern.ops import native
-from ofakern.ops.cross_entropy.backends import BACKENDS
-from ofakern.ops.library import define, differentiate_once, kernel_ready, refuse_vmap
+from ofakern.ops.library import apply_function, define, differentiate_once, refuse_vmap
 
 _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? offsets, Tensor? ids, Tensor? allowed_range, "
@@ -30,18 +28,18 @@ _GRADIENTS = "Tensor dhidden, Tensor dweight, Tensor dbias"
 def token_losses(*inputs: Any, best: bool) -> tuple[Tensor, Tensor, Tensor]:
     """loss (differentiable) and nll f32 `[N]`, best int64 `[N]` (`[0]` when not wanted) of `_INPUTS` in that order."""
     if _wants_gradient(inputs):
-        loss, nll, _, ids = _TokenLosses.apply(best, *inputs)  # type: ignore[no-untyped-call]
+        loss, nll, _, ids = apply_function(_TokenLosses, best, *inputs)
     else:
-        loss, nll, _, ids = torch.ops.ofakern.cross_entropy_fwd(*inputs, best)
+        loss, nll, _, ids = _FORWARD(*inputs, best)
     return loss, nll, ids
 
 
 def summed_loss(*inputs: Any, best: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The sums of loss and nll, f32 `[]`, and best as above; the loss differentiates."""
     if _wants_gradient(inputs):
-        loss, nll, ids = _SummedLoss.apply(best, *inputs)  # type: ignore[no-untyped-call]
+        loss, nll, ids = apply_function(_SummedLoss, best, *inputs)
         return loss, nll, ids
-    loss, nll, _, ids = torch.ops.ofakern.cross_entropy_fwd(*inputs, best)
+    loss, nll, _, ids = _FORWARD(*inputs, best)
     return loss.sum(), nll.sum(), ids
 
 
@@ -57,7 +55,7 @@ def _wants_gradient(inputs: tuple[Any, ...]) -> bool:
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(best: bool, *inputs: Any) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = torch.ops.ofakern.cross_entropy_fwd(*inputs, best)
+        result: tuple[Tensor, ...] = _FORWARD(*inputs, best)
         return result
 
     @staticmethod
@@ -84,7 +82,7 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, best: bool, *inputs: Any) -> tuple[Tensor, ...]:
         wanted = ctx.needs_input_grad[1:4]
-        loss, nll, lse, ids, *grads = torch.ops.ofakern.cross_entropy_fwd_grad(*inputs, best, *wanted)
+        loss, nll, lse, ids, *grads = _FORWARD_GRAD(*inputs, best, *wanted)
         ctx.set_materialize_grads(False)
         ctx.numbers = inputs[_TENSORS:]
         if torch.compiler.is_compiling():
@@ -123,17 +121,6 @@ def _gradients(grads: tuple[Tensor, ...], wanted: tuple[bool, ...], numbers: int
     return (None, *given, *[None] * (_TENSORS - 3 + numbers))
 
 
-def _module() -> Any:
-    reason = BACKENDS.unavailable["cpu"]
-    if reason is not None:
-        raise BackendError(f"cross_entropy: backend 'cpu' cannot run this call: {reason}")
-    return native.cpu
-
-
-def _prepare(inputs: tuple[Any, ...]) -> list[Any]:
-    return [kernel_ready(x) if isinstance(x, Tensor) else x for x in inputs]
-
-
 def _empty_losses(inputs: Any, best: bool) -> list[Tensor]:
     tokens, device = inputs[_HIDDEN].shape[0], inputs[_HIDDEN].device
     losses = [torch.empty(tokens, dtype=torch.float32, device=device) for _ in range(3)]
@@ -148,36 +135,19 @@ def _empty_gradients(inputs: Any, wanted: tuple[bool, ...]) -> list[Tensor]:
     ]
 
 
-def _forward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward_cpu(*arguments: Any) -> Any:
     *inputs, best = arguments
-    return tuple(_run_forward(tuple(inputs), best, (False, False, False))[:4])
+    return native.kernels.cross_entropy(*inputs, torch.get_num_threads(), best, False, False, False)[:4]
 
 
-def _forward_grad_cpu(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward_grad_cpu(*arguments: Any) -> Any:
     inputs, best, wanted = arguments[:-4], arguments[-4], arguments[-3:]
-    return tuple(_run_forward(inputs, best, wanted))
+    return native.kernels.cross_entropy(*inputs, torch.get_num_threads(), best, *wanted)
 
 
-def _run_forward(inputs: tuple[Any, ...], best: bool, wanted: tuple[bool, ...]) -> list[Tensor]:
-    module, threads = _module(), torch.get_num_threads()
-    ready = _prepare(inputs)
-    losses, grads = _empty_losses(ready, best), _empty_gradients(ready, wanted)
-    given = [*losses[:3], losses[3] if best else None]
-    given += [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    workspace = torch.empty(module.cross_entropy_forward_workspace(*given, *ready, threads), dtype=torch.uint8)
-    module.cross_entropy_forward(*given, workspace, *ready, threads)
-    return [*losses, *grads]
-
-
-def _backward_cpu(dloss: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    module, threads = _module(), torch.get_num_threads()
+def _backward_cpu(dloss: Tensor, lse: Tensor, *arguments: Any) -> Any:
     inputs, wanted = arguments[:-3], arguments[-3:]
-    ready = _prepare(inputs)
-    grads = _empty_gradients(ready, wanted)
-    given = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    workspace = torch.empty(module.cross_entropy_backward_workspace(*given, *ready, threads), dtype=torch.uint8)
-    module.cross_entropy_backward(*given, workspace, kernel_ready(dloss), kernel_ready(lse), *ready, threads)
-    return tuple(grads)
+    return native.kernels.cross_entropy_gradients(dloss, lse, *inputs, torch.get_num_threads(), *wanted)
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -193,8 +163,8 @@ def _backward_fake(dloss: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor,
 
 
 _WANTED = "bool wants_hidden, bool wants_weight, bool wants_bias"
-define("cross_entropy_fwd", f"({_INPUTS}, bool best) -> ({_LOSSES})", cpu=_forward_cpu, fake=_forward_fake)
-define(
+_FORWARD = define("cross_entropy_fwd", f"({_INPUTS}, bool best) -> ({_LOSSES})", cpu=_forward_cpu, fake=_forward_fake)
+_FORWARD_GRAD = define(
     "cross_entropy_fwd_grad",
     f"({_INPUTS}, bool best, {_WANTED}) -> ({_LOSSES}, {_GRADIENTS})",
     cpu=_forward_grad_cpu,

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ofakern.errors import BackendError, OfakernRuntimeError, OfakernTypeError, OfakernValueError
+from ofakern.errors import BackendError, OfakernError, OfakernRuntimeError, OfakernTypeError, OfakernValueError
 from ofakern.ops import log
 from ofakern.ops.decode_linear import op
 from ofakern.ops.decode_linear.reference import quantize_rows
+from ofakern.ops.library import STRAIGHT, straight
 
 _WHERE = "decode_linear"
 _UNPACKED = "takes no packed weight"
@@ -94,15 +95,24 @@ def decode_linear(x: Tensor, weight: PackedWeight, backend: str = "auto") -> Ten
         OfakernRuntimeError: x needs a gradient (it has none), or vmap.
         BackendError: the backend cannot run the call.
     """
+    if type(weight) is PackedWeight and straight(backend, x) and not (torch.is_grad_enabled() and x.requires_grad):
+        try:
+            return _run(STRAIGHT, x, weight)
+        except OfakernError:
+            pass  # refused: the checks below say why
     _check(x, weight)
     chosen = op.BACKENDS.select(backend, x)
     if chosen == "reference":
         raise BackendError(f"{_WHERE}: backend 'reference' cannot run this call: {_UNPACKED}\nTry: F.linear.")
     if log.ENABLED and not torch.compiler.is_compiling():
         log.once(_logger, f"decode_linear x{list(x.shape)} widths {weight.widths} {x.dtype} -> {chosen}")
-    total = sum(weight.widths)
-    out: Tensor = torch.ops.ofakern.decode_linear_fwd(x, weight.data, total, weight.scale, weight.bias)
-    return out if len(weight.widths) == 1 else torch.split(out, list(weight.widths), dim=1)
+    return _run(chosen, x, weight)
+
+
+def _run(backend: str, x: Tensor, weight: PackedWeight) -> Tensor | tuple[Tensor, ...]:
+    widths = weight.widths
+    out: Tensor = op.FORWARD[backend](x, weight.data, sum(widths), weight.scale, weight.bias)
+    return out if len(widths) == 1 else torch.split(out, list(widths), dim=1)
 
 
 def refusals(x: Tensor, weight: PackedWeight, backend: str = "auto") -> tuple[str, dict[str, str | None]]:

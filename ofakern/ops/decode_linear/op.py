@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofakern.errors import BackendError
 from ofakern.ops import native
-from ofakern.ops.library import define, kernel_ready
+from ofakern.ops.library import define, kernel_ready, ops_of
 from ofakern.ops.selection import Backends
 
 BACKENDS = Backends("decode_linear", "decode_linear_forward")
@@ -17,7 +16,7 @@ BACKENDS = Backends("decode_linear", "decode_linear_forward")
 
 def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The packed form (uint8) of `[N,K]`, of `dtype` or int8, for rows of `dtype`. For this process's CPU only."""
-    module, like = _module(), torch.empty(0, dtype=dtype)
+    module, like = native.kernels, torch.empty(0, dtype=dtype)
     ready = kernel_ready(weight)
     bits = ready.view(torch.uint8) if ready.dtype == torch.int8 else ready  # the binding knows no int8
     packed = torch.empty(module.decode_linear_packed_bytes(bits, like), dtype=torch.uint8)
@@ -25,21 +24,8 @@ def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return packed
 
 
-def _module() -> Any:
-    reason = BACKENDS.unavailable["cpu"]
-    if reason is not None:
-        raise BackendError(f"decode_linear: backend 'cpu' cannot run this call: {reason}")
-    return native.cpu
-
-
-def _forward_cpu(x: Tensor, packed: Tensor, width: int, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    module, threads = _module(), torch.get_num_threads()
-    x = x.resolve_neg()
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    out = torch.empty((x.shape[0], width), dtype=x.dtype)
-    workspace = torch.empty(module.decode_linear_workspace(x, packed, scale, bias, threads), dtype=torch.uint8)
-    module.decode_linear_forward(out, workspace, x, packed, scale, bias, threads)
-    return out
+def _forward_cpu(x: Tensor, packed: Tensor, width: int, scale: Tensor | None, bias: Tensor | None) -> Any:
+    return native.kernels.decode_linear(x, packed, scale, bias, width, torch.get_num_threads())
 
 
 def _forward_fake(x: Tensor, packed: Tensor, width: int, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -52,3 +38,4 @@ define(
     cpu=_forward_cpu,
     fake=_forward_fake,
 )
+FORWARD = ops_of("decode_linear_fwd")

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofakern.errors import OfakernTypeError, OfakernValueError
+from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
 from ofakern.ops.layer_norm import op, reference
+from ofakern.ops.library import STRAIGHT, draw_seed, straight
 from ofakern.ops.selection import Backends
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -57,6 +58,12 @@ def add_layer_norm(
 
     Source: LayerNorm is Ba et al., arXiv 1607.06450; the pre-norm order Xiong et al., arXiv 2002.04745.
     """
+    if straight(backend, x, residual, weight, bias, dropout_seed):
+        try:
+            seed = draw_seed(x.device) if dropout_seed is None and dropout_p else dropout_seed
+            return op.add_layer_norm(STRAIGHT, x, residual, weight, bias, seed, eps, dropout_p)
+        except OfakernError:
+            pass  # refused: the checks below say why, or cast what can be cast
     x, residual, weight, bias, dropout_p, dropout_seed = _check_add(
         x, residual, weight, bias, eps, dropout_p, dropout_seed
     )
@@ -79,6 +86,11 @@ def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, 
 
     Raises: as `add_layer_norm`. Source: Shleifer et al., NormFormer, arXiv 2110.09456.
     """
+    if straight(backend, x, weight, bias):
+        try:
+            return op.gelu_layer_norm(STRAIGHT, x, weight, bias, eps)
+        except OfakernError:
+            pass
     x, weight, bias = _check_gelu(x, weight, bias, eps)
     backend = _GELU.select(backend, x)
     if backend == "reference":
@@ -101,6 +113,11 @@ def head_scale_layer_norm(
 
     Raises: as `add_layer_norm`. Source: Shleifer et al., NormFormer, arXiv 2110.09456.
     """
+    if straight(backend, x, head_scale, weight, bias):
+        try:
+            return op.head_scale_layer_norm(STRAIGHT, x, head_scale, weight, bias, eps)
+        except OfakernError:
+            pass
     x, head_scale, weight, bias = _check_heads(x, head_scale, weight, bias, eps)
     backend = _HEADS.select(backend, x)
     if backend == "reference":
@@ -133,6 +150,11 @@ def embed_layer_norm(
 
     Raises: as `add_layer_norm`; a token or type out of range is an OfakernValueError on the CPU, NaN in Triton.
     """
+    if straight(backend, tokens, table, weight, bias, type_table, types):
+        try:
+            return op.embed_layer_norm(STRAIGHT, tokens, table, types, type_table, weight, bias, scale, eps)
+        except OfakernError:
+            pass
     weight, bias = _check_embed(tokens, table, weight, bias, type_table, types, scale, eps)
     backend = _EMBED.select(backend, table)
     if backend == "reference":
@@ -290,7 +312,7 @@ def _parameter(where: str, name: str, tensor: Tensor, x: Tensor, letter: str, si
 
 def _check_seed(where: str, x: Tensor, seed: Tensor | None) -> Tensor:
     if seed is None:
-        return torch.randint(0, 2**63 - 1, (2,), device=x.device)
+        return draw_seed(x.device)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
         got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
         raise OfakernTypeError(f"{where}: dropout_seed must be an int64 tensor, got {got}")

@@ -182,121 +182,46 @@ class _Embed(torch.autograd.Function):
 # ---- CPU ------------------------------------------------------------------------------------------------------------
 
 
-def _bytes(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.uint8)
-
-
-def _new(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype)
-
-
-def _ready(*arguments: Any) -> list[Any]:
-    return [kernel_ready(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
+# Results and workspace are made by the bindings, with torch; a tensor that is not row-major is copied there.
 
 
 def _add_forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, p: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    module: Any = native.cpu
-    threads, width = torch.get_num_threads(), x.shape[-1]
-    inputs = _ready(x, residual, weight, bias)
-    out, total, stats = _new(x), _new(x), torch.empty((x.numel() // width, 2))
-    workspace = _bytes(module.layer_norm_forward_workspace(width, threads))
-    module.add_layer_norm_forward(out, total, stats, workspace, *inputs, eps, seed, p, threads)
-    return out, total, stats
+) -> Any:
+    return native.kernels.add_layer_norm(x, residual, weight, bias, eps, seed, p, torch.get_num_threads())
 
 
-def _add_backward(
-    dout: Tensor, dtotal: Tensor | None, total: Tensor, stats: Tensor, weight: Tensor, seed: Tensor | None, p: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module: Any = native.cpu
-    threads = torch.get_num_threads()
-    inputs = _ready(dout, dtotal, total, stats, weight)
-    dresidual, dweight, dbias = _new(total), _new(weight), _new(weight)
-    dx = None if p == 0.0 else _new(total)
-    workspace = _bytes(module.layer_norm_backward_workspace(stats.shape[0], weight.shape[0], 0, threads))
-    module.add_layer_norm_backward(dx, dresidual, dweight, dbias, workspace, *inputs, seed, p, threads)
-    return total.new_empty(0) if dx is None else dx, dresidual, dweight, dbias
+def _add_backward(*inputs: Any) -> Any:
+    dx, dresidual, *affine = native.kernels.add_layer_norm_gradients(*inputs, torch.get_num_threads())
+    return dresidual.new_empty(0) if dx is None else dx, dresidual, *affine
 
 
-def _gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    module: Any = native.cpu
-    threads, width = torch.get_num_threads(), x.shape[-1]
-    out, stats = _new(x), torch.empty((x.numel() // width, 2))
-    workspace = _bytes(module.layer_norm_forward_workspace(width, threads))
-    module.gelu_layer_norm_forward(out, stats, workspace, *_ready(x, weight, bias), eps, threads)
-    return out, stats
+def _gelu_forward(*inputs: Any) -> Any:
+    return native.kernels.gelu_layer_norm(*inputs, torch.get_num_threads())
 
 
-def _gelu_backward(dout: Tensor, x: Tensor, stats: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    module: Any = native.cpu
-    threads = torch.get_num_threads()
-    grads = _new(x), _new(weight), _new(weight)
-    workspace = _bytes(module.layer_norm_backward_workspace(stats.shape[0], weight.shape[0], 0, threads))
-    module.gelu_layer_norm_backward(*grads, workspace, *_ready(dout, x, stats, weight), threads)
-    return grads
+def _gelu_backward(*inputs: Any) -> Any:
+    return native.kernels.gelu_layer_norm_gradients(*inputs, torch.get_num_threads())
 
 
-def _head_forward(x: Tensor, head_scale: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    module: Any = native.cpu
-    threads, width = torch.get_num_threads(), weight.shape[0]
-    out, stats = torch.empty((x.shape[0], width), dtype=x.dtype), torch.empty((x.shape[0], 2))
-    workspace = _bytes(module.layer_norm_forward_workspace(width, threads))
-    module.head_scale_layer_norm_forward(out, stats, workspace, *_ready(x, head_scale, weight, bias), eps, threads)
-    return out, stats
+def _head_forward(*inputs: Any) -> Any:
+    return native.kernels.head_scale_layer_norm(*inputs, torch.get_num_threads())
 
 
-def _head_backward(
-    dout: Tensor, x: Tensor, head_scale: Tensor, stats: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module: Any = native.cpu
-    threads = torch.get_num_threads()
-    grads = _new(x), _new(head_scale), _new(weight), _new(weight)
-    workspace = _bytes(module.layer_norm_backward_workspace(x.shape[0], weight.shape[0], x.shape[1], threads))
-    module.head_scale_layer_norm_backward(*grads, workspace, *_ready(dout, x, head_scale, stats, weight), threads)
-    return grads
+def _head_backward(*inputs: Any) -> Any:
+    return native.kernels.head_scale_layer_norm_gradients(*inputs, torch.get_num_threads())
 
 
-def _embed_forward(
-    tokens: Tensor,
-    table: Tensor,
-    types: Tensor | None,
-    type_table: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    module: Any = native.cpu
-    threads, width = torch.get_num_threads(), table.shape[1]
-    out, stats = torch.empty((*tokens.shape, width), dtype=table.dtype), torch.empty((tokens.numel(), 2))
-    workspace = _bytes(module.layer_norm_forward_workspace(width, threads))
-    inputs = _ready(tokens, table, types, type_table)
-    module.embed_layer_norm_forward(out, stats, workspace, *inputs, scale, *_ready(weight, bias), eps, threads)
-    return out, stats
+def _embed_forward(*inputs: Any) -> Any:
+    *embedding, weight, bias, scale, eps = inputs
+    return native.kernels.embed_layer_norm(*embedding, scale, weight, bias, eps, torch.get_num_threads())
 
 
-def _embed_backward(
-    dout: Tensor,
-    tokens: Tensor,
-    table: Tensor,
-    types: Tensor | None,
-    type_table: Tensor | None,
-    stats: Tensor,
-    weight: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module: Any = native.cpu
-    threads = torch.get_num_threads()
-    dtable, dweight, dbias = _new(table), _new(weight), _new(weight)
-    dtype_table = None if type_table is None else _new(type_table)
-    entries = table.shape[0] + (0 if type_table is None else type_table.shape[0])
-    workspace = _bytes(module.embed_layer_norm_backward_workspace(tokens.numel(), table.shape[1], entries, threads))
-    inputs = _ready(dout, tokens, table, types, type_table)
-    module.embed_layer_norm_backward(
-        dtable, dtype_table, dweight, dbias, workspace, *inputs, scale, *_ready(stats, weight), threads
-    )
-    return dtable, table.new_empty(0) if dtype_table is None else dtype_table, dweight, dbias
+def _embed_backward(*inputs: Any) -> Any:
+    dout, *embedding, stats, weight, scale = inputs
+    arguments = (dout, *embedding, scale, stats, weight, torch.get_num_threads())
+    dtable, dtype_table, *affine = native.kernels.embed_layer_norm_gradients(*arguments)
+    return dtable, dtable.new_empty(0) if dtype_table is None else dtype_table, *affine
 
 
 # ---- shapes without data --------------------------------------------------------------------------------------------
@@ -365,7 +290,8 @@ def _triton(name: str) -> Any:
     def call(*arguments: Any) -> Any:
         from ofakern.ops.layer_norm import kernel_triton
 
-        return getattr(kernel_triton, name)(*_ready(*arguments))
+        ready = (kernel_ready(a) if isinstance(a, Tensor) else a for a in arguments)
+        return getattr(kernel_triton, name)(*ready)
 
     return call
 

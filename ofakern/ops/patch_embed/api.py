@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -101,26 +102,13 @@ def patch_embed(
     return patch_embed_reference(*call) if chosen == "reference" else op.run(*call)
 
 
-def refusals(
-    images: Tensor | Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    layout: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    type_embedding: Tensor | None = None,
-    position: Tensor | None = None,
-    position_index: Tensor | None = None,
-    ln_weight: Tensor | None = None,
-    ln_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    backend: str = "auto",
-) -> tuple[str, dict[str, str | None]]:
+def refusals(*args: object, **kwargs: object) -> tuple[str, dict[str, str | None]]:
     """What `ofakern.explain` prints of a call of `patch_embed`: the backend, and each one's reason against it."""
-    call = _check(
-        images, weight, bias, layout, mean, std, type_embedding, position, position_index, ln_weight, ln_bias, eps
-    )
+    bound = _signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    values = dict(bound.arguments)
+    backend = str(values.pop("backend"))
+    call = _check(**values)
     return op.BACKENDS.reasons(backend, call.weight, _limit(call))
 
 
@@ -297,3 +285,6 @@ def _describe(call: _Call, backend: str) -> str:
     images = " ".join(str(list(image.shape)) for image in call.images[:4]) + (" ..." if len(call.images) > 4 else "")
     dtype = str(call.weight.dtype).removeprefix("torch.")
     return f"patch_embed images {images} weight{list(call.weight.shape)} {dtype} {call.weight.device} -> {backend}"
+
+
+_signature = inspect.signature(patch_embed)

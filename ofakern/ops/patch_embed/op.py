@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ofakern.errors import BackendError
 from ofakern.ops import native
-from ofakern.ops.library import define, differentiate_once, kernel_ready, refuse_vmap
+from ofakern.ops.library import apply_function, define, differentiate_once, kernel_ready, refuse_vmap
 from ofakern.ops.selection import Backends
 
 BACKENDS = Backends("patch_embed", "patch_embed_forward")
@@ -38,9 +38,9 @@ def run(
     parameters = (weight, bias, type_embedding, position, ln_weight, ln_bias)
     result: Tensor
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
-        result = _PatchEmbed.apply(scale, shift, eps, position_index, *parameters, *images)  # type: ignore[no-untyped-call]
+        result = apply_function(_PatchEmbed, scale, shift, eps, position_index, *parameters, *images)
     else:
-        result = torch.ops.ofakern.patch_embed_fwd(
+        result = _FORWARD(
             list(images), weight, scale, shift, bias, type_embedding, position, position_index, ln_weight, ln_bias, eps
         )
     return result
@@ -61,7 +61,7 @@ class _PatchEmbed(torch.autograd.Function):
         ln_bias: Tensor | None,
         *images: Tensor,
     ) -> Tensor:
-        out: Tensor = torch.ops.ofakern.patch_embed_fwd(
+        out: Tensor = _FORWARD(
             list(images), weight, scale, shift, bias, type_embedding, position, position_index, ln_weight, ln_bias, eps
         )
         return out
@@ -150,7 +150,7 @@ def _backward_fake(dout: Tensor, images: Sequence[Tensor], weight: Tensor, *rest
     return weight.new_empty(weight.shape), absent.new_empty(weight.shape[0]), *optional
 
 
-define("patch_embed_fwd", f"({_INPUTS}) -> Tensor", cpu=_forward_cpu, fake=_forward_fake)
+_FORWARD = define("patch_embed_fwd", f"({_INPUTS}) -> Tensor", cpu=_forward_cpu, fake=_forward_fake)
 # An absent input's gradient is a tensor without elements: a schema cannot return `Tensor?`.
 define(
     "patch_embed_bwd",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ofakern.errors import OfakernTypeError, OfakernValueError
+from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
+from ofakern.ops.library import STRAIGHT, straight
 from ofakern.ops.rotation_6d import op
 from ofakern.ops.rotation_6d.reference import rotation_6d_reference
 from ofakern.ops.selection import Backends
@@ -33,10 +34,14 @@ def rotation_6d(x: Tensor, backend: str = "auto") -> Tensor:
 
     Source: Zhou et al., On the Continuity of Rotation Representations in Neural Networks, arXiv 1812.07035.
     """
+    if straight(backend, x):
+        try:
+            return op.rotation_6d(STRAIGHT, x)
+        except OfakernError:
+            pass  # refused: the checks below say why
     _check("x", x, (6,))
-    if BACKENDS.select(backend, x) == "reference":
-        return rotation_6d_reference(x)
-    return op.rotation_6d(x)
+    backend = BACKENDS.select(backend, x)
+    return rotation_6d_reference(x) if backend == "reference" else op.rotation_6d(backend, x)
 
 
 def rotation_6d_of(matrix: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ofakern.errors import BackendError
 from ofakern.ops import native
-from ofakern.ops.library import define, differentiate_once, kernel_ready, refuse_vmap
+from ofakern.ops.library import apply_function, define, differentiate_once, kernel_ready, refuse_vmap
 from ofakern.ops.routed_ffn.backends import BACKENDS
 
 
@@ -25,9 +25,9 @@ def routed_linear(
     """`[N, O]` of checked arguments; differentiable in x, weights and biases."""
     leaves = (x, *weights, *biases)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-        y: Tensor = _RoutedLinear.apply(list(counts), source, target, len(weights), *leaves)  # type: ignore[no-untyped-call]
+        y: Tensor = apply_function(_RoutedLinear, list(counts), source, target, len(weights), *leaves)
     else:
-        y = torch.ops.ofakern.routed_linear_fwd(x, list(weights), list(biases), list(counts), source, target)
+        y = _FORWARD(x, list(weights), list(biases), list(counts), source, target)
     return y
 
 
@@ -35,7 +35,7 @@ class _RoutedLinear(torch.autograd.Function):
     @staticmethod
     def forward(counts: list[int], source: Any, target: Any, experts: int, *leaves: Tensor) -> Tensor:
         x, weights, biases = leaves[0], list(leaves[1 : 1 + experts]), list(leaves[1 + experts :])
-        y: Tensor = torch.ops.ofakern.routed_linear_fwd(x, weights, biases, counts, source, target)
+        y: Tensor = _FORWARD(x, weights, biases, counts, source, target)
         return y
 
     @staticmethod
@@ -137,7 +137,7 @@ def _backward_fake(
     return _empty_gradients(x, weights, wants_x, wants_weights, with_bias)
 
 
-define(
+_FORWARD = define(
     "routed_linear_fwd",
     "(Tensor x, Tensor[] weights, Tensor[] biases, int[] counts, Tensor? source, Tensor? target) -> Tensor",
     cpu=_forward_cpu,

@@ -1,0 +1,88 @@
+#include "torch_tensors.h"
+
+#include <algorithm>
+
+#include "tensor_caster.h"
+
+namespace py = pybind11;
+
+namespace ofakern {
+namespace {
+
+constexpr std::int64_t kKeptBytes = std::int64_t{1} << 20;
+
+// Handles of torch's that live as long as the process: dropping them at its end would need a Python that is gone.
+struct Torch {
+  PyObject *empty_strided, *keywords, *cpu, *dtypes[7];
+
+  Torch() {
+    static constexpr const char* kNames[7] = {"float32", "float16", "bfloat16", "float64", "int32", "int64", "uint8"};
+    const py::module_ torch = py::module_::import("torch");
+    empty_strided = py::object(torch.attr("empty_strided")).release().ptr();
+    keywords = py::make_tuple("dtype", "device").release().ptr();
+    cpu = py::object(torch.attr("device")("cpu")).release().ptr();
+    for (int n = 0; n < 7; ++n) dtypes[n] = py::object(torch.attr(kNames[n])).release().ptr();
+  }
+};
+
+py::object make_tensor(DType dtype, const std::int64_t* shape, int ndim) {
+  static const Torch* const torch = new Torch();
+  py::tuple sizes(static_cast<std::size_t>(ndim)), strides(static_cast<std::size_t>(ndim));
+  std::int64_t stride = 1;
+  for (int d = ndim - 1; d >= 0; --d) {
+    sizes[static_cast<std::size_t>(d)] = py::int_(shape[d]);
+    strides[static_cast<std::size_t>(d)] = py::int_(stride);
+    stride *= std::max<std::int64_t>(shape[d], 1);
+  }
+  // Not torch.empty: with a tuple of sizes its arguments take half as long again to read.
+  PyObject* const arguments[] = {sizes.ptr(), strides.ptr(), torch->dtypes[static_cast<int>(dtype)], torch->cpu};
+  PyObject* const tensor = PyObject_Vectorcall(torch->empty_strided, arguments, 2, torch->keywords);
+  if (tensor == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(tensor);
+}
+
+}  // namespace
+
+TensorView Made::empty(DType dtype, const std::int64_t* shape, int ndim) {
+  results_.push_back(make_tensor(dtype, shape, ndim));
+  return memory_of("torch.empty_strided", "its result", results_.back());
+}
+
+TensorView Made::empty(DType dtype, std::initializer_list<std::int64_t> shape) {
+  return empty(dtype, shape.begin(), static_cast<int>(shape.size()));
+}
+
+TensorView Made::like(const TensorView& x) { return empty(x.dtype, x.shape, std::max(x.ndim, 0)); }
+
+TensorView Made::none() {
+  results_.push_back(py::none());
+  return {};
+}
+
+TensorView Made::workspace(std::int64_t bytes) {
+  if (bytes > kKeptBytes) {
+    scratch_ = make_tensor(DType::u8, &bytes, 1);
+    return memory_of("torch.empty_strided", "its result", scratch_);
+  }
+  // Python drops the dictionary, and with it the tensor, when the thread ends.
+  static PyObject* const key = PyUnicode_InternFromString("ofakern.workspace");
+  PyObject* const of_thread = PyThreadState_GetDict();
+  if (of_thread == nullptr) throw py::error_already_set();
+  if (PyObject* const kept = PyDict_GetItemWithError(of_thread, key)) {
+    const TensorView view = memory_of("ofakern", "the kept workspace", kept);
+    if (view.numel() >= bytes) return view;
+  }
+  const std::int64_t size = std::max<std::int64_t>(bytes, kKeptBytes / 4);
+  const py::object fresh = make_tensor(DType::u8, &size, 1);
+  if (PyDict_SetItem(of_thread, key, fresh.ptr()) != 0) throw py::error_already_set();
+  return memory_of("torch.empty_strided", "its result", fresh);
+}
+
+py::object Made::results() const {
+  if (results_.size() == 1) return results_[0];
+  py::tuple all(results_.size());
+  for (std::size_t n = 0; n < results_.size(); ++n) all[n] = results_[n];
+  return all;
+}
+
+}  // namespace ofakern

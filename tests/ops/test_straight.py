@@ -1,0 +1,185 @@
+"""The way past the dispatcher: taken only where nothing of torch's stands between, and never seen in the results."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ofakern.errors import OfakernTypeError, OfakernValueError
+from ofakern.ops.attention import AttentionLayout, RelativeTerm, attention, intervals
+from ofakern.ops.attention import op as attention_op
+from ofakern.ops.decode_linear import decode_linear, prepack_weight
+from ofakern.ops.layer_norm import add_layer_norm, embed_layer_norm, gelu_layer_norm, head_scale_layer_norm
+from ofakern.ops.layer_norm import op as layer_norm_op
+from ofakern.ops.rotation_6d import op as rotation_op
+from ofakern.ops.rotation_6d import rotation_6d
+
+pytestmark = pytest.mark.usefixtures("cpu")
+GENERATOR = torch.Generator().manual_seed(5)
+POSITION = torch.arange(6, dtype=torch.int32)
+LAYOUT = AttentionLayout.build(
+    intervals.causal([4, 2]), [4, 2], [4, 2], [RelativeTerm(POSITION + 5, POSITION, intervals.full([4, 2]), 11)]
+)
+TOKENS = torch.tensor([3, 0, 3, 1])
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR)
+
+
+Op = tuple[Callable[..., Tensor], Sequence[Tensor]]
+OPS: dict[str, Op] = {
+    "attention": (
+        lambda q, k, v, q_pos, k_pos, table, scale: attention(q, k, v, LAYOUT, q_pos, k_pos, [table], scale),
+        (*(randn(6, 2, 8) for _ in range(5)), randn(2, 11), randn(2)),
+    ),
+    "add_layer_norm": (lambda *inputs: sum(add_layer_norm(*inputs)), (randn(3, 8), randn(3, 8), randn(8), randn(8))),
+    "gelu_layer_norm": (gelu_layer_norm, (randn(3, 8), randn(8), randn(8))),
+    "head_scale_layer_norm": (head_scale_layer_norm, (randn(3, 2, 4), randn(2), randn(8), randn(8))),
+    "embed_layer_norm": (lambda *inputs: embed_layer_norm(TOKENS, *inputs), (randn(5, 8), randn(8), randn(8))),
+    "rotation_6d": (rotation_6d, (randn(3, 6),)),
+}
+FORWARD = {
+    "attention": (attention_op, "_FORWARD"),
+    "add_layer_norm": (layer_norm_op, "_ADD_FORWARD"),
+    "gelu_layer_norm": (layer_norm_op, "_GELU_FORWARD"),
+    "head_scale_layer_norm": (layer_norm_op, "_HEAD_FORWARD"),
+    "embed_layer_norm": (layer_norm_op, "_EMBED_FORWARD"),
+    "rotation_6d": (rotation_op, "_FORWARD"),
+}
+NAMES = pytest.mark.parametrize("name", OPS)
+
+
+def gradients(name: str, view: Callable[[Tensor], Tensor] = lambda x: x) -> list[Tensor]:
+    function, inputs = OPS[name]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = function(*map(view, leaves))
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+class Seen(TorchDispatchMode):
+    """Runs every op and keeps its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@NAMES
+def test_the_same_bits_with_and_without_the_dispatcher(name: str) -> None:
+    straight = gradients(name)
+    with Seen() as seen:
+        dispatched = gradients(name)
+    assert f"ofakern.{name}_fwd.default" in seen.names
+    assert all(torch.equal(a, b) for a, b in zip(straight, dispatched, strict=True))
+
+
+@NAMES
+def test_a_profiler_sees_the_op(name: str) -> None:
+    function, inputs = OPS[name]
+    with torch.profiler.profile() as profile, torch.no_grad():
+        function(*inputs)
+    assert f"ofakern::{name}_fwd" in {event.key for event in profile.key_averages()}
+
+
+@NAMES
+def test_nothing_is_dispatched_where_nothing_asks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, inputs = OPS[name]
+    module, ops = FORWARD[name]
+    monkeypatch.delitem(getattr(module, ops), "cpu")
+    with torch.no_grad():
+        function(*inputs)
+    with pytest.raises(KeyError, match="cpu"), Seen():
+        function(*inputs)
+
+
+@NAMES
+def test_views_are_copied_where_a_kernel_cannot_read_them(name: str) -> None:
+    strided = gradients(name, lambda x: torch.stack([x, x], -1)[..., 1])
+    negated = gradients(name, lambda x: torch._neg_view(-x))
+    for got in (strided, negated):
+        assert all(torch.equal(a, b) for a, b in zip(got, gradients(name), strict=True))
+
+
+def test_parameters_of_another_dtype_are_cast_as_ever() -> None:
+    _, (x, weight, bias) = OPS["gelu_layer_norm"]
+    low = gelu_layer_norm(x, weight.bfloat16(), bias.bfloat16())
+    assert torch.equal(low, gelu_layer_norm(x, weight.bfloat16().float(), bias.bfloat16().float()))
+
+
+def test_fake_tensors_get_shapes() -> None:
+    with FakeTensorMode():
+        x, weight, bias = torch.empty(3, 8), torch.empty(8), torch.empty(8)
+    out = gelu_layer_norm(x, weight, bias)  # outside of their mode
+    assert isinstance(out, FakeTensor) and out.shape == (3, 8)
+
+
+class Marked(Tensor):
+    """A subclass without any behaviour of its own."""
+
+
+def test_subclasses_go_through_torch() -> None:
+    _, (x, weight, bias) = OPS["gelu_layer_norm"]
+    marked = x.as_subclass(Marked)
+    with Seen() as seen:
+        out = gelu_layer_norm(marked, weight, bias)
+    assert "ofakern.gelu_layer_norm_fwd.default" in seen.names
+    assert torch.equal(out.as_subclass(Tensor), gelu_layer_norm(x, weight, bias))
+    assert torch.equal(gelu_layer_norm(marked, weight, bias).as_subclass(Tensor), gelu_layer_norm(x, weight, bias))
+
+
+def test_what_only_python_checked_before_is_still_refused() -> None:
+    x, weight, bias = randn(2, 8), randn(8), randn(8)
+    with pytest.raises(OfakernValueError, match=r"residual must have x's shape \[2, 8\], got \[1, 2, 8\]"):
+        add_layer_norm(x, x[None], weight, bias)
+    table = randn(5, 8)
+    with pytest.raises(OfakernValueError, match=r"types must have tokens' shape \[4\], got \[2, 2\]"):
+        embed_layer_norm(TOKENS, table, weight, bias, table, TOKENS.view(2, 2))
+    with pytest.raises(OfakernValueError, match="scale must be finite, got inf"):
+        embed_layer_norm(TOKENS, table, weight, bias, scale=float("inf"))
+    q = randn(6, 0, 8)
+    with pytest.raises(OfakernValueError, match="H must be a multiple of k's heads"):
+        attention(q, q, q, AttentionLayout.build(intervals.full([6]), [6], [6]))
+    with pytest.raises(OfakernTypeError, match="x must be a tensor, got list"):
+        gelu_layer_norm([1.0], weight, bias)  # type: ignore[arg-type]
+
+
+def test_decode_linear_gives_no_gradient_and_the_same_bits() -> None:
+    weight, x = prepack_weight([randn(24, 16), randn(8, 16)]), randn(3, 16)
+    straight = decode_linear(x, weight)
+    with Seen() as seen:
+        dispatched = decode_linear(x, weight)
+    assert "ofakern.decode_linear_fwd.default" in seen.names
+    assert all(torch.equal(a, b) for a, b in zip(straight, dispatched, strict=True))
+
+
+def test_threads_do_not_share_their_workspace() -> None:
+    """Calls of several threads at once, of sizes that make the kept workspace grow."""
+    inputs = [randn(tokens, 4, 32) for tokens in (3, 70, 300)]
+    layouts = [AttentionLayout.build(intervals.full([len(x)]), [len(x)], [len(x)]) for x in inputs]
+    want = [attention(x, x, x, layout) for x, layout in zip(inputs, layouts, strict=True)]
+    wrong: list[int] = []
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        for _ in range(20):
+            for n, (x, layout) in enumerate(zip(inputs, layouts, strict=True)):
+                if not torch.equal(attention(x, x, x, layout), want[n]):
+                    wrong.append(n)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
