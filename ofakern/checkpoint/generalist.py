@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ofakern.checkpoint.answering import answer_all, encode_sources, evaluating, in_chunks
 from ofakern.checkpoint.denoise import is_motion, learnt_settings, motion_loss, within_positions
+from ofakern.checkpoint.encoded_sets import save_encoded_sets, with_encoded_sets
 from ofakern.checkpoint.files import load_module, read_json, save_module, write_folder, write_json
 from ofakern.checkpoint.foreign import Account, read_foreign
 from ofakern.checkpoint.image_tokenizer import IMAGE_CODES, check_window, codes_options
@@ -438,6 +439,7 @@ class GeneralistModel:
             write_json(folder / "config.json", {**header, **parts})
             tasks = {name: task.to_dict() for name, task in self.tasks.items()}
             write_json(folder / "plans.json", {**header, "tasks": tasks})
+            save_encoded_sets(folder, self.tasks, tokenizer)
             write_json(folder / "generation_config.json", self.generation.to_dict())
 
         write_folder(directory, write)
@@ -509,7 +511,8 @@ class GeneralistModel:
             raise CheckpointError(
                 f"from_pretrained: {folder / 'plans.json'} must hold tasks, got {type(plans).__name__}"
             )
-        model.tasks = {name: KnownTask.from_dict(task) for name, task in plans.items()}
+        tasks = {name: KnownTask.from_dict(task) for name, task in plans.items()}
+        model.tasks = with_encoded_sets(folder, tasks, model.tokenizer)
         model.load_weights(folder)
         return model if device is None else model.to(device)
 

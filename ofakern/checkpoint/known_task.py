@@ -12,6 +12,7 @@ from ofakern.errors import CheckpointError, OfakernValueError
 from ofakern.instruction import Modality
 from ofakern.plan import Plan, build_plans
 from ofakern.text import ClosedSet, Tokenizer
+from ofakern.text.trie import TokenSequences
 
 __all__ = ["KnownTask", "TaskLike"]
 
@@ -44,12 +45,15 @@ class KnownTask:
         plans: one for each alternative; inference follows the first.
         answers: slot name -> answers, of slots with a closed set.
         generation: settings for `GenerationConfig.replace`.
+        encoded: slot name -> tokens of its answers, where a file had them.
     """
 
     instruction: str
     plans: tuple[Plan, ...]
     answers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
+    encoded: Mapping[str, TokenSequences] = field(default_factory=dict, compare=False, repr=False)
+    _made: tuple[Tokenizer, dict[str, ClosedSet]] | None = field(default=None, init=False, compare=False, repr=False)
 
     @classmethod
     def from_task(cls, task: TaskLike, image_adaptor: str | None) -> KnownTask:
@@ -70,9 +74,17 @@ class KnownTask:
         )
 
     def closed_sets(self, tokenizer: Tokenizer) -> dict[str, ClosedSet]:
-        """The closed set of every slot that has answers."""
-        found = build_closed_sets(self.plans, self.answers, tokenizer)
-        return found | {name: ClosedSet(self.answers[name], tokenizer) for name in self.answers if name not in found}
+        """The closed set of every slot that has answers; made once for a tokenizer."""
+        if self._made is None or self._made[0] is not tokenizer:
+            object.__setattr__(self, "_made", (tokenizer, self._closed_sets(tokenizer)))
+        assert self._made is not None
+        return dict(self._made[1])
+
+    def _closed_sets(self, tokenizer: Tokenizer) -> dict[str, ClosedSet]:
+        known = {name: ClosedSet.encoded(self.answers[name], tokens) for name, tokens in self.encoded.items()}
+        found = build_closed_sets(self.plans, self.answers, tokenizer, known)
+        rest = (name for name in self.answers if name not in found)
+        return found | {name: known.get(name) or ClosedSet(self.answers[name], tokenizer) for name in rest}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for plans.json."""

@@ -116,10 +116,13 @@ class PreprocessConfig:
 
 
 def build_closed_sets(
-    plans: Plan | Sequence[Plan], answers: Mapping[str, Sequence[str]], tokenizer: Tokenizer
+    plans: Plan | Sequence[Plan],
+    answers: Mapping[str, Sequence[str]],
+    tokenizer: Tokenizer,
+    known: Mapping[str, ClosedSet] | None = None,
 ) -> dict[str, ClosedSet]:
     """The closed set of every `closed_set` slot of the plans, by the slot's name; answers are normalised as the slot
-    says.
+    says. known: sets that need not be made again.
 
     Raises OfakernValueError when a slot has no answers.
     """
@@ -130,7 +133,8 @@ def build_closed_sets(
                 continue
             if slot.name not in answers:
                 raise OfakernValueError(f"build_closed_sets: answers must be given for slot {slot}, got none")
-            found[slot.name] = ClosedSet(answers[slot.name], tokenizer, **_text_options(slot))
+            made = (known or {}).get(slot.name)
+            found[slot.name] = made or ClosedSet(answers[slot.name], tokenizer, **_text_options(slot))
     return found
 
 

@@ -31,17 +31,39 @@ class ClosedSet:
         no_punctuation: bool = False,
         max_length: int | None = None,
     ) -> None:
-        self.answers: tuple[str, ...] = tuple(dict.fromkeys(answers))
-        if not self.answers:
+        distinct = tuple(dict.fromkeys(answers))
+        if not distinct:
             raise DataError("ClosedSet: answers must hold at least one answer, got 0")
-        for answer in self.answers:
+        for answer in distinct:
             if not isinstance(answer, str) or not answer.strip():
                 raise DataError(f"ClosedSet: answers must be text that is not blank, got {answer!r}")
-        self.sequences = TokenSequences.of(
-            tokenizer.encode(answer, uncased=uncased, no_punctuation=no_punctuation, max_length=max_length)
-            for answer in self.answers
+        self._keep(
+            distinct,
+            TokenSequences.of(
+                tokenizer.encode(answer, uncased=uncased, no_punctuation=no_punctuation, max_length=max_length)
+                for answer in distinct
+            ),
         )
-        self._trie = TokenTrie(self.sequences)
+
+    @classmethod
+    def encoded(cls, answers: Iterable[str], sequences: TokenSequences) -> ClosedSet:
+        """Of answers whose tokens are known: `sequences` of another set with the same answers.
+
+        Raises DataError when there is not one sequence for each answer.
+        """
+        distinct = tuple(dict.fromkeys(answers))
+        if len(distinct) != len(sequences) or not distinct:
+            raise DataError(
+                f"ClosedSet: sequences must be one for each of {len(distinct)} answers, got {len(sequences)}"
+            )
+        made = cls.__new__(cls)
+        made._keep(distinct, sequences)
+        return made
+
+    def _keep(self, answers: tuple[str, ...], sequences: TokenSequences) -> None:
+        self.answers = answers
+        self.sequences = sequences
+        self._trie = TokenTrie(sequences)
 
     def __len__(self) -> int:
         return len(self.answers)
