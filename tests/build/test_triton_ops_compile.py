@@ -15,15 +15,16 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton_aot import BF16, CACHE, F16, assert_no_more, resources, write_record  # noqa: E402
+from triton_aot import BF16, CACHE, F16, SHARED_MEMORY, assert_no_more, resources, write_record  # noqa: E402
 
+from ofakern.ops.cross_entropy import kernel_triton as cross_entropy  # noqa: E402
 from ofakern.ops.layer_norm import kernel_triton as layer_norm  # noqa: E402
 
 RECORD = Path(__file__).with_name("triton_ops_resources.json")
 Launches = Iterator[Any]
 
 
-def layer_norms(dtype: torch.dtype) -> Launches:
+def layer_norms(dtype: torch.dtype, shared_memory: int) -> Launches:
     """OFA-base's widths, 512 rows."""
     rows, width, wide = 512, 768, 3072
     x, weight, stats = torch.empty(rows, width, dtype=dtype), torch.empty(width), torch.empty(rows, 2)
@@ -41,8 +42,29 @@ def layer_norms(dtype: torch.dtype) -> Launches:
     yield from layer_norm.gelu_backward_call(x, x, stats, weight).launches
 
 
-# name: launches, and whether its kernels have products.
-OPS: dict[str, tuple[Callable[[torch.dtype], Launches], bool]] = {"layer_norm": (layer_norms, False)}
+def cross_entropies(dtype: torch.dtype, shared_memory: int) -> Launches:
+    """OFA-base's width, 512 tokens of 5,000 ids: losses with all ids, a CSR table and ranges; a gradient."""
+    tokens, width, vocabulary = 512, 768, 5000
+    hidden, weight, bias = (
+        torch.empty(*shape, dtype=dtype) for shape in ((tokens, width), (vocabulary, width), (5000,))
+    )
+    labels, offsets = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens + 1, dtype=torch.int64)
+    rows = slice(0, tokens)
+    limits = torch.zeros(tokens, 2, dtype=torch.int32)
+    for allowed in ((None, None, None), (offsets, labels, None), (None, None, limits)):
+        given = cross_entropy.Given.of(hidden, weight, bias, labels, *allowed, 4, 0.1)
+        chunk = cross_entropy.chunk_of(given, rows, shared_memory)
+        found = cross_entropy.empty_losses(given, True)
+        yield from chunk.marking + cross_entropy.loss_launches(given, chunk, rows, found)
+    dscore = torch.empty(tokens, vocabulary, dtype=dtype)
+    yield cross_entropy.gradient_launch(given, chunk, dscore, found[0], found[2])
+
+
+# name: launches, and which of their kernels have products.
+OPS: dict[str, tuple[Callable[[torch.dtype, int], Launches], tuple[str, ...]]] = {
+    "layer_norm": (layer_norms, ()),
+    "cross_entropy": (cross_entropies, ("cross_entropy_scores", "cross_entropy_gradient")),
+}
 CASES = [(op, *target) for op in OPS for target in ((80, F16), (90, BF16), (100, BF16))]
 
 
@@ -53,8 +75,18 @@ def label(case: tuple[Any, ...]) -> str:
 
 def measure(case: tuple[Any, ...], folder: Path) -> dict[str, dict[str, int]]:
     op, capability, dtype = case
-    launches, product = OPS[op]
-    return {launch.kernel.__name__: resources(launch, capability, product, folder) for launch in launches(dtype)}
+    launches, products = OPS[op]
+    named = {variant(n): n for n in launches(dtype, SHARED_MEMORY[capability])}
+    return {
+        name: resources(launch, capability, launch.kernel.__name__ in products, folder)
+        for name, launch in named.items()
+    }
+
+
+def variant(launch: Any) -> str:
+    """A kernel's name, and which ids it allows."""
+    name = str(launch.kernel.__name__)
+    return f"{name}[{launch.constants['ALLOWED']}]" if "ALLOWED" in launch.constants else name
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)

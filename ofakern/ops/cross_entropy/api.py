@@ -76,7 +76,7 @@ def cross_entropy(
         reduction: "sum" or "none" (per token). Under "sum" without drop_worst the gradients are computed in the
             forward pass, which saves one of four products.
         return_best: the best allowed id of each token (the first one of equals), -100 where there is no label.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     At most one of allowed, allowed_range and subset is given. Under autocast hidden, weight and bias take its dtype.
     Each gradient has its argument's dtype; weight's is rounded to it once per chunk of (at most 1024) tokens.
@@ -96,7 +96,7 @@ def cross_entropy(
         log.once(_logger, _describe(call, chosen))
     labelled = labels != IGNORED
     if reduction == "sum" and not drop_worst and chosen != "reference":
-        loss, nll, best = op.summed_loss(*call.inputs(), best=return_best)
+        loss, nll, best = op.summed_loss(*call.inputs(), best=return_best, backend=chosen)
     else:
         loss, nll, best = _per_token(call, chosen, return_best)
         if drop_worst:
@@ -142,7 +142,7 @@ class _Call(NamedTuple):
 
 def _per_token(call: _Call, backend: str, best: bool) -> tuple[Tensor, Tensor, Tensor]:
     if backend != "reference":
-        return op.token_losses(*call.inputs(), best=best)
+        return op.token_losses(*call.inputs(), best=best, backend=backend)
     loss, nll, ids = cross_entropy_reference(
         call.hidden,
         call.weight,

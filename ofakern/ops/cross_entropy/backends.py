@@ -13,4 +13,4 @@ class _CrossEntropyBackends(Backends):
         return super().automatic(tensor) if tensor.device.type == "cpu" else "reference"
 
 
-BACKENDS = _CrossEntropyBackends("cross_entropy", "cross_entropy_forward")
+BACKENDS = _CrossEntropyBackends("cross_entropy", "cross_entropy_forward", triton=True)

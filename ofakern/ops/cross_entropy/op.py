@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from ofakern.ops import native
-from ofakern.ops.library import apply_function, define, differentiate_once, refuse_vmap
+from ofakern.ops.library import (
+    apply_function,
+    define,
+    differentiate_once,
+    kernel_ready,
+    ops_of,
+    refuse_vmap,
+    suffix_of,
+)
 
 _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? offsets, Tensor? ids, Tensor? allowed_range, "
@@ -25,21 +33,21 @@ _LOSSES = "Tensor loss, Tensor nll, Tensor lse, Tensor best"
 _GRADIENTS = "Tensor dhidden, Tensor dweight, Tensor dbias"
 
 
-def token_losses(*inputs: Any, best: bool) -> tuple[Tensor, Tensor, Tensor]:
+def token_losses(*inputs: Any, best: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """loss (differentiable) and nll f32 `[N]`, best int64 `[N]` (`[0]` when not wanted) of `_INPUTS` in that order."""
     if _wants_gradient(inputs):
-        loss, nll, _, ids = apply_function(_TokenLosses, best, *inputs)
+        loss, nll, _, ids = apply_function(_TokenLosses, backend, best, *inputs)
     else:
-        loss, nll, _, ids = _FORWARD(*inputs, best)
+        loss, nll, _, ids = _FORWARD[backend](*inputs, best)
     return loss, nll, ids
 
 
-def summed_loss(*inputs: Any, best: bool) -> tuple[Tensor, Tensor, Tensor]:
+def summed_loss(*inputs: Any, best: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """The sums of loss and nll, f32 `[]`, and best as above; the loss differentiates."""
     if _wants_gradient(inputs):
-        loss, nll, ids = apply_function(_SummedLoss, best, *inputs)
+        loss, nll, ids = apply_function(_SummedLoss, backend, best, *inputs)
         return loss, nll, ids
-    loss, nll, _, ids = _FORWARD(*inputs, best)
+    loss, nll, _, ids = _FORWARD[backend](*inputs, best)
     return loss.sum(), nll.sum(), ids
 
 
@@ -54,8 +62,8 @@ def _wants_gradient(inputs: tuple[Any, ...]) -> bool:
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(best: bool, *inputs: Any) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = _FORWARD(*inputs, best)
+    def forward(backend: str, best: bool, *inputs: Any) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = _FORWARD[backend](*inputs, best)
         return result
 
     @staticmethod
@@ -63,16 +71,17 @@ class _TokenLosses(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         _, nll, lse, best = output
         ctx.mark_non_differentiable(nll, lse, best)
-        ctx.save_for_backward(lse, *inputs[1 : 1 + _TENSORS])
-        ctx.numbers = inputs[1 + _TENSORS :]
+        ctx.save_for_backward(lse, *inputs[2 : 2 + _TENSORS])
+        ctx.backend, ctx.numbers = inputs[0], inputs[2 + _TENSORS :]
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dloss is None:
-            return (None,) * (1 + _TENSORS + len(ctx.numbers))
+            return (None,) * (2 + _TENSORS + len(ctx.numbers))
         lse, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1:4]
-        grads = differentiate_once("cross_entropy_bwd", dloss, lse, *tensors, *ctx.numbers, *wanted)
+        wanted = ctx.needs_input_grad[2:5]
+        name = "cross_entropy_bwd" + suffix_of(ctx.backend)
+        grads = differentiate_once(name, dloss, lse, *tensors, *ctx.numbers, *wanted)
         return _gradients(grads, wanted, len(ctx.numbers))
 
     vmap = staticmethod(refuse_vmap("cross_entropy"))
@@ -80,11 +89,11 @@ class _TokenLosses(torch.autograd.Function):
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, best: bool, *inputs: Any) -> tuple[Tensor, ...]:
-        wanted = ctx.needs_input_grad[1:4]
-        loss, nll, lse, ids, *grads = _FORWARD_GRAD(*inputs, best, *wanted)
+    def forward(ctx: Any, backend: str, best: bool, *inputs: Any) -> tuple[Tensor, ...]:
+        wanted = ctx.needs_input_grad[2:5]
+        loss, nll, lse, ids, *grads = _FORWARD_GRAD[backend](*inputs, best, *wanted)
         ctx.set_materialize_grads(False)
-        ctx.numbers = inputs[_TENSORS:]
+        ctx.backend, ctx.numbers = backend, inputs[_TENSORS:]
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*grads)
         else:
@@ -98,17 +107,18 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dloss is None:
-            return (None,) * (1 + _TENSORS + len(ctx.numbers))
-        wanted = ctx.needs_input_grad[1:4]
+            return (None,) * (2 + _TENSORS + len(ctx.numbers))
+        wanted = ctx.needs_input_grad[2:5]
         if torch.compiler.is_compiling():
             grads = tuple(grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors)
         elif torch.is_grad_enabled() or ctx.grads is None:
             lse, *tensors = ctx.saved_tensors
             each = dloss.expand(lse.shape)
-            grads = differentiate_once("cross_entropy_bwd", each, lse, *tensors, *ctx.numbers, *wanted)
+            name = "cross_entropy_bwd" + suffix_of(ctx.backend)
+            grads = differentiate_once(name, each, lse, *tensors, *ctx.numbers, *wanted)
         else:
             grads, ctx.grads = tuple(ctx.grads), None
-            if float(dloss) != 1.0:
+            if dloss.is_cuda or float(dloss) != 1.0:  # a GPU is not waited for
                 for grad in grads:
                     grad.mul_(dloss)
         return _gradients(grads, wanted, len(ctx.numbers))
@@ -118,7 +128,7 @@ class _SummedLoss(torch.autograd.Function):
 
 def _gradients(grads: tuple[Tensor, ...], wanted: tuple[bool, ...], numbers: int) -> tuple[Tensor | None, ...]:
     given = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    return (None, *given, *[None] * (_TENSORS - 3 + numbers))
+    return (None, None, *given, *[None] * (_TENSORS - 3 + numbers))
 
 
 def _empty_losses(inputs: Any, best: bool) -> list[Tensor]:
@@ -162,17 +172,39 @@ def _backward_fake(dloss: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor,
     return tuple(_empty_gradients(arguments, arguments[-3:]))
 
 
+def _triton(name: str) -> Any:
+    """`kernel_triton.<name>`, imported by its first call: that takes a second, and CPU users may not have triton."""
+
+    def call(*arguments: Any) -> Any:
+        from ofakern.ops.cross_entropy import kernel_triton
+
+        ready = (kernel_ready(x) if isinstance(x, Tensor) else x for x in arguments)
+        return getattr(kernel_triton, name)(*ready)
+
+    return call
+
+
 _WANTED = "bool wants_hidden, bool wants_weight, bool wants_bias"
-_FORWARD = define("cross_entropy_fwd", f"({_INPUTS}, bool best) -> ({_LOSSES})", cpu=_forward_cpu, fake=_forward_fake)
-_FORWARD_GRAD = define(
+define(
+    "cross_entropy_fwd",
+    f"({_INPUTS}, bool best) -> ({_LOSSES})",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+    triton=_triton("forward_triton"),
+)
+define(
     "cross_entropy_fwd_grad",
     f"({_INPUTS}, bool best, {_WANTED}) -> ({_LOSSES}, {_GRADIENTS})",
     cpu=_forward_grad_cpu,
     fake=_forward_grad_fake,
+    triton=_triton("forward_grad_triton"),
 )
 define(
     "cross_entropy_bwd",
     f"(Tensor dloss, Tensor lse, {_INPUTS}, {_WANTED}) -> ({_GRADIENTS})",
     cpu=_backward_cpu,
     fake=_backward_fake,
+    triton=_triton("backward_triton"),
 )
+_FORWARD = ops_of("cross_entropy_fwd")
+_FORWARD_GRAD = ops_of("cross_entropy_fwd_grad")
