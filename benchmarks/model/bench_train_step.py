@@ -24,7 +24,7 @@ from benchmarks.core import DTYPES, Contender, Phase, Unavailable, Work
 from benchmarks.model.train_step_peers import ATTENTION, EPSILON, plain_loss
 from ofakern.data.batch import Example, PackedBatch, Segment
 from ofakern.instruction import Modality
-from ofakern.modality.image.adaptor import ImageResnetConfig
+from ofakern.modality.image.adaptor import ImageResnetAdaptor, ImageResnetConfig
 from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import OFAConfig, OFAPlus
 from ofakern.nn import attention as nn_attention
@@ -65,9 +65,16 @@ class Spec:
     def config(self) -> OFAConfig:
         if not self.small:
             return replace(OFAConfig.from_size("base"), dropout=0.0)
-        adaptors = (TextAdaptorConfig(), ImageResnetConfig(resnet_blocks=(1, 1, 1), resnet_width=8))
-        shape = {"dim": 64, "ffn_dim": 128, "heads": 4, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 997}
-        return OFAConfig(adaptors=adaptors, dropout=0.0, **shape)  # type: ignore[arg-type]
+        return OFAConfig(
+            adaptors=(TextAdaptorConfig(), ImageResnetConfig(resnet_blocks=(1, 1, 1), resnet_width=8)),
+            dim=64,
+            ffn_dim=128,
+            heads=4,
+            encoder_layers=2,
+            decoder_layers=2,
+            vocab_size=997,
+            dropout=0.0,
+        )
 
 
 CASES: dict[str, Spec] = {
@@ -110,8 +117,9 @@ def make(spec: Spec, dtype: str) -> Problem:
             object.__setattr__(segment, "value", segment.value.to(DTYPES[dtype]))
     problem = Problem(spec, model, batch, torch.empty(0))
     side = spec.image // _STRIDE
-    channels = model.encoder.adaptor.get_submodule("image_resnet").image_proj.in_features  # type: ignore[union-attr]
-    shape = (spec.batch, int(channels), side, side)  # type: ignore[arg-type]
+    adaptor = model.encoder.adaptor.get_submodule("image_resnet")
+    assert isinstance(adaptor, ImageResnetAdaptor)
+    shape = (spec.batch, adaptor.image_proj.in_features, side, side)
     problem.features = torch.randn(shape, generator=generator).to(DTYPES[dtype]).requires_grad_()
     return problem
 

@@ -72,7 +72,7 @@ OFAKERN_LOCAL float row_maximum(const ForwardRow<T>& row, const float* products)
   return hmax(top);
 }
 
-// Probabilities of vectors [from, to), which go through the first TERMS terms that `score` knows; adds them to `total`.
+// Probabilities 2^score(v) of vectors [from, to), all with the terms that the caller's `score` adds; sums to `total`.
 template <bool DROPOUT, class T, class Score>
 OFAKERN_HOT Vec exponentiate_run(const ForwardRow<T>& row, int from, int to, Vec total, const Score& score) {
   Packed<T>* probabilities = row.probabilities;

@@ -21,6 +21,7 @@ from ofakern.ops.library import STRAIGHT, draw_seed, straight
 
 _WHERE = "attention"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NO_TERMS: tuple[None, ...] = (None,) * 8  # table, q_coord, k_coord, same of two
 _logger = logging.getLogger("ofakern.ops.attention")
 
 
@@ -295,12 +296,19 @@ def _run_reference(call: _Call) -> tuple[Tensor, Tensor]:
 
 def _run_op(backend: str, call: _Call) -> tuple[Tensor, Tensor]:
     q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed = call
-    terms: list[Tensor | None] = []
-    for table, term in zip(tables, layout.terms, strict=True):
-        terms += [table, term.q_coord, term.k_coord, term.same]
-    terms += [None] * (8 - len(terms))
+    terms = _terms(tables, layout)
     fixed = layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range
     return op.run(backend, q, k, v, q_pos, k_pos, *terms, head_scale, dropout_seed, *fixed, scale, dropout_p)
+
+
+def _terms(tables: Sequence[Tensor], layout: AttentionLayout) -> Sequence[Tensor | None]:
+    if not tables:
+        return _NO_TERMS
+    terms: list[Tensor | None] = []
+    for table, term in zip(tables, layout.terms, strict=True):
+        terms += (table, term.q_coord, term.k_coord, term.same)
+    terms += _NO_TERMS[len(terms) :]
+    return terms
 
 
 def _run_straight(
@@ -318,15 +326,18 @@ def _run_straight(
 ) -> tuple[Tensor, Tensor]:
     """A call that only the binding checks, but for what it cannot know: types, and how long a table has to be."""
     fits = type(layout) is AttentionLayout and len(tables) == len(layout.terms) and q.ndim == 3
-    if not fits or any(table.shape[-1:] != (term.rows,) for table, term in zip(tables, layout.terms, strict=True)):
+    for n in range(len(tables) if fits else 0):
+        fits = fits and tables[n].shape[-1:] == (layout.terms[n].rows,)
+    if not fits:
         raise OfakernValueError(f"{_WHERE}: layout and tables must fit each other, got others")
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if dropout_p == 0.0:
         dropout_seed = None
     elif dropout_seed is None:
         dropout_seed = draw_seed(q.device)
-    call = _Call(q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed)
-    return _run_op(STRAIGHT, call)
+    terms = _terms(tables, layout)
+    fixed = layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range
+    return op.run(STRAIGHT, q, k, v, q_pos, k_pos, *terms, head_scale, dropout_seed, *fixed, scale, dropout_p)
 
 
 def _describe(call: _Call, backend: str) -> str:

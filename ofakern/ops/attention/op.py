@@ -37,16 +37,11 @@ _TENSORS = 20  # how many of the inputs are tensors; scale and dropout_p follow
 
 def run(backend: str, *inputs: Any) -> tuple[Tensor, Tensor]:
     """out and lse of `_INPUTS` in that order; differentiable in q, k, v, q_pos, k_pos, the tables and head_scale."""
-    result: tuple[Tensor, Tensor]
-    if torch.is_grad_enabled() and any(_requires_grad(inputs[n]) for n in _DIFFERENTIABLE):
-        result = apply_function(_Attention, backend, *inputs)
-    else:
-        result = _FORWARD[backend](*inputs)
-    return result
-
-
-def _requires_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
+    if torch.is_grad_enabled():
+        for n in _DIFFERENTIABLE:
+            if inputs[n] is not None and inputs[n].requires_grad:
+                return apply_function(_Attention, backend, *inputs)  # type: ignore[no-any-return]
+    return _FORWARD[backend](*inputs)  # type: ignore[no-any-return]
 
 
 class _Attention(torch.autograd.Function):

@@ -44,15 +44,15 @@ def add_layer_norm(
     ):
         out, total, _ = apply_function(_Add, backend, *arguments)
     else:
-        out, total, _ = _ADD_FORWARD[backend](*arguments)
+        out, total, _ = _FORWARD["add_layer_norm"][backend](*arguments)
     return out, total
 
 
 def gelu_layer_norm(backend: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        out, _ = apply_function(_Gelu, backend, x, weight, bias, eps)
+        out, _ = apply_function(_Normalised, "gelu_layer_norm", backend, x, weight, bias, eps)
     else:
-        out, _ = _GELU_FORWARD[backend](x, weight, bias, eps)
+        out, _ = _FORWARD["gelu_layer_norm"][backend](x, weight, bias, eps)
     return out  # type: ignore[no-any-return]
 
 
@@ -61,9 +61,9 @@ def head_scale_layer_norm(
 ) -> Tensor:
     differentiable = (x, head_scale, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
-        out, _ = apply_function(_HeadScale, backend, *differentiable, eps)
+        out, _ = apply_function(_Normalised, "head_scale_layer_norm", backend, *differentiable, eps)
     else:
-        out, _ = _HEAD_FORWARD[backend](*differentiable, eps)
+        out, _ = _FORWARD["head_scale_layer_norm"][backend](*differentiable, eps)
     return out  # type: ignore[no-any-return]
 
 
@@ -83,7 +83,7 @@ def embed_layer_norm(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
         out, _ = apply_function(_Embed, backend, *arguments)
     else:
-        out, _ = _EMBED_FORWARD[backend](*arguments)
+        out, _ = _FORWARD["embed_layer_norm"][backend](*arguments)
     return out  # type: ignore[no-any-return]
 
 
@@ -93,7 +93,7 @@ def embed_layer_norm(
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(backend: str, *inputs: Any) -> Any:
-        return _ADD_FORWARD[backend](*inputs)
+        return _FORWARD["add_layer_norm"][backend](*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -118,48 +118,33 @@ class _Add(torch.autograd.Function):
     vmap = staticmethod(refuse_vmap("add_layer_norm"))
 
 
-class _Gelu(torch.autograd.Function):
-    @staticmethod
-    def forward(backend: str, *inputs: Any) -> Any:
-        return _GELU_FORWARD[backend](*inputs)
+class _Normalised(torch.autograd.Function):
+    """gelu_layer_norm and head_scale_layer_norm: their gradient takes dout, what goes before the weight, and stats."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.backend, x, weight, _, _ = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, output[1], weight)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        name = "gelu_layer_norm_bwd" + suffix_of(ctx.backend)
-        return (None, *differentiate_once(name, dout, *ctx.saved_tensors), None)
-
-    vmap = staticmethod(refuse_vmap("gelu_layer_norm"))
-
-
-class _HeadScale(torch.autograd.Function):
-    @staticmethod
-    def forward(backend: str, *inputs: Any) -> Any:
-        return _HEAD_FORWARD[backend](*inputs)
+    def forward(op: str, backend: str, *inputs: Any) -> Any:
+        return _FORWARD[op][backend](*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.backend, x, head_scale, weight, _, _ = inputs
+        ctx.op, ctx.backend, *activations, weight, _, _ = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, head_scale, output[1], weight)
+        ctx.save_for_backward(*activations, output[1], weight)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        name = "head_scale_layer_norm_bwd" + suffix_of(ctx.backend)
-        return (None, *differentiate_once(name, dout, *ctx.saved_tensors), None)
+        grads = differentiate_once(f"{ctx.op}_bwd{suffix_of(ctx.backend)}", dout, *ctx.saved_tensors)
+        return None, None, *grads, None
 
-    vmap = staticmethod(refuse_vmap("head_scale_layer_norm"))
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, op: str, *inputs: Any) -> Any:
+        return refuse_vmap(op)(info, in_dims, *inputs)
 
 
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(backend: str, *inputs: Any) -> Any:
-        return _EMBED_FORWARD[backend](*inputs)
+        return _FORWARD["embed_layer_norm"][backend](*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -356,7 +341,6 @@ define(
     fake=_embed_backward_fake,
     triton=_triton("embed_backward"),
 )
-_ADD_FORWARD = ops_of("add_layer_norm_fwd")
-_GELU_FORWARD = ops_of("gelu_layer_norm_fwd")
-_HEAD_FORWARD = ops_of("head_scale_layer_norm_fwd")
-_EMBED_FORWARD = ops_of("embed_layer_norm_fwd")
+_FORWARD = {
+    op: ops_of(f"{op}_fwd") for op in ("add_layer_norm", "gelu_layer_norm", "head_scale_layer_norm", "embed_layer_norm")
+}
