@@ -73,6 +73,11 @@ class TargetReader:
         vocabulary = self._tokenizer.vocabulary
         return compile_target(elements, eos=vocabulary.eos, vocabulary_size=len(vocabulary))
 
+    @property
+    def codes_only(self) -> bool:
+        """Whether the target is an image's codes."""
+        return self._slots[-1].modality is Modality.IMAGE
+
     def as_ofasys(self, config: GenerationConfig) -> tuple[GenerationConfig, bool]:
         """OFASys's way: a box is any four tokens, text any tokens; the flag says whether the automaton is used."""
         if any(slot.name in self._closed_sets or slot.modality is Modality.IMAGE for slot in self._slots):
@@ -92,7 +97,7 @@ class TargetReader:
             return FreeTokens(self._text.start, self._text.stop)
         if slot.modality is Modality.IMAGE:
             count = int(slot.attribute("length") or self._codes_per_image)
-            return RangeTokens(self._codes.start, self._codes.stop, count)
+            return RangeTokens(self._codes.start, self._codes.stop, count, renormalise=True)
         if slot.modality is Modality.PHONE:
             phones = phone_ids(self._tokenizer.vocabulary)
             return FreeTokens(phones.start, phones.stop)

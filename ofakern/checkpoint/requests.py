@@ -99,7 +99,11 @@ class Recipe:
             return PreparedRequest(self, example, config, None, automaton)
         if tell is not None:
             on_token = _PieceTeller(number, self.reader, automaton, tell)
-        searched, constrained = self.reader.as_ofasys(config) if config.compat == "ofasys" else (config, True)
+        searched, constrained = config, True
+        if config.compat == "ofasys":
+            searched, constrained = self.reader.as_ofasys(config)
+            if self.reader.codes_only:  # OFASys takes their probabilities over the whole vocabulary
+                automaton = automaton.unnormalised()
         request = SearchRequest(
             searched,
             automaton if constrained else None,

@@ -316,6 +316,17 @@ def test_closed_sets_take_the_logits_they_need_only() -> None:
     for sample, (id, request) in enumerate(zip(ids, wanted, strict=True)):
         assert same(found[id], alone(plain, sample, request)), sample
     assert hidden.whole_steps == 2, "only while a prefix is forced"
+    codes = automaton(RangeTokens(20, 36, 6, renormalise=True))
+    whole = codes.unnormalised()
+    for config in (GenerationConfig(num_beams=3), GenerationConfig(do_sample=True, num_return_sequences=3, top_k=9)):
+        before = hidden.whole_steps
+        (id,) = session.add([5], [SearchRequest(config, codes)])
+        drawn = run(session)[id]
+        assert same(drawn, alone(plain, 5, SearchRequest(config, codes)))
+        assert hidden.whole_steps == before + 1, "only for the end"
+        if config.do_sample:  # the same draws as over the whole vocabulary, other log-probabilities
+            assert {a.tokens for a in drawn} == {a.tokens for a in alone(plain, 5, SearchRequest(config, whole))}
+            assert not same(drawn, alone(plain, 5, SearchRequest(config, whole)))
     session.add([0], [SearchRequest(GenerationConfig(suppress_tokens=(V,)), CLOSED)])
     (ended,) = _all(session)
     assert isinstance(ended, Finished) and "in the vocabulary (40), got 40" in str(ended.error)

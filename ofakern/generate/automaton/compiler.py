@@ -122,7 +122,7 @@ class _Builder:
             return self._closed_set(TokenSequences.of(element.sequences), following)
         if isinstance(element, RangeTokens):
             for _ in range(element.count):
-                state = self.new()
+                state = self.new(renormalise=element.renormalise)
                 self.states[state].ranges.append((element.lo, element.hi, following, self._left))
                 following = state
             return following

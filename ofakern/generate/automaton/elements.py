@@ -31,11 +31,15 @@ class ChoiceTokens:
 
 @dataclass(frozen=True)
 class RangeTokens:
-    """Exactly `count` tokens with lo <= id < hi: a box is four bins."""
+    """Exactly `count` tokens with lo <= id < hi: a box is four bins.
+
+    renormalise: probabilities are taken over the range only, so that its logits are all that a step needs.
+    """
 
     lo: int
     hi: int
     count: int
+    renormalise: bool = False
 
 
 @dataclass(frozen=True)

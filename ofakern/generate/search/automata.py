@@ -69,6 +69,18 @@ class Automata:
         explicit = range_first[states + 1] == range_first[states]
         return bool((few & explicit & tables.renormalise.numpy()[states]).all())
 
+    def span(self, states: Array) -> tuple[int, int] | None:
+        """The ids (lo, hi) that all these states choose from, by themselves, when it is one range of few."""
+        tables = self.tables
+        first, range_first = tables.first.numpy(), tables.range_first.numpy()
+        begin = range_first[states]
+        alone = (range_first[states + 1] - begin == 1) & (first[states + 1] == first[states])
+        if not (alone & tables.renormalise.numpy()[states]).all():
+            return None
+        lo, hi, _ = tables.ranges.numpy()[begin].T
+        few = hi[0] - lo[0] <= self._vocabulary // 2
+        return (int(lo[0]), int(hi[0])) if few and (lo == lo[0]).all() and (hi == hi[0]).all() else None
+
     def advance(self, states: Array, tokens: Array) -> Array:
         """int64 [rows]: the states after `tokens`; explicit tokens come before ranges."""
         tables = self.tables

@@ -54,14 +54,13 @@ class Chooser:
         """int64 [R]: where the states of each row's automaton begin in `Automata.tables`; -1 without one."""
         return self._fixed(table).base
 
-    def closed(self, table: Table) -> Array | None:
-        """int64 [R], states in `Automata.tables`, when at this step all rows choose from closed sets."""
+    def bound(self, table: Table) -> Array | None:
+        """int64 [R], states in `Automata.tables`, when at this step all rows follow automata and nothing is forced."""
         base, groups, steps = self._fixed(table).base, table.groups, table.steps
         forced = (steps < groups["prefix"]) | ((steps >= groups["limit"]) & ~groups["bounded"])
         if bool((base < 0).any()) or bool(forced.any()):
             return None
-        states = table.states + base
-        return states if self._automata.narrow(states) else None
+        return table.states + base
 
     def __call__(
         self, logits: Tensor | RaggedLogits, table: Table, configs: Mapping[int, GenerationConfig], alive: Array
@@ -115,7 +114,7 @@ class Chooser:
             first = int(groups["counted"].min())
             changes["history"] = torch.from_numpy(table.tokens[:, first:])
             changes["counted_from"] = _int32((groups["counted"] - first)[rows])
-        if ragged:  # closed sets: neither a prefix, nor an end, nor free text
+        if ragged:  # closed sets and ranges: neither a prefix, nor an end, nor free text
             return replace(fixed.rules, ngram=None, **changes)
         at_end = steps >= groups["limit"]
         in_prefix = np.flatnonzero((steps < groups["prefix"]) & ~at_end)

@@ -8,7 +8,8 @@ the model is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from ofakern.ops.beam_step import InvalidLogitsError, RaggedLogits
 from ofakern.ops.gathered_linear import gathered_linear
 
 __all__ = ["SearchSession"]
+
+Projection = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # values, first and tokens of RaggedLogits
 
 
 class SearchSession:
@@ -106,25 +109,31 @@ class SearchSession:
     # ------------------------------------------------------------------------------------------------- the choice
 
     def _logits(self, tokens: Array) -> Tensor | RaggedLogits:
-        """Those of the next token; only of what is allowed, where all rows choose from closed sets."""
-        states = self._chooser.closed(self._table)
-        fed = None if states is None else self._states.hidden(tokens)
-        if fed is None:
+        """Those of the next token; only of what is allowed, where that is known to be little."""
+        projection = self._partial_projection()
+        fed = None if projection is None else self._states.hidden(tokens)
+        if projection is None or fed is None:
             logits = self._states.logits(tokens)
         else:
             hidden, model, state = fed
-            if hidden.device.type == "cpu":
-                return self._closed_logits(hidden, model.output_weight, states)
+            weight = model.output_weight
+            if hidden.device.type == "cpu" and hidden.dtype == weight.dtype:
+                self._check_ids(weight.shape[0])
+                return RaggedLogits(*projection(hidden, weight), weight.shape[0])
             logits = model.step_logits(state, hidden).cpu()
         self._check_ids(logits.shape[1])
         return logits
 
-    def _closed_logits(self, hidden: Tensor, weight: Tensor, states: Any) -> RaggedLogits:
-        self._check_ids(weight.shape[0])
-        tables = self._automata.tables
-        rows = torch.from_numpy(states.astype(np.int32))
-        values, first, tokens = gathered_linear(hidden, weight, rows, tables.first, tables.tokens)
-        return RaggedLogits(values, first, tokens, weight.shape[0])
+    def _partial_projection(self) -> Projection | None:
+        """What makes the logits of the allowed tokens of hidden states and the output weight; None: too many."""
+        states = self._chooser.bound(self._table)
+        if states is None:
+            return None
+        if self._automata.narrow(states):
+            tables, rows = self._automata.tables, torch.from_numpy(states.astype(np.int32))
+            return lambda hidden, weight: gathered_linear(hidden, weight, rows, tables.first, tables.tokens)
+        span = self._automata.span(states)
+        return None if span is None else partial(_project_range, span)
 
     def _check_ids(self, vocabulary: int) -> None:
         """A request that forbids ids beyond the vocabulary fails alone."""
@@ -140,7 +149,8 @@ class SearchSession:
         """The candidates; a request whose logits are no numbers fails alone."""
         while True:
             failed = [one.id for one in self._running.values() if one.error is not None]
-            alive = ~np.isin(self._table.groups["request"], failed)
+            groups = self._table.groups["request"]
+            alive = ~np.isin(groups, failed) if failed else np.ones(len(groups), np.bool_)
             try:
                 return self._chooser(logits, self._table, self._configs, alive)
             except InvalidLogitsError as error:
@@ -252,6 +262,8 @@ class SearchSession:
         return []
 
     def _leave(self, ids: Sequence[int]) -> None:
+        if not ids:
+            return
         for id in ids:  # a callback may have cancelled one that has just ended
             self._running.pop(id, None)
             self._configs.pop(id, None)
@@ -268,3 +280,11 @@ class SearchSession:
             has = groups["automaton"] >= 0
             groups["automaton"][has] = renumbered[groups["automaton"][has]]
             self._table.version += 1
+
+
+def _project_range(span: tuple[int, int], hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits of the ids in a range: a run of the weight's rows."""
+    (lo, hi), rows = span, len(hidden)
+    values = torch.nn.functional.linear(hidden, weight[lo:hi]).float().flatten()
+    first = torch.arange(rows + 1, dtype=torch.int32) * (hi - lo)
+    return values, first, torch.arange(lo, hi, dtype=torch.int32).repeat(rows)

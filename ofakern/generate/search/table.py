@@ -77,6 +77,8 @@ class Table:
         self.tokens = np.zeros((0, 1), np.int32)
         self.gains = np.zeros((0, 1), np.float32)
         self.version = 0
+        self._offsets = np.zeros(1, np.int64)
+        self._offsets_version = 0
 
     @property
     def clock(self) -> int:
@@ -92,7 +94,10 @@ class Table:
     @property
     def offsets(self) -> Array:
         """int64 [G + 1]: each group's first row."""
-        return np.searchsorted(self.group, np.arange(len(self.groups) + 1))
+        if self._offsets_version != self.version:
+            self._offsets = np.searchsorted(self.group, np.arange(len(self.groups) + 1))
+            self._offsets_version = self.version
+        return self._offsets
 
     def add(self, groups: Array, prefixes: list[Array], states: Array, bos: int) -> None:
         """One row for each of `groups`, behind those that run, at the automaton's `states`.
