@@ -11,6 +11,7 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/ARCHITECTURE.md",
+    "docs/GENERATION.md",
     "docs/MODALITIES.md",
     "docs/PATCH.md",
     "docs/SERVING.md",
