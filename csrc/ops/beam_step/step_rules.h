@@ -90,6 +90,7 @@ class Bits {
     }
   }
   bool at(i64 token) const { return (words_[token >> 6] >> (token & 63) & 1) != 0; }
+  u64 word(i64 index) const { return words_[index]; }
   bool any(i64 lo, i64 hi) const {  // of whole words
     u64 found = 0;
     for (i64 w = lo >> 6; w < count(hi); ++w) found |= words_[w];
