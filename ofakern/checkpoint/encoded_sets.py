@@ -1,7 +1,7 @@
 """The tokens of a saved model's large closed sets: encoding a million answers takes half a minute, reading them none.
 
-A file of tensors beside plans.json. It says of each set what it was made from (answers, tokenizer, plans); a set that does
-not fit any more is left out and encoded again.
+A file of tensors beside plans.json. It says of each set what it was made from (answers, tokenizer, plans); a set that
+does not fit any more is left out and encoded again.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "docs/ARCHITECTURE.md",
     "docs/GENERATION.md",
+    "docs/CLOSED_SETS.md",
     "docs/MODALITIES.md",
     "docs/PATCH.md",
     "docs/SERVING.md",
