@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +157,7 @@ def _check_setting(name: str, kind: str, value: Any, limits: Limits) -> None:
         raise RequestError(422, f"request: setting {name} must be {kind}, got {type(value).__name__}")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         most = limits.settings.get(name, 2**31 - 1)
-        if not math.isfinite(value) or abs(value) > most:
+        if not abs(value) <= most:  # NaN is not
             raise RequestError(422, f"request: setting {name} must be at most {most}, got {str(value)[:40]}")
 
 

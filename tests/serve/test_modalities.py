@@ -1,4 +1,4 @@
-"""Sounds, videos, motions and pictures in and out of the server, all at once: what cannot share steps waits its turn."""
+"""Sounds, videos, motions and pictures in and out of the server at once: what cannot share steps waits its turn."""
 
 from __future__ import annotations
 

@@ -97,6 +97,7 @@ def test_a_whole_request() -> None:
         ({"instruction": "caption", "generation": {"temperature": 1e999}}, 422),
         ({"instruction": "caption", "generation": {"do_sample": 1}}, 422),
         ({"instruction": "caption", "generation": {"seed": 10**30}}, 422),
+        ({"instruction": "caption", "generation": {"temperature": 10**400}}, 422),
     ],
 )
 def test_wrong_fields(body: Any, code: int) -> None:
