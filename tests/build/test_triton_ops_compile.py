@@ -19,6 +19,7 @@ from triton_aot import BF16, CACHE, F16, SHARED_MEMORY, assert_no_more, resource
 
 from ofakern.ops.cross_entropy import kernel_triton as cross_entropy  # noqa: E402
 from ofakern.ops.layer_norm import kernel_triton as layer_norm  # noqa: E402
+from ofakern.ops.routed_ffn import kernel_triton as routed_ffn  # noqa: E402
 
 RECORD = Path(__file__).with_name("triton_ops_resources.json")
 Launches = Iterator[Any]
@@ -60,9 +61,23 @@ def cross_entropies(dtype: torch.dtype, shared_memory: int) -> Launches:
     yield cross_entropy.gradient_launch(given, chunk, dscore, found[0], found[2])
 
 
+def routed(dtype: torch.dtype, shared_memory: int) -> Launches:
+    """An expert of OFA-base's feed-forward layer, tokens grouped by an index."""
+    tokens, width, wide = 300, 768, 3072
+    x, y = torch.empty(tokens, width, dtype=dtype), torch.empty(tokens, wide, dtype=dtype)
+    weights, biases = [torch.empty(wide, width, dtype=dtype)], [torch.empty(wide, dtype=dtype)]
+    index, counts = torch.zeros(tokens, dtype=torch.int64), [tokens]
+    yield from routed_ffn.forward_launches(y, x, weights, biases, counts, index, None, shared_memory)
+    grads = [x, weights[0], biases[0]]
+    yield from routed_ffn.gradient_launches(
+        grads, y, x, weights, counts, index, None, (True, True, True), shared_memory
+    )
+
+
 # name: launches, and which of their kernels have products.
 OPS: dict[str, tuple[Callable[[torch.dtype, int], Launches], tuple[str, ...]]] = {
     "layer_norm": (layer_norms, ()),
+    "routed_ffn": (routed, ("routed_rows", "routed_weights")),
     "cross_entropy": (cross_entropies, ("cross_entropy_scores", "cross_entropy_gradient")),
 }
 CASES = [(op, *target) for op in OPS for target in ((80, F16), (90, BF16), (100, BF16))]
@@ -84,9 +99,10 @@ def measure(case: tuple[Any, ...], folder: Path) -> dict[str, dict[str, int]]:
 
 
 def variant(launch: Any) -> str:
-    """A kernel's name, and which ids it allows."""
+    """A kernel's name, and which ids it allows or how its weight lies."""
     name = str(launch.kernel.__name__)
-    return f"{name}[{launch.constants['ALLOWED']}]" if "ALLOWED" in launch.constants else name
+    kinds = [f"[{launch.constants[kind]}]" for kind in ("ALLOWED", "TRANSPOSED") if kind in launch.constants]
+    return "".join([name, *kinds])
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)

@@ -38,16 +38,18 @@ def routed_linear(
         counts: tokens of each expert; their places stand end to end and their sum is N.
         source, target: permutations int64 `[N]`, identity where None: grouping tokens by expert, and undoing it, is
             part of the products' packing and makes no copy of x or y.
-        backend: "auto" (the kernel for bfloat16 and float16 on a CPU, else torch's products), "cpu" or "reference".
+        backend: "auto" (the kernel for bfloat16 and float16 on a CPU, else torch's products), "cpu", "triton" or
+            "reference".
 
     Under autocast x, weights and biases take its dtype. Raises OfakernTypeError, OfakernValueError for an argument of
     the wrong type, dtype, device or shape; BackendError with the reason when the backend cannot run the call;
     OfakernRuntimeError for a second derivative or vmap (both work with backend="reference").
     """
     call = _check(x, weights, biases, counts, source, target)
-    if BACKENDS.select(backend, call.x) == "reference":
+    chosen = BACKENDS.select(backend, call.x)
+    if chosen == "reference":
         return routed_linear_reference(*call)
-    return op.routed_linear(*call)
+    return op.routed_linear(chosen, *call)
 
 
 def routed_ffn(

@@ -16,4 +16,4 @@ class _RoutedBackends(Backends):
         return super().automatic(tensor)
 
 
-BACKENDS = _RoutedBackends("routed_ffn", "routed_linear_forward")
+BACKENDS = _RoutedBackends("routed_ffn", "routed_linear_forward", triton=True)

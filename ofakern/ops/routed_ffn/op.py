@@ -10,11 +10,20 @@ from torch import Tensor
 
 from ofakern.errors import BackendError
 from ofakern.ops import native
-from ofakern.ops.library import apply_function, define, differentiate_once, kernel_ready, refuse_vmap
+from ofakern.ops.library import (
+    apply_function,
+    define,
+    differentiate_once,
+    kernel_ready,
+    ops_of,
+    refuse_vmap,
+    suffix_of,
+)
 from ofakern.ops.routed_ffn.backends import BACKENDS
 
 
 def routed_linear(
+    backend: str,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -25,35 +34,36 @@ def routed_linear(
     """`[N, O]` of checked arguments; differentiable in x, weights and biases."""
     leaves = (x, *weights, *biases)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-        y: Tensor = apply_function(_RoutedLinear, list(counts), source, target, len(weights), *leaves)
+        y: Tensor = apply_function(_RoutedLinear, backend, list(counts), source, target, len(weights), *leaves)
     else:
-        y = _FORWARD(x, list(weights), list(biases), list(counts), source, target)
+        y = _FORWARD[backend](x, list(weights), list(biases), list(counts), source, target)
     return y
 
 
 class _RoutedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(counts: list[int], source: Any, target: Any, experts: int, *leaves: Tensor) -> Tensor:
+    def forward(backend: str, counts: list[int], source: Any, target: Any, experts: int, *leaves: Tensor) -> Tensor:
         x, weights, biases = leaves[0], list(leaves[1 : 1 + experts]), list(leaves[1 + experts :])
-        y: Tensor = _FORWARD(x, weights, biases, counts, source, target)
+        y: Tensor = _FORWARD[backend](x, weights, biases, counts, source, target)
         return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.counts, source, target, ctx.experts, *leaves = inputs
+        ctx.backend, ctx.counts, source, target, ctx.experts, *leaves = inputs
         ctx.biases = len(leaves) - 1 - ctx.experts
         ctx.save_for_backward(source, target, *leaves[: 1 + ctx.experts])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         source, target, x, *weights = ctx.saved_tensors
-        wants_x, wants_rest = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
+        wants_x, wants_rest = ctx.needs_input_grad[5], any(ctx.needs_input_grad[6:])
+        name = "routed_linear_bwd" + suffix_of(ctx.backend)
         grads = differentiate_once(
-            "routed_linear_bwd", dy, x, weights, ctx.counts, source, target, wants_x, wants_rest, ctx.biases > 0
+            name, dy, x, weights, ctx.counts, source, target, wants_x, wants_rest, ctx.biases > 0
         )
         dx, *rest = grads
         rest = rest if wants_rest else [None] * (ctx.experts + ctx.biases)
-        return None, None, None, None, dx if wants_x else None, *rest
+        return None, None, None, None, None, dx if wants_x else None, *rest
 
     vmap = staticmethod(refuse_vmap("routed_ffn"))
 
@@ -137,11 +147,28 @@ def _backward_fake(
     return _empty_gradients(x, weights, wants_x, wants_weights, with_bias)
 
 
-_FORWARD = define(
+def _triton(name: str) -> Any:
+    """`kernel_triton.<name>`, imported by its first call: that takes a second, and CPU users may not have triton."""
+
+    def ready(value: Any) -> Any:
+        if isinstance(value, list):
+            return [ready(item) for item in value]
+        return kernel_ready(value) if isinstance(value, Tensor) else value
+
+    def call(*arguments: Any) -> Any:
+        from ofakern.ops.routed_ffn import kernel_triton
+
+        return getattr(kernel_triton, name)(*(ready(argument) for argument in arguments))
+
+    return call
+
+
+define(
     "routed_linear_fwd",
     "(Tensor x, Tensor[] weights, Tensor[] biases, int[] counts, Tensor? source, Tensor? target) -> Tensor",
     cpu=_forward_cpu,
     fake=_forward_fake,
+    triton=_triton("forward_triton"),
 )
 define(
     "routed_linear_bwd",
@@ -149,4 +176,6 @@ define(
     "bool wants_x, bool wants_weights, bool with_bias) -> Tensor[]",
     cpu=_backward_cpu,
     fake=_backward_fake,
+    triton=_triton("backward_triton"),
 )
+_FORWARD = ops_of("routed_linear_fwd")
