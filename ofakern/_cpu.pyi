@@ -478,6 +478,9 @@ def decode_attention_forward(
     threads: int,
     /,
 ) -> None: ...
+def gathered_linear(
+    hidden: Tensor, weight: Tensor, states: Tensor, first: Tensor, tokens: Tensor, threads: int, /
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def gathered_linear_count(states: Tensor, first: Tensor, /) -> int: ...
 def gathered_linear_workspace(
     hidden: Tensor, weight: Tensor, states: Tensor, first: Tensor, tokens: Tensor, /

@@ -3,6 +3,7 @@
 
 #include "ops/gathered_linear/gathered_linear.h"
 #include "tensor_caster.h"
+#include "torch_tensors.h"
 
 namespace py = pybind11;
 
@@ -11,8 +12,8 @@ namespace {
 
 GatheredLinearInputs read_inputs(Arguments& args) {
   GatheredLinearInputs in;
-  in.hidden = args.tensor("hidden");
-  in.weight = args.tensor("weight");
+  in.hidden = args.rows("hidden");
+  in.weight = args.rows("weight");
   in.states = args.tensor("states");
   in.first = args.tensor("first");
   in.tokens = args.tensor("tokens");
@@ -40,9 +41,28 @@ void forward(const py::args& values) {
   gathered_linear_cpu(in, out, row_first, row_tokens, workspace, threads);
 }
 
+py::object make_forward(const py::args& values) {
+  Arguments args("gathered_linear", values, 6, Unready::copied);
+  const GatheredLinearInputs in = read_inputs(args);
+  const int threads = args.threads();
+  const std::int64_t bytes = gathered_linear_workspace(in);  // with the checks of all that is read below
+  const std::int64_t count = gathered_linear_count(in.states, in.first);
+  Made made;
+  const TensorView out = made.empty(DType::f32, {count});
+  const TensorView row_first = made.empty(DType::i32, {in.states.shape[0] + 1});
+  const TensorView row_tokens = made.empty(DType::i32, {count});
+  const TensorView workspace = made.workspace(bytes);
+  {
+    const py::gil_scoped_release release;
+    gathered_linear_cpu(in, out, row_first, row_tokens, workspace, threads);
+  }
+  return made.results();
+}
+
 }  // namespace
 
 void bind_gathered_linear(py::module_& m) {
+  m.def("gathered_linear", &make_forward);
   m.def("gathered_linear_count", &count);
   m.def("gathered_linear_workspace", &workspace_bytes);
   m.def("gathered_linear_forward", &forward);

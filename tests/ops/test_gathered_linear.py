@@ -139,6 +139,12 @@ def test_opcheck_compile_and_autocast() -> None:
         torch.vmap(lambda h: gathered_linear(h, *inputs[1:]))(inputs[0].expand(2, 5, 12))
 
 
+def test_past_the_dispatcher_and_through_it_are_the_same() -> None:
+    inputs = (draw(torch.float32, 5, 12), draw(torch.float32, VOCABULARY, 12), rows_in_states(5), *table())
+    for one, other in zip(gathered_linear(*inputs), torch.ops.ofakern.gathered_linear_fwd(*inputs), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_explain_names_the_backend() -> None:
     inputs = (draw(torch.float32, 5, 12), draw(torch.float32, VOCABULARY, 12), rows_in_states(5), *table())
     assert "runs on 'cpu'" in ofakern.explain("gathered_linear", *inputs)

@@ -7,10 +7,11 @@ import logging
 import torch
 from torch import Tensor
 
-from ofakern.errors import OfakernRuntimeError, OfakernTypeError, OfakernValueError
+from ofakern.errors import OfakernError, OfakernRuntimeError, OfakernTypeError, OfakernValueError
 from ofakern.ops import log
 from ofakern.ops.gathered_linear import op
 from ofakern.ops.gathered_linear.reference import gathered_linear_reference
+from ofakern.ops.library import STRAIGHT, straight
 
 _WHERE = "gathered_linear"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,13 +42,21 @@ def gathered_linear(
         OfakernRuntimeError: a gradient is needed (there is none), or vmap.
         BackendError: the backend cannot run the call.
     """
+    found: tuple[Tensor, Tensor, Tensor]
+    plain = straight(backend, hidden, weight, states, first, tokens)
+    if plain and not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        try:
+            found = op.FORWARD[STRAIGHT](hidden, weight, _narrowed(states), first, tokens)
+            return found
+        except OfakernError:
+            pass  # refused: the checks below say why
     _check(hidden, weight, states, first, tokens)
     chosen = op.BACKENDS.select(backend, hidden)
     if log.ENABLED and not torch.compiler.is_compiling():
         log.once(_logger, f"{_WHERE} hidden{list(hidden.shape)} weight{list(weight.shape)} {hidden.dtype} -> {chosen}")
     if chosen == "reference":
         return gathered_linear_reference(hidden, weight, states, first, tokens)
-    found: tuple[Tensor, Tensor, Tensor] = op.forward(hidden, weight, states.to(torch.int32), first, tokens)
+    found = op.FORWARD[chosen](hidden, weight, _narrowed(states), first, tokens)
     return found
 
 
@@ -57,6 +66,10 @@ def refusals(
     """What `ofakern.explain` prints of a call of `gathered_linear`."""
     _check(hidden, weight, states, first, tokens)
     return op.BACKENDS.reasons(backend, hidden)
+
+
+def _narrowed(states: Tensor) -> Tensor:
+    return states.to(torch.int32) if states.dtype == torch.int64 else states
 
 
 def _check(hidden: Tensor, weight: Tensor, states: Tensor, first: Tensor, tokens: Tensor) -> None:
