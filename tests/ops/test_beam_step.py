@@ -464,20 +464,19 @@ def test_offsets_that_lie_are_not_followed(cpu: Any) -> None:
 def test_opcheck_and_compile() -> None:
     generator = torch.Generator().manual_seed(31)
     logits = torch.randn(4, 60, generator=generator)
-    for which in (0, 0b1111111111):
-        rules = draw_rules(generator, 4, 60, which, tables=True)
-        step = registered.step_arguments(logits, rules)
-        torch.library.opcheck(torch.ops.ofakern.beam_step_fwd.default, (*step, torch.zeros(4), offsets(4), 3))
-        filters = (torch.rand(4), i32([3] * 4), torch.rand(4) + 0.1, None, None)
-        torch.library.opcheck(torch.ops.ofakern.sample_step_fwd.default, (*step, *filters))
-        torch._dynamo.reset()
+    rules = draw_rules(generator, 4, 60, 0b1111111111, tables=True)
+    step = registered.step_arguments(logits, rules)
+    torch.library.opcheck(torch.ops.ofakern.beam_step_fwd.default, (*step, torch.zeros(4), offsets(4), 3))
+    filters = (torch.rand(4), i32([3] * 4), torch.rand(4) + 0.1, None, None)
+    bare = registered.step_arguments(logits, StepRules())
+    torch.library.opcheck(torch.ops.ofakern.sample_step_fwd.default, (*bare, *filters))
 
-        def call(x: Tensor, rules: StepRules = rules) -> BeamCandidates:
-            return beam_step(x * 2, torch.zeros(4), offsets(4), 3, rules)
+    def call(x: Tensor) -> BeamCandidates:
+        return beam_step(x * 2, torch.zeros(4), offsets(4), 3, rules)
 
-        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-        for have, want in zip(compiled(logits), call(logits), strict=True):
-            assert torch.equal(have, want)
+    torch._dynamo.reset()
+    for have, want in zip(torch.compile(call, fullgraph=True, backend="aot_eager")(logits), call(logits), strict=True):
+        assert torch.equal(have, want)
     with pytest.raises(OfakernRuntimeError, match="under vmap"):
         torch.vmap(lambda x: beam_step(x, torch.zeros(4), offsets(4), 3))(logits.expand(2, 4, 60))
 

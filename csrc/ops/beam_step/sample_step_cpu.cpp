@@ -282,14 +282,20 @@ OFAKERN_LOCAL void list_row(const StepPlan& plan, i64 row, const RowScores& scor
 }
 
 OFAKERN_LOCAL void list_listed(const RowScores& scores, SampleScratch* s) {
-  for (i64 i = 0; i < s->rows.count; ++i) {
-    const i32 token = s->rows.tokens[i];
-    if (scores.rules.forced >= 0 && token != scores.rules.forced) continue;
-    const float p = scores.log_prob(token, s->rows.values[i]);
-    if (!(p > kLowest)) continue;
-    s->tokens[s->count] = token;
-    s->log_probs[s->count++] = p;
+  const Scratch& listed = s->rows;
+  int impossible = 0;
+  for (i64 i = 0; i < listed.count; ++i) {
+    s->tokens[i] = listed.tokens[i];
+    s->log_probs[i] = scores.plain(listed.values[i]);
+    impossible += s->log_probs[i] > kLowest ? 0 : 1;
   }
+  for (i64 i = 0; i < listed.count && listed.special; ++i)
+    if (scores.marks.special.at(listed.tokens[i]))
+      s->log_probs[i] = scores.log_prob(listed.tokens[i], listed.values[i]);
+  s->count = listed.count;
+  const i64 forced = scores.rules.forced;
+  if (impossible == 0 && !listed.special && forced < 0) return;
+  shorten(s, [&](i64 i) { return s->log_probs[i] > kLowest && (forced < 0 || s->tokens[i] == forced); });
 }
 
 template <class T>

@@ -73,6 +73,12 @@ OFAKERN_LOCAL void sum_marked_chunk(const T* logits, i64 lo, i64 hi, const RowRu
   *largest = largest_of(x);
 }
 
+// What is read a few chunks later: arithmetic on a chunk is long enough for the hardware's own prefetching to stop.
+template <class T>
+OFAKERN_HOT void prefetch_chunk(const T* p) {
+  for (i64 i = 0; i < kChunk; i += 64 / static_cast<i64>(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
+}
+
 // Sums the logits [lo, hi) of a row and leaves the chunks' maxima.
 template <class T>
 OFAKERN_LOCAL ExpSum sum_piece(const T* logits, i64 lo, i64 hi, const RowRules& rules, const Marks& marks,
@@ -83,6 +89,7 @@ OFAKERN_LOCAL ExpSum sum_piece(const T* logits, i64 lo, i64 hi, const RowRules& 
     if (at + kChunk > hi || rules.scale != 1 || marks.special.any(at, at + kChunk)) {
       sum_marked_chunk(logits, at, min_of(at + kChunk, hi), rules, marks, &sum, largest);
     } else {
+      if (at + 9 * kChunk <= hi) prefetch_chunk(logits + at + 8 * kChunk);
       *largest = largest_of(logits + at);
       add_chunk(logits + at, *largest, &sum);
     }

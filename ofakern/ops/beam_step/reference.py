@@ -29,15 +29,14 @@ def beam_step_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scores, origins, tokens, log_probs `[B,width]`; see `BeamCandidates`. InvalidRow: a live row is no numbers."""
     live = sums != NEVER if rules.live is None else rules.live & (sums != NEVER)
-    row = torch.arange(len(sums))
+    row = torch.arange(len(sums), device=sums.device)
     live &= (row >= row_offsets[0]) & (row < row_offsets[-1])
     log_probs = step_log_probs(logits, rules, live)
     _refuse(live & ~torch.isfinite(sums), "sums")
     batch, vocabulary = len(row_offsets) - 1, log_probs.shape[1]
-    scores = torch.full((batch, width), NEVER)
-    own = torch.full((batch, width), NEVER)
-    origins = torch.zeros(batch, width, dtype=torch.int32)
-    tokens = torch.full((batch, width), -1, dtype=torch.int32)
+    scores, own = sums.new_full((batch, width), NEVER), sums.new_full((batch, width), NEVER)
+    origins = sums.new_zeros((batch, width), dtype=torch.int32)
+    tokens = sums.new_full((batch, width), -1, dtype=torch.int32)
     for sample in range(batch):
         rows = slice(int(row_offsets[sample]), int(row_offsets[sample + 1]))
         flat = (log_probs[rows] + sums[rows, None]).flatten()
@@ -63,10 +62,10 @@ def sample_step_reference(
 ) -> tuple[Tensor, Tensor]:
     """A token int32 `[R]` of each row and its log-probability float32 `[R]` before the filters; or -1, -inf."""
     rows = len(uniforms)
-    live = torch.ones(rows, dtype=torch.bool) if rules.live is None else rules.live
+    live = uniforms.new_ones(rows, dtype=torch.bool) if rules.live is None else rules.live
     log_probs = step_log_probs(logits, rules, live)
-    tokens = torch.full((rows,), -1, dtype=torch.int32)
-    own = torch.full((rows,), NEVER)
+    tokens = uniforms.new_full((rows,), -1, dtype=torch.int32)
+    own = uniforms.new_full((rows,), NEVER)
     for row in range(rows):
         kept = kept_tokens(
             log_probs[row],
@@ -125,10 +124,11 @@ def step_log_probs(logits: Tensor | RaggedLogits, rules: StepRules, live: Tensor
     """float32 `[R,V]` log-probabilities after the rules; -inf where a token may not follow and in rows not `live`."""
     x, given = _dense(logits)
     rows, vocabulary = x.shape
-    allowed = given & _allowed(rules, rows, vocabulary)
-    forced = torch.full((rows,), -1) if rules.forced is None else rules.forced.long()
-    is_forced = forced >= 0
-    within = allowed | (torch.arange(vocabulary) == forced[:, None])
+    allowed = given.clone()
+    _constrain(allowed, rules)
+    forced = live.new_full((rows,), -1, dtype=torch.int64) if rules.forced is None else rules.forced.long()
+    is_forced = torch.arange(vocabulary, device=x.device) == forced[:, None]
+    within = allowed | is_forced
     if rules.states is not None and rules.tables is not None:
         within |= ((rules.states < 0) | ~rules.tables.renormalise[rules.states.long()])[:, None]
     within &= given
@@ -142,11 +142,11 @@ def step_log_probs(logits: Tensor | RaggedLogits, rules: StepRules, live: Tensor
         log_probs[:, rules.pad] = NEVER
     if rules.unk_penalty is not None and 0 <= rules.unk < vocabulary:
         log_probs[:, rules.unk] -= rules.unk_penalty
-    alone = torch.where(torch.arange(vocabulary) == forced[:, None], log_probs, NEVER)
+    alone = torch.where(is_forced, log_probs, NEVER)
     log_probs = log_probs.masked_fill(~allowed, NEVER)
     _ban(log_probs, rules)
     _adjust(log_probs, rules)
-    return torch.where(is_forced[:, None], alone, log_probs)
+    return torch.where((forced >= 0)[:, None], alone, log_probs)
 
 
 def _refuse(bad: Tensor, name: str) -> None:
@@ -158,27 +158,25 @@ def _dense(logits: Tensor | RaggedLogits) -> tuple[Tensor, Tensor]:
     """float32 `[R,V]` that may be written, and bool: where a logit is given at all."""
     if isinstance(logits, Tensor):
         x = logits.to(torch.float32, copy=True)
-        return x, torch.ones(x.shape, dtype=torch.bool)
-    rows = len(logits.first) - 1
-    row = torch.repeat_interleave(torch.arange(rows), logits.first.long().diff())
-    x, given = torch.zeros(rows, logits.vocabulary), torch.zeros(rows, logits.vocabulary, dtype=torch.bool)
+        return x, torch.ones_like(x, dtype=torch.bool)
+    row = torch.repeat_interleave(logits.first.long().diff())
+    x = torch.zeros(len(logits.first) - 1, logits.vocabulary, device=logits.values.device)
+    given = torch.zeros_like(x, dtype=torch.bool)
     x[row, logits.tokens.long()] = logits.values.float()
     given[row, logits.tokens.long()] = True
     return x, given
 
 
-def _allowed(rules: StepRules, rows: int, vocabulary: int) -> Tensor:
-    allowed = torch.ones(rows, vocabulary, dtype=torch.bool)
+def _constrain(allowed: Tensor, rules: StepRules) -> None:
+    """Clears, in place, what the automaton does not allow."""
     if rules.states is None or rules.tables is None:
-        return allowed
+        return
     for row, state in enumerate(rules.states.tolist()):
         if state >= 0:
-            allowed[row] = _of_state(rules.tables, state, vocabulary)
-    return allowed
+            allowed[row] &= _of_state(rules.tables, state, torch.zeros_like(allowed[row]))
 
 
-def _of_state(tables: AutomatonTables, state: int, vocabulary: int) -> Tensor:
-    allowed = torch.zeros(vocabulary, dtype=torch.bool)
+def _of_state(tables: AutomatonTables, state: int, allowed: Tensor) -> Tensor:
     allowed[tables.tokens[tables.first[state] : tables.first[state + 1]].long()] = True
     for lo, hi, _ in tables.ranges[tables.range_first[state] : tables.range_first[state + 1]].tolist():
         allowed[lo:hi] = True
@@ -197,7 +195,9 @@ def _penalise_repetition(x: Tensor, rules: StepRules) -> None:
     if rules.repetition_penalty is None:
         return
     for row in range(len(x)):
-        seen = torch.tensor(sorted({token for token in _counted(rules, row) if 0 <= token < x.shape[1]})).long()
+        seen = torch.tensor(
+            sorted({token for token in _counted(rules, row) if 0 <= token < x.shape[1]}), device=x.device
+        ).long()
         value, penalty = x[row, seen], rules.repetition_penalty[row]
         x[row, seen] = torch.where(value > 0, value / penalty, value * penalty)
 
