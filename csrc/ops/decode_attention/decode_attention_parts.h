@@ -107,9 +107,10 @@ struct CallPlan {
 
 // Dot products of one row become weights, in place. keys <= padded (a multiple of kWidth); weights of pads are 0.
 // bias, key_scales: of the chunk's first key, or null. Returns through top and sum; a chunk whose scores are all -inf
-// leaves top -inf and sum 0.
+// leaves top -inf and sum 0. meanwhile(x, again) is called for every vector of the two passes.
+template <class Meanwhile>
 OFAKERN_LOCAL void soften(const Shapes& s, float* row, i64 keys, i64 padded, const float* bias, const float* key_scales,
-                          float* top, float* sum) {
+                          float* top, float* sum, const Meanwhile& meanwhile) {
   const Vec factor = vset(s.scale * kLog2e), unit = vset(kLog2e), none = vset(-kInfinity);
   Vec most = none;
   for (i64 x = 0; x < padded; x += kWidth) {
@@ -118,6 +119,7 @@ OFAKERN_LOCAL void soften(const Shapes& s, float* row, i64 keys, i64 padded, con
     if (key_scales != nullptr) y = vmul(y, vload_n(key_scales + x, max_of<i64>(left, 0)));
     if (bias != nullptr) y = vfma(vload_n(bias + x, max_of<i64>(left, 0)), unit, y);
     if (left < kWidth) y = vselect(mask_first(static_cast<int>(max_of<i64>(left, 0))), y, none);
+    meanwhile(x, false);
     vstore(row + x, y);
     most = vmax(y, most);
   }
@@ -126,6 +128,7 @@ OFAKERN_LOCAL void soften(const Shapes& s, float* row, i64 keys, i64 padded, con
   Vec total = vzero();
   for (i64 x = 0; x < padded; x += kWidth) {
     const Vec weight = vexp2(vsub(vload(row + x), reference));
+    meanwhile(x, true);
     total = vadd(total, weight);
     vstore(row + x, weight);
   }

@@ -131,7 +131,8 @@ OFAKERN_LOCAL void slots_task(const Slots<S>& p, const CallPlan& plan, const Slo
   score_slots(p, scratch, table, keys);
   for (i64 h = 0; h < p.s.heads; ++h) {
     const float* bias = p.s.bias == nullptr ? nullptr : p.s.bias + h * p.s.bias_stride + sample.first_bias + key;
-    soften(p.s, scratch.scores + h * kSlotStride, keys, padded, bias, nullptr, scratch.tops + h, scratch.sums + h);
+    soften(p.s, scratch.scores + h * kSlotStride, keys, padded, bias, nullptr, scratch.tops + h, scratch.sums + h,
+           [](i64, bool) {});
   }
   add_slots(p, scratch, table, keys);
   for (i64 h = 0; h < p.s.heads; ++h) {

@@ -69,38 +69,58 @@ struct Source {
 OFAKERN_HOT void scale_weights(float* row, const float* scales, i64 padded) {
   for (i64 x = 0; x < padded; x += kWidth) vstore(row + x, vmul(vload(row + x), vload(scales + x)));
 }
-OFAKERN_HOT const float* narrow(const float* row, const float*, i64, i64) { return row; }
-OFAKERN_HOT const bf16* narrow(const float* row, bf16* to, i64 padded, i64) {
+OFAKERN_HOT const float* narrow(const float* row, const float*, i64) { return row; }
+OFAKERN_HOT const bf16* narrow(const float* row, bf16* to, i64 padded) {
   for (i64 x = 0; x < padded; x += kWidth) vstore_as(to + x, vload(row + x));
   return to;
 }
 
-// Asks for the beginning of the values while the weights are computed.
-template <class S>
-OFAKERN_HOT void prefetch_values(const Chunk<S>& c) {
-  for (i64 byte = 0; byte < kAhead; byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(c.values) + byte);
+// Dot products of all rows with a chunk's keys: its two halves are read side by side.
+template <class S, class A>
+OFAKERN_LOCAL void score_chunk(const Source<S>& p, const Chunk<S>& c, const A* q, i64 rows, float* scores) {
+  const i64 width = p.key_width, half = c.padded / kBlock / 2 * kBlock;
+  const auto block = [&](i64 key) { return c.keys + key * width; };
+  for (i64 key = 0; key < half; key += kBlock)
+    stream<2>(rows, width, q, width, Streams<S>{{block(key), block(half + key)}, {scores + key, scores + half + key}},
+              kScoreStride, false);
+  if (2 * half < c.padded)
+    stream<1>(rows, width, q, width, Streams<S>{{block(2 * half)}, {scores + 2 * half}}, kScoreStride, false);
+}
+
+// Weighted sums of a chunk's values, panel by panel or two at a time.
+template <class S, class A>
+OFAKERN_LOCAL void add_chunk(const Source<S>& p, const Chunk<S>& c, const A* weights, i64 rows, float* out) {
+  i64 x = 0;
+  for (; x + 2 * kBlock <= p.columns; x += 2 * kBlock)
+    for (i64 key = 0; key < c.padded; key += kValueStep) {
+      const S* values = c.values + x / kBlock * c.panel + key * kBlock;
+      stream<2>(rows, min_of(kValueStep, c.padded - key), weights + key, kScoreStride,
+                Streams<S>{{values, values + c.panel}, {out + x, out + x + kBlock}}, p.columns, key > 0);
+    }
+  for (i64 key = 0; x < p.columns && key < c.padded; key += kValueStep)
+    stream<1>(rows, min_of(kValueStep, c.padded - key), weights + key, kScoreStride,
+              Streams<S>{{c.values + x / kBlock * c.panel + key * kBlock}, {out + x}}, p.columns, key > 0);
 }
 
 // Scores of a chunk, their weights, the weighted values: in scratch.out, tops and sums.
 template <class T, class S>
 OFAKERN_LOCAL void attend(const Source<S>& p, const SourceScratch<T, S>& scratch, const Chunk<S>& c, i64 rows) {
   using A = typename SourceScratch<T, S>::A;
-  for (i64 key = 0; key < c.padded; key += kBlock)
-    stream(rows, p.key_width, scratch.q, p.key_width, c.keys + key * p.key_width, scratch.scores + key, kScoreStride,
-           false);
-  prefetch_values(c);
+  const StreamTiles tiles(rows);
+  score_chunk(p, c, scratch.q, rows, scratch.scores);
+  // Softmax reads no memory: the values begin to arrive meanwhile, a line of each of two panels per vector.
+  const char* values = reinterpret_cast<const char*>(c.values);
+  const i64 second = p.columns > kBlock ? c.panel * static_cast<i64>(sizeof(S)) : 0;
   const A* weights = nullptr;
-  for (i64 r = 0; r < rows; ++r) {
+  for (i64 r = 0; r < rows; ++r, values += c.padded / kWidth * 64) {
     float* row = scratch.scores + r * kScoreStride;
-    soften(p.s, row, c.count, c.padded, c.bias, c.key_scales, scratch.tops + r, scratch.sums + r);
+    soften(p.s, row, c.count, c.padded, c.bias, c.key_scales, scratch.tops + r, scratch.sums + r,
+           [=](i64 x, bool again) { __builtin_prefetch(values + x / kWidth * 64 + (again ? second : 0), 0, 2); });
     if (c.value_scales != nullptr) scale_weights(row, c.value_scales, c.padded);
-    const A* narrowed = narrow(row, scratch.weights + r * kScoreStride, c.padded, r);
+    const A* narrowed = narrow(row, scratch.weights + r * kScoreStride, c.padded);
     weights = r == 0 ? narrowed : weights;
   }
-  for (i64 x = 0; x < p.columns; x += kBlock)
-    for (i64 key = 0; key < c.padded; key += kValueStep)
-      stream(rows, min_of(kValueStep, c.padded - key), weights + key, kScoreStride,
-             c.values + x / kBlock * c.panel + key * kBlock, scratch.out + x, p.columns, key > 0);
+  add_chunk(p, c, weights, rows, scratch.out);
 }
 
 template <class T, class S>
@@ -169,7 +189,6 @@ OFAKERN_LOCAL void attend_source(const DecodeAttentionInputs& in, const TensorVi
   parallel_for(memory.plan.tasks, threads, [&](i64 task, int thread) {
     Arena own(memory.threads + memory.bytes_per_thread * thread);
     const SourceScratch<T, S> scratch = SourceScratch<T, S>::take(p.key_width, p.columns, own);
-    const AmxTiles tiles;
     source_task<T, S>(p, memory.plan, scratch, task, in.q.as<const T>(), out.as<T>(), lse.as<float>());
   });
   finish_all(p.s, memory.plan, threads, out.as<T>(), lse.as<float>());

@@ -15,7 +15,7 @@ namespace {
 
 constexpr i64 kBlock = kDecodeBlock;
 constexpr i64 kRowGroup = 16;  // rows that share one pass over the keys
-constexpr i64 kAhead = 4096;
+constexpr i64 kAhead = 1024;
 
 template <class T>
 struct OperandA {
@@ -155,7 +155,7 @@ OFAKERN_LOCAL void stream_rows(i64 rows, i64 depth, const A* a, i64 lda, const T
 
 // Rows are cut into tiles of about the same size: five are 3 + 2 where four fit, not 4 + 1.
 template <class T, class A>
-OFAKERN_LOCAL void stream(i64 rows, i64 depth, const A* a, i64 lda, const T* b, float* c, i64 ldc, bool add) {
+OFAKERN_LOCAL void stream_panel(i64 rows, i64 depth, const A* a, i64 lda, const T* b, float* c, i64 ldc, bool add) {
   constexpr i64 kColumns = kStreamVecs * kWidth;
   const i64 tile = ceil_div(rows, ceil_div(rows, kStreamRows));
   for (i64 x = 0; x < kBlock; x += kColumns)
@@ -163,30 +163,86 @@ OFAKERN_LOCAL void stream(i64 rows, i64 depth, const A* a, i64 lda, const T* b, 
       stream_rows(min_of(tile, rows - r), depth, a + r * lda, lda, b + x * Panel<T>::kStep, c + r * ldc + x, ldc, add);
 }
 
+// One panel of a product, or two of the same A: memory gives more to two streams than to one.
+template <class T>
+struct Streams {
+  const T* b[2];
+  float* c[2];
+};
+
+template <int COUNT, class T, class A>
+OFAKERN_LOCAL void stream(i64 rows, i64 depth, const A* a, i64 lda, Streams<T> panels, i64 ldc, bool add) {
+  for (int i = 0; i < COUNT; ++i) stream_panel(rows, depth, a, lda, panels.b[i], panels.c[i], ldc, add);
+}
+
 #if defined(OFAKERN_AMX)
-// C in tiles 0 and 1, A in 4, B in 6 and 7; depth is a multiple of 32.
-OFAKERN_LOCAL void stream(i64, i64 depth, const bf16* a, i64 lda, const bf16* b, float* c, i64 ldc, bool add) {
-  constexpr i64 kRow = kBlock * 2;  // elements of B from one pair of the depth to the next
+// Tiles of as many rows as there are: C in 0 to 3, A in 4; B, 32 deep, in 6 and 7.
+struct StreamTiles {
+  explicit StreamTiles(i64 rows) {
+    alignas(64) struct {
+      std::uint8_t palette, start_row, reserved[14];
+      std::uint16_t columns[16];
+      std::uint8_t rows[16];
+    } config = {};
+    config.palette = 1;
+    for (int t = 0; t < 8; ++t) {
+      config.columns[t] = 64;
+      config.rows[t] = static_cast<std::uint8_t>(t < 6 ? rows : 16);
+    }
+    // gcc's intrinsic names only the first eight bytes as read: the other stores must not be taken for dead.
+    __asm__ volatile("" : : "m"(config));
+    _tile_loadconfig(&config);
+  }
+  ~StreamTiles() { _tile_release(); }
+};
+
+constexpr i64 kPairRow = kBlock * 2;  // elements of B from one pair of the depth to the next
+
+OFAKERN_HOT void ask_ahead(const bf16* b) {
+  for (i64 byte = 0; byte < 16 * kPairRow * 2; byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(b) + kAhead + byte);
+}
+
+// depth is a multiple of 32.
+template <int COUNT>
+OFAKERN_LOCAL void stream(i64, i64 depth, const bf16* a, i64 lda, Streams<bf16> panels, i64 ldc, bool add) {
+  const bf16 *b = panels.b[0], *second = panels.b[1];
+  float *c = panels.c[0], *d = panels.c[1];
   if (add) {
     _tile_loadd(0, c, ldc * 4);
     _tile_loadd(1, c + 16, ldc * 4);
+    if (COUNT == 2) _tile_loadd(2, d, ldc * 4);
+    if (COUNT == 2) _tile_loadd(3, d + 16, ldc * 4);
   } else {
     _tile_zero(0);
     _tile_zero(1);
+    if (COUNT == 2) _tile_zero(2);
+    if (COUNT == 2) _tile_zero(3);
   }
-  for (i64 d = 0; d < depth; d += 32) {
-    for (i64 byte = 0; byte < 16 * kRow * 2; byte += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(b) + kAhead + byte);
-    _tile_loadd(4, a + d, lda * 2);
-    _tile_loadd(6, b, kRow * 2);
+  for (i64 k = 0; k < depth; k += 32, b += 16 * kPairRow, second += 16 * kPairRow) {
+    ask_ahead(b);
+    if (COUNT == 2) ask_ahead(second);
+    _tile_loadd(4, a + k, lda * 2);
+    _tile_loadd(6, b, kPairRow * 2);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + 32, kRow * 2);
-    _tile_dpbf16ps(1, 4, 7);
-    b += 16 * kRow;
+    if (COUNT == 2) _tile_loadd(7, second, kPairRow * 2);
+    if (COUNT == 2) _tile_dpbf16ps(2, 4, 7);
+    _tile_loadd(6, b + 32, kPairRow * 2);
+    _tile_dpbf16ps(1, 4, 6);
+    if (COUNT == 2) _tile_loadd(7, second + 32, kPairRow * 2);
+    if (COUNT == 2) _tile_dpbf16ps(3, 4, 7);
   }
   _tile_stored(0, c, ldc * 4);
   _tile_stored(1, c + 16, ldc * 4);
+  if (COUNT == 2) _tile_stored(2, d, ldc * 4);
+  if (COUNT == 2) _tile_stored(3, d + 16, ldc * 4);
 }
+#else
+// Nothing to configure without AMX.
+struct StreamTiles {
+  explicit StreamTiles(i64) {}
+  ~StreamTiles() {}
+};
 #endif
 
 }  // namespace
