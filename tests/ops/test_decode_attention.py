@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from ofakern.errors import BackendError, OfakernRuntimeError, OfakernTypeError, 
 from ofakern.ops.attention import AttentionLayout, attention
 from ofakern.ops.attention.intervals import cross
 from ofakern.ops.decode_attention import KeyValueCache, decode_attention
+from ofakern.ops.decode_attention.memory import large_empty
 from ofakern.ops.decode_attention.reference import decode_attention_reference, quantize_heads
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -148,8 +150,8 @@ SOURCES: tuple[tuple[list[int], list[int]], ...] = (
     ([5], [32]),
     ([5, 0, 3], [33, 7, 0]),
     ([2, 17, 1], [64, 600, 31]),
-    ([0, 4], [0, 1030]),
-    ([8, 6], [129, 513]),
+    ([0, 4], [0, 2100]),
+    ([8, 6], [129, 1060]),
 )
 TABLES: tuple[tuple[list[int], list[int]], ...] = (
     ([1], [1]),
@@ -469,3 +471,20 @@ REFUSED_CACHES: list[tuple[str, type[Exception], Callable[[], Any]]] = [
 def test_refused_caches(message: str, error: type[Exception], make: Callable[[], Any]) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_large_memory_is_whole_and_given_back() -> None:
+    """Of the shape and dtype asked for, aligned to a large page, kept by its views and freed with the last of them."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4 >> 10
+
+    before = resident()
+    whole = large_empty((3, 5 << 20), torch.bfloat16)
+    part = whole.fill_(2)[2:]
+    assert whole.shape == (3, 5 << 20) and whole.data_ptr() % (2 << 20) == 0 and resident() - before > 25
+    del whole
+    assert (part == 2).all() and resident() - before > 25
+    del part
+    assert resident() - before < 5
+    assert large_empty((3, 0), torch.float32).shape == (3, 0)

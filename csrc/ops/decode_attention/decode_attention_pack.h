@@ -44,36 +44,44 @@ OFAKERN_HOT void put_values(const BlockRows<bf16>& block, i64 column, bf16* dst)
   interleave(block.row[0] + column, kDecodeMaxWidth, kBlock, kBlock, as_units(dst), kBlock);
 }
 
+// Where the tokens of a sample stand in k and v, and where its blocks go.
+struct PackedSample {
+  i64 row, first, count, padded;
+};
+
+// One block of keys of one sample, all heads: the rows of k and v are read as they stand, one after the other.
 template <class S>
-OFAKERN_LOCAL void pack_sample_head(const TensorView& k, const TensorView& v, i64 row, i64 head, i64 count, S* keys,
-                                    S* values) {
+OFAKERN_LOCAL void pack_block(const TensorView& k, const TensorView& v, const PackedSample& sample, i64 key, S* keys,
+                              S* values) {
+  const i64 heads = k.shape[1];
   const i64 key_width = packed_key_width(k.shape[2], k.dtype), columns = packed_value_width(v.shape[2]);
-  const i64 padded = round_up(count, kBlock);
+  const i64 left = min_of(kBlock, sample.count - key), row = sample.row + key;
   BlockRows<S> block;
-  for (i64 key = 0; key < padded; key += kBlock) {
-    const i64 left = min_of(kBlock, count - key);
-    block.read(k.as<const S>() + (row + key) * k.stride[0] + head * k.stride[1], k.stride[0], left, k.shape[2],
-               key_width);
-    put_keys(block, key_width, keys + key * key_width);
-    block.read(v.as<const S>() + (row + key) * v.stride[0] + head * v.stride[1], v.stride[0], left, v.shape[2],
-               columns);
-    for (i64 x = 0; x < columns; x += kBlock) put_values(block, x, values + x * padded + key * kBlock);
+  for (i64 head = 0; head < heads; ++head) {
+    const i64 base = sample.first * heads + head * sample.padded;
+    block.read(k.as<const S>() + row * k.stride[0] + head * k.stride[1], k.stride[0], left, k.shape[2], key_width);
+    put_keys(block, key_width, keys + (base + key) * key_width);
+  }
+  for (i64 head = 0; head < heads; ++head) {
+    const i64 base = sample.first * heads + head * sample.padded;
+    block.read(v.as<const S>() + row * v.stride[0] + head * v.stride[1], v.stride[0], left, v.shape[2], columns);
+    for (i64 x = 0; x < columns; x += kBlock)
+      put_values(block, x, values + base * columns + x * sample.padded + key * kBlock);
   }
 }
 
 template <class S>
 OFAKERN_LOCAL void pack(const TensorView& k, const TensorView& v, const TensorView& runs, S* keys, S* values,
                         int threads) {
-  const i64 heads = k.shape[1], samples = runs.shape[0];
-  const i64 key_width = packed_key_width(k.shape[2], k.dtype), columns = packed_value_width(v.shape[2]);
   const std::int32_t* run = runs.as<const std::int32_t>();
-  parallel_for(samples * heads, threads, [&](i64 task, int) {
-    const i64 b = task / heads, head = task % heads;
-    i64 row = 0;
-    for (i64 before = 0; before < b; ++before) row += run[2 * before + 1];
-    const i64 base = run[2 * b] * heads + head * round_up(run[2 * b + 1], kBlock);
-    pack_sample_head(k, v, row, head, run[2 * b + 1], keys + base * key_width, values + base * columns);
-  });
+  i64 row = 0;
+  for (i64 b = 0; b < runs.shape[0]; ++b) {
+    const i64 count = run[2 * b + 1];
+    const PackedSample sample = {row, run[2 * b], count, round_up(count, kBlock)};
+    parallel_for(sample.padded / kBlock, threads,
+                 [&](i64 task, int) { pack_block(k, v, sample, task * kBlock, keys, values); });
+    row += count;
+  }
 }
 
 }  // namespace

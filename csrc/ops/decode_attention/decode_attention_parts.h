@@ -71,8 +71,8 @@ struct SamplePlan {
   PartRoom parts;
 };
 
-// rows_per_task: rows that one task answers (of `heads_per_task` heads). A sample of one chunk needs no room for parts:
-// its tasks finish their rows themselves.
+// A task of a source is one head and chunk of a sample, all rows; a task of slots one row and chunk, all heads. A
+// sample of one chunk needs no room for parts: its tasks finish their rows themselves.
 struct CallPlan {
   SamplePlan* samples;
   i64 tasks;

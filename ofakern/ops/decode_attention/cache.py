@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ofakern.errors import OfakernTypeError, OfakernValueError
 from ofakern.ops.decode_attention import op
+from ofakern.ops.decode_attention.memory import large_empty
 from ofakern.ops.decode_attention.reference import quantize_heads
 from ofakern.ops.selection import KERNEL_DTYPES
 
@@ -67,8 +68,8 @@ class KeyValueCache:
         if dtype not in _FLOATS:
             raise OfakernTypeError(f"{_WHERE}.empty: dtype must be a float dtype, got {dtype}")
         stored = torch.int8 if int8 else dtype
-        keys = torch.empty((slots, heads, key_width), dtype=stored, device=device)
-        values = torch.empty((slots, heads, value_width), dtype=stored, device=device)
+        keys = large_empty((slots, heads, key_width), stored, device)
+        values = large_empty((slots, heads, value_width), stored, device)
         k_scale, v_scale = (torch.empty((slots, heads), device=device) if int8 else None for _ in range(2))
         return KeyValueCache(keys, values, k_scale, v_scale, None, False, heads, key_width, value_width, dtype)
 
@@ -146,7 +147,7 @@ class KeyValueCache:
         room = slots - self.slots
         if room <= 0:
             return self
-        return self._mapped(lambda x: torch.cat([x, x.new_empty((room, *x.shape[1:]))]))
+        return self._mapped(lambda x: _joined([x, x.new_empty((room, *x.shape[1:]))]))
 
     def select(self, samples: Tensor | Sequence[int]) -> KeyValueCache:
         """The source cache of these samples in this order, on the same storage (nothing is copied)."""
@@ -168,7 +169,7 @@ class KeyValueCache:
 
         def gather(name: str) -> Tensor | None:
             parts = [_regions(getattr(cache, name), r, cache._room(), unit) for cache, r in pairs]
-            return None if parts[0] is None or parts[1] is None else torch.cat([*parts[0], *parts[1]])
+            return None if parts[0] is None or parts[1] is None else _joined([*parts[0], *parts[1]])
 
         keys, values = gather("keys"), gather("values")
         if keys is None or values is None:
@@ -202,6 +203,13 @@ class KeyValueCache:
         return replace(
             self, keys=change(self.keys), values=change(self.values), key_scales=scales[0], value_scales=scales[1]
         )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """torch.cat along the first dimension into memory for caches."""
+    length = sum(part.shape[0] for part in parts)
+    out = large_empty((length, *parts[0].shape[1:]), parts[0].dtype, parts[0].device)
+    return torch.cat(list(parts), out=out)
 
 
 def _check_source(k: Tensor, v: Tensor, counts: Sequence[int]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ofakern.errors import BackendError
 from ofakern.ops import native
+from ofakern.ops.decode_attention.memory import large_empty
 from ofakern.ops.library import define, kernel_ready
 from ofakern.ops.selection import Backends
 
@@ -32,8 +33,8 @@ def pack(k: Tensor, v: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
     module = _module()
     room = int(((runs[:, 1] + BLOCK - 1) // BLOCK * BLOCK).sum())
     heads = k.shape[1]
-    keys = torch.empty(room * heads * padded_key_width(k.shape[2], k.dtype), dtype=k.dtype)
-    values = torch.empty(room * heads * (-(-v.shape[2] // BLOCK) * BLOCK), dtype=v.dtype)
+    keys = large_empty((room * heads * padded_key_width(k.shape[2], k.dtype),), k.dtype)
+    values = large_empty((room * heads * (-(-v.shape[2] // BLOCK) * BLOCK),), v.dtype)
     sources = [_bits(_last_contiguous(x)) for x in (k, v)]
     module.decode_attention_pack(_bits(keys), _bits(values), *sources, runs, torch.get_num_threads())
     return keys, values
@@ -78,10 +79,10 @@ def _forward_cpu(
         _bits(values),
         key_scales,
         value_scales,
-        kernel_ready(row_offsets),
-        runs if runs is None else kernel_ready(runs),
+        row_offsets.contiguous(),
+        runs if runs is None else runs.contiguous(),
         slots if slots is None else _last_contiguous(slots),
-        counts if counts is None else kernel_ready(counts),
+        counts if counts is None else counts.contiguous(),
         bias if bias is None else _last_contiguous(bias.float()),
         head_scale if head_scale is None else kernel_ready(head_scale.float()),
         value_width,
