@@ -4,7 +4,6 @@
 #include <string>
 
 #include "core/check.h"
-#include "core/huge_pages.h"
 #include "core/isa.h"
 
 namespace ofakern {
@@ -154,8 +153,6 @@ void decode_attention_pack(const TensorView& k, const TensorView& v, const Tenso
   check_whole("values", values, "[elements]", {room * heads * packed_value_width(value_width)}, {k.dtype});
   check_whole("runs", runs, "[B, 2]", {-1, 2}, {DType::i32});
   checker().that(check_runs(runs, room) == k.shape[0], "runs", "cover k's tokens", describe(k));
-  prefer_huge_pages(keys.data, keys.numel() * size_of(keys.dtype));
-  prefer_huge_pages(values.data, values.numel() * size_of(values.dtype));
   OFAKERN_DISPATCH(decode_attention_pack, k, v, runs, keys, values, threads);
 }
 

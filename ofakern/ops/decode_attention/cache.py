@@ -155,27 +155,67 @@ class KeyValueCache:
         return replace(self, runs=self._source_runs("select")[index])
 
     def joined(self, other: KeyValueCache) -> KeyValueCache:
-        """A source cache of this one's samples, then the other's. Copies what either still uses, and drops the rest.
+        """A source cache of this one's samples, then the other's, for requests that come and go.
 
-        Raises OfakernValueError when the two do not fit together.
+        The other's samples are copied into room that no sample of this cache uses; only where there is not enough is
+        everything moved, into half as much again as is needed. This cache, and all that `select` made of it, must not
+        be used afterwards. Raises OfakernValueError when the two do not fit together.
         """
-        mine = (self.packed, self.heads, self.key_width, self.value_width, self.dtype, self.keys.dtype)
-        theirs = (other.packed, other.heads, other.key_width, other.value_width, other.dtype, other.keys.dtype)
+        mine, theirs = self._kind(), other._kind()
         if mine != theirs:
             raise OfakernValueError(f"{_WHERE}.joined: other must be of the same kind {mine}, got {theirs}")
-        pairs = [(self, self._source_runs("joined")), (other, other._source_runs("joined"))]
-        unit = op.BLOCK if self.packed else 1
-        runs = _runs([count for _, r in pairs for count in r[:, 1].tolist()], unit)
+        runs, incoming = self._source_runs("joined"), other._source_runs("joined")
+        first = _free_places(runs, incoming[:, 1].tolist(), self._room(), self._unit())
+        if first is None:
+            needed = sum(_whole(count, self._unit()) for count in torch.cat([runs, incoming])[:, 1].tolist())
+            return self._moved(_whole(needed * 3 // 2, self._unit())).joined(other)
+        placed = incoming.clone()
+        placed[:, 0] = torch.tensor(first, dtype=torch.int32)
+        self._take(other, incoming, placed)
+        return replace(self, runs=torch.cat([runs, placed]))
 
-        def gather(name: str) -> Tensor | None:
-            parts = [_regions(getattr(cache, name), r, cache._room(), unit) for cache, r in pairs]
-            return None if parts[0] is None or parts[1] is None else _joined([*parts[0], *parts[1]])
+    def _kind(self) -> tuple[Any, ...]:
+        return (self.packed, self.heads, self.key_width, self.value_width, self.dtype, self.keys.dtype)
 
-        keys, values = gather("keys"), gather("values")
-        if keys is None or values is None:
-            raise OfakernValueError(f"{_WHERE}.joined: caches must have keys and values, got none")
-        scales = (gather("key_scales"), gather("value_scales"))
-        return replace(self, keys=keys, values=values, key_scales=scales[0], value_scales=scales[1], runs=runs)
+    def _moved(self, room: int) -> KeyValueCache:
+        """This source cache in new storage for `room` keys."""
+        runs = self._source_runs("joined")
+        new: dict[str, Any] = {
+            name: large_empty((room * self._entries(name), *store.shape[1:]), store.dtype, store.device)
+            for name, store in self._stores().items()
+        }
+        moved = replace(self, runs=_runs(runs[:, 1].tolist(), self._unit()), **new)
+        moved._take(self, runs, moved._source_runs("joined"))
+        return moved
+
+    def _take(self, other: KeyValueCache, runs: Tensor, placed: Tensor) -> None:
+        """Copies the other's runs to where `placed` says."""
+        sources, targets = other._stores(), self._stores()
+        for name, target in targets.items():
+            parts = zip(self._regions(name, sources[name], runs), self._regions(name, target, placed), strict=True)
+            for source, part in parts:
+                part.copy_(source)
+
+    def _regions(self, name: str, store: Tensor, runs: Tensor) -> list[Tensor]:
+        """Each run's part of a storage: a sample's part is contiguous in every layout."""
+        each, unit = self._entries(name), self._unit()
+        return [store[first * each : (first + _whole(count, unit)) * each] for first, count in runs.tolist()]
+
+    def _unit(self) -> int:
+        """Keys of which every run takes a multiple."""
+        return op.BLOCK if self.packed else 1
+
+    def _entries(self, name: str) -> int:
+        """Of a source cache: entries of a storage's first dimension per key."""
+        widths = {
+            "keys": op.padded_key_width(self.key_width, self.keys.dtype),
+            "values": op.padded_value_width(self.value_width),
+        }
+        return self.heads * widths.get(name, 1) if self.packed else 1
+
+    def _stores(self) -> dict[str, Tensor]:
+        whole = {name: getattr(self, name) for name in _STORES}
+        return {name: store for name, store in whole.items() if store is not None}
 
     def natural(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """k `[S,H,K]`, v `[S,H,Kv]` as numbers (int8 multiplied out to float32) and, of a source cache, each sample's
@@ -193,10 +233,8 @@ class KeyValueCache:
         return self.runs
 
     def _room(self) -> int:
-        """Keys that the storage has room for, pads included."""
-        if not self.packed:
-            return self.keys.shape[0]
-        return self.keys.numel() // (self.heads * op.padded_key_width(self.key_width, self.keys.dtype))
+        """Keys that a source cache's storage has room for, pads included."""
+        return self.keys.shape[0] // self._entries("keys")
 
     def _mapped(self, change: Any) -> KeyValueCache:
         scales = [None if x is None else change(x) for x in (self.key_scales, self.value_scales)]
@@ -242,23 +280,39 @@ def _runs(counts: Sequence[int], unit: int) -> Tensor:
     runs, first = torch.empty((len(counts), 2), dtype=torch.int32), 0
     for b, count in enumerate(counts):
         runs[b, 0], runs[b, 1] = first, count
-        first += -(-count // unit) * unit
+        first += _whole(count, unit)
     return runs
 
 
-def _regions(x: Tensor | None, runs: Tensor, room: int, unit: int) -> list[Tensor] | None:
-    """Each run's part of a storage for `room` keys: a sample's part is contiguous in every layout."""
-    if x is None:
-        return None
-    each = x.shape[0] // room if room else 0  # entries of the first dimension per key
-    return [x[first * each : (first + -(-count // unit) * unit) * each] for first, count in runs.tolist()]
+def _whole(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
+def _free_places(runs: Tensor, counts: Sequence[int], room: int, unit: int) -> list[int] | None:
+    """For each count the first key of a place that no run uses, the earliest that fits; None when one finds none."""
+    taken = sorted((first, first + _whole(count, unit)) for first, count in runs.tolist() if count)
+    gaps, end = [], 0
+    for lo, hi in [*taken, (room, room)]:
+        if lo > end:
+            gaps.append([end, lo])
+        end = max(end, hi)
+    places = []
+    for count in counts:
+        size = _whole(count, unit)
+        gap = next((g for g in gaps if g[1] - g[0] >= size), None)
+        if gap is None and size:
+            return None
+        places.append(0 if gap is None else gap[0])
+        if gap is not None:
+            gap[0] += size
+    return places
 
 
 def _packed_scales(scales: Tensor, runs: Tensor) -> Tensor:
     """`[N,H]` in the order of packed keys: for each sample `[H, padded keys]`."""
     parts, row = [], 0
     for count in runs[:, 1].tolist():
-        part = scales.new_zeros((scales.shape[1], -(-count // op.BLOCK) * op.BLOCK))
+        part = scales.new_zeros((scales.shape[1], _whole(count, op.BLOCK)))
         part[:, :count] = scales[row : row + count].T
         parts.append(part.flatten())
         row += count
@@ -270,17 +324,17 @@ def _unpacked(cache: KeyValueCache) -> tuple[Tensor, Tensor, Tensor]:
     width = op.padded_key_width(cache.key_width, cache.keys.dtype)
     step = op.depth_step(cache.keys.dtype)
     ks, vs = [], []
-    whole = {name: _regions(getattr(cache, name), runs, cache._room(), op.BLOCK) for name in _STORES}
+    whole = {name: cache._regions(name, store, runs) for name, store in cache._stores().items()}
     for b, count in enumerate(runs[:, 1].tolist()):
-        keys, values, k_scale, v_scale = (None if part is None else part[b] for part in whole.values())
-        if keys is None or values is None or not count:
+        if not count:
             continue
+        keys, values, *scales = (part[b] for part in whole.values())
         # Blocks [H, n, depth / step, 32 keys, step]; panels [H, columns / 32, keys / step, 32 columns, step].
         k = keys.view(heads, -1, width // step, op.BLOCK, step).permute(1, 3, 0, 2, 4).flatten(3).flatten(0, 1)
         padded = k.shape[0]
         v = values.view(heads, -1, padded // step, op.BLOCK, step).permute(2, 4, 0, 1, 3).flatten(3).flatten(0, 1)
-        if k_scale is not None and v_scale is not None:
-            k, v = k * k_scale.view(heads, -1).T[..., None], v * v_scale.view(heads, -1).T[..., None]
+        if scales:
+            k, v = (x * scale.view(heads, -1).T[..., None] for x, scale in zip((k, v), scales, strict=True))
         ks.append(k[:count, :, : cache.key_width])
         vs.append(v[:count, :, : cache.value_width])
     lengths = runs[:, 1].long()

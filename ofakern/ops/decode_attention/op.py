@@ -28,13 +28,18 @@ def padded_key_width(width: int, dtype: torch.dtype) -> int:
     return -(-width // 32) * 32 if dtype == torch.bfloat16 else width
 
 
+def padded_value_width(width: int) -> int:
+    """Kv as stored: whole panels."""
+    return -(-width // BLOCK) * BLOCK
+
+
 def pack(k: Tensor, v: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks of keys and panels of values (flat, k's dtype) of samples that follow one another in k and v."""
     module = _module()
     room = int(((runs[:, 1] + BLOCK - 1) // BLOCK * BLOCK).sum())
     heads = k.shape[1]
     keys = large_empty((room * heads * padded_key_width(k.shape[2], k.dtype),), k.dtype)
-    values = large_empty((room * heads * (-(-v.shape[2] // BLOCK) * BLOCK),), v.dtype)
+    values = large_empty((room * heads * padded_value_width(v.shape[2]),), v.dtype)
     sources = [_bits(_last_contiguous(x)) for x in (k, v)]
     module.decode_attention_pack(_bits(keys), _bits(values), *sources, runs, torch.get_num_threads())
     return keys, values
