@@ -61,7 +61,7 @@ CASES = {
     spec.name: spec
     for spec in (
         Spec("demo_c16", "200 requests of 16 clients, a model as the demonstration's", 200, 64, quick=True),
-        Spec("base_c16", "48 requests of 16 clients, OFA-base, images of 224", 48, 224, base=True),
+        Spec("base_c16", "32 requests of 16 clients, OFA-base, images of 224", 32, 224, base=True),
     )
 }
 
@@ -186,7 +186,7 @@ def work(spec: Spec, dtype: str, phase: str) -> Work:
 
 def verify(spec: Spec, dtype: str, harness: Any) -> None:
     """The first requests, all at once: the scores of each alone."""
-    problem = make(replace(spec, requests=min(20, spec.requests)), dtype)
+    problem = make(replace(spec, requests=min(16, spec.requests)), dtype)
     found = _Clients(problem)()
     alone = torch.tensor([_alone(problem, number) for number in range(len(problem.requests))])
     bound = {"f32": 1e-4, "bf16": 3e-2, "f16": 5e-3}[dtype]

@@ -24,6 +24,7 @@ The page at http://HOST:PORT/ tries an instruction with an image. docs/SERVING.m
 is no login: give --host an address of another interface only behind something that has one."""
 
 DTYPES = ("f32", "bf16", "int8")
+_GRACE = 30  # seconds that requests have to be answered in when the process is told to end
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     limits = Limits(body=int(args.max_body * 2**20), pixels=args.max_pixels, files=args.files, urls=args.allow_url)
     engine = Engine(load(args), max_queue=args.max_queue, max_running=args.max_running)
     try:
-        uvicorn.run(app.create_app(engine, limits), host=args.host, port=args.port, log_level="info")
+        server = app.create_app(engine, limits, drain_seconds=_GRACE)
+        uvicorn.run(server, host=args.host, port=args.port, log_level="info", timeout_graceful_shutdown=_GRACE)
     finally:
         engine.stop()
     return 0
