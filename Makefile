@@ -13,7 +13,7 @@ INSTALL_STAMP := .venv/.ofakern-installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo bench lint format sanitize clean distclean
+.PHONY: help setup build test demo bench lint format sanitize arm clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,10 @@ format: setup ## rewrite the sources in the house's format
 
 sanitize: setup ## build _cpu with ASan and UBSan and run the op tests with it
 	$(PY) -m pytest -q -s -m sanitize tests/ops
+
+arm: setup ## cross-compile every object of the scalar path (about a minute)
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt ziglang
+	$(PY) -m pytest -q -n 2 -m aarch64 tests/build/test_aarch64.py
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist demo-output .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks $(INSTALL_STAMP)

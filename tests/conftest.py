@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-# Markers (pyproject.toml) whose tests take minutes: `pytest -m slow`, `make sanitize`.
-ON_REQUEST = ("slow", "sanitize")
+# Markers (pyproject.toml) of what takes minutes or other tools: `pytest -m slow`, `make sanitize`, `make arm`.
+ON_REQUEST = ("slow", "sanitize", "aarch64")
 
 # Workers of a parallel run have a core each: more threads than cores would wait for one another.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
