@@ -3,6 +3,7 @@
 
 #include "ops/beam_step/beam_step.h"
 #include "tensor_caster.h"
+#include "torch_tensors.h"
 
 namespace py = pybind11;
 
@@ -13,7 +14,7 @@ constexpr std::size_t kStep = 26;  // what read_step takes
 
 StepInputs read_step(Arguments& args) {
   StepInputs in;
-  in.logits = args.tensor("logits");
+  in.logits = args.rows("logits");
   in.first = args.tensor("first");
   in.tokens = args.tensor("tokens");
   in.temperature = args.tensor("temperature");
@@ -21,7 +22,7 @@ StepInputs read_step(Arguments& args) {
   in.forced = args.tensor("forced");
   in.no_eos = args.tensor("no_eos");
   in.repetition = args.tensor("repetition_penalty");
-  in.history = args.tensor("history");
+  in.history = args.rows("history");
   in.counted_from = args.tensor("counted_from");
   in.ngram = args.tensor("ngram");
   in.unk_penalty = args.tensor("unk_penalty");
@@ -98,13 +99,55 @@ std::int64_t sample(const py::args& values) {
   return sample_step_cpu(in, tokens, log_probs, workspace, threads);
 }
 
+// (results, status)
+py::tuple make_beam(const py::args& values) {
+  Arguments args("beam_step", values, kStep + 4, Unready::copied);
+  const BeamInputs in = read_beams(args);
+  const std::int64_t width = args.integer("width");
+  const int threads = args.threads();
+  const std::int64_t bytes = beam_step_workspace(in, width, threads);  // with the checks of all that is read below
+  const std::int64_t batch = in.row_offsets.shape[0] - 1;
+  Made made;
+  BeamOutputs out;
+  out.scores = made.empty(DType::f32, {batch, width});
+  out.origins = made.empty(DType::i32, {batch, width});
+  out.tokens = made.empty(DType::i32, {batch, width});
+  out.log_probs = made.empty(DType::f32, {batch, width});
+  const TensorView workspace = made.workspace(bytes);
+  std::int64_t status;
+  {
+    const py::gil_scoped_release release;
+    status = beam_step_cpu(in, out, workspace, threads);
+  }
+  return py::make_tuple(made.results(), status);
+}
+
+py::tuple make_sample(const py::args& values) {
+  Arguments args("sample_step", values, kStep + 6, Unready::copied);
+  const SampleInputs in = read_samples(args);
+  const int threads = args.threads();
+  const std::int64_t bytes = sample_step_workspace(in, threads);
+  const std::int64_t rows = in.uniforms.shape[0];
+  Made made;
+  const TensorView tokens = made.empty(DType::i32, {rows}), log_probs = made.empty(DType::f32, {rows});
+  const TensorView workspace = made.workspace(bytes);
+  std::int64_t status;
+  {
+    const py::gil_scoped_release release;
+    status = sample_step_cpu(in, tokens, log_probs, workspace, threads);
+  }
+  return py::make_tuple(made.results(), status);
+}
+
 }  // namespace
 
 void bind_beam_step(py::module_& m) {
   m.def("beam_step_workspace", &beam_workspace);
-  m.def("beam_step", &beam);
+  m.def("beam_step", &make_beam);
+  m.def("beam_step_forward", &beam);
   m.def("sample_step_workspace", &sample_workspace);
-  m.def("sample_step", &sample);
+  m.def("sample_step", &make_sample);
+  m.def("sample_step_forward", &sample);
 }
 
 }  // namespace ofakern

@@ -433,15 +433,15 @@ def test_poisoned_outputs_are_all_written(cpu: Any) -> None:
     scratch = torch.full((cpu.beam_step_workspace(*arguments, 7, 1),), 255, dtype=torch.uint8)
     places = [torch.full((3, 7), -99, dtype=torch.int32) for _ in range(2)]
     out = [torch.full((3, 7), torch.nan), *places, torch.full((3, 7), torch.nan)]
-    assert cpu.beam_step(*out, scratch, *arguments, 1) == -1
+    assert cpu.beam_step_forward(*out, scratch, *arguments, 1) == -1
     for have, want in zip(out, beam_step(logits, torch.zeros(3), rows, 7), strict=True):
         assert torch.equal(have, want)
     with pytest.raises(OfakernValueError, match="workspace"):
-        cpu.beam_step(*out, scratch[:64], *arguments, 1)
+        cpu.beam_step_forward(*out, scratch[:64], *arguments, 1)
     draws = (*step, torch.full((3,), 0.5), None, None, None, None)
     scratch = torch.full((cpu.sample_step_workspace(*draws, 1),), 255, dtype=torch.uint8)
     tokens, log_probs = torch.full((3,), -99, dtype=torch.int32), torch.full((3,), torch.nan)
-    assert cpu.sample_step(tokens, log_probs, scratch, *draws, 1) == -1
+    assert cpu.sample_step_forward(tokens, log_probs, scratch, *draws, 1) == -1
     assert (tokens >= 0).all() and (log_probs <= 0).all()
     with pytest.raises(OfakernValueError, match="row_offsets must ascend"):
         cpu.beam_step_workspace(*step, torch.zeros(3), i32([0, 2, 1]), 7, 1)

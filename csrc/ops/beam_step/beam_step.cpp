@@ -89,14 +89,21 @@ class Room {
   }
 
   void adjustments(const StepInputs& in, std::int64_t rows) const {
-    if (!in.adjust_first.defined()) return;
+    if (!in.adjust_first.defined()) {
+      check_.absent("adjust_tokens", in.adjust_tokens, "there is no adjust_first");
+      check_.absent("adjust_values", in.adjust_values, "there is no adjust_first");
+      return;
+    }
     check_.plain("adjust_first", in.adjust_first, "[R + 1]", {rows + 1}, DType::i32);
     check_.plain("adjust_tokens", in.adjust_tokens, "[n]", {-1}, DType::i32);
     check_.plain("adjust_values", in.adjust_values, "[n]", {in.adjust_tokens.shape[0]}, DType::f32);
   }
 
   void automaton(const StepInputs& in, std::int64_t rows) const {
-    if (!in.states.defined()) return;
+    if (!in.states.defined()) {
+      check_.absent("tables", in.renormalise, "there are no states");
+      return;
+    }
     check_.plain("states", in.states, "[R]", {rows}, DType::i32);
     check_.plain("tables.renormalise", in.renormalise, "[S]", {-1}, DType::u8);
     const std::int64_t states = in.renormalise.shape[0];

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import NoneType
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ofakern.errors import OfakernTypeError, OfakernValueError
+from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
 from ofakern.ops.beam_step import op
 from ofakern.ops.beam_step.reference import InvalidRow, beam_step_reference, sample_step_reference
 from ofakern.ops.beam_step.rules import AutomatonTables, BeamCandidates, InvalidLogitsError, RaggedLogits, StepRules
+from ofakern.ops.library import STRAIGHT, straight
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DEFAULT = StepRules()
@@ -64,6 +68,14 @@ def beam_step(
         BackendError: the backend cannot run the call, with the reason.
     """
     rules = _DEFAULT if rules is None else rules
+    arguments = _plain(backend, logits, rules, sums, row_offsets)
+    if arguments is not None:
+        try:
+            return BeamCandidates(*op.BEAM[STRAIGHT](*arguments, width))
+        except InvalidLogitsError:
+            raise
+        except OfakernError:
+            pass  # refused: the checks below say why
     chosen = op.BACKENDS.select(backend, _check("beam_step", logits, rules))
     _check_beams(_rows(logits), sums, row_offsets, width)
     if chosen == "reference":
@@ -71,7 +83,7 @@ def beam_step(
             return BeamCandidates(*beam_step_reference(logits, sums, row_offsets, width, rules))
         except InvalidRow as error:
             raise InvalidLogitsError("beam_step", error.name, error.row) from None
-    return BeamCandidates(*op.beam_step(*op.step_arguments(logits, rules), sums, row_offsets, width))
+    return BeamCandidates(*op.BEAM[chosen](*op.step_arguments(logits, rules), sums, row_offsets, width))
 
 
 def sample_step(
@@ -112,10 +124,20 @@ def sample_step(
     arXiv 2407.01082 (min_p).
     """
     rules = _DEFAULT if rules is None else rules
+    filters = (top_k, top_p, typical_p, min_p)
+    arguments = _plain(backend, logits, rules, uniforms, *filters)
+    drawn: tuple[Tensor, Tensor]
+    if arguments is not None:
+        try:
+            drawn = op.SAMPLE[STRAIGHT](*arguments)
+            return drawn
+        except InvalidLogitsError:
+            raise
+        except OfakernError:
+            pass  # refused: the checks below say why
     chosen = op.BACKENDS.select(backend, _check("sample_step", logits, rules))
     rows = _rows(logits)
     _check_tensor("sample_step", "uniforms", uniforms, torch.float32, [rows])
-    filters = (top_k, top_p, typical_p, min_p)
     for name, tensor in zip(("top_k", "top_p", "typical_p", "min_p"), filters, strict=True):
         if tensor is not None:
             _check_tensor("sample_step", name, tensor, torch.int32 if name == "top_k" else torch.float32, [rows])
@@ -124,7 +146,8 @@ def sample_step(
             return sample_step_reference(logits, uniforms, rules, *filters)
         except InvalidRow as error:
             raise InvalidLogitsError("sample_step", error.name, error.row) from None
-    return op.sample_step(*op.step_arguments(logits, rules), uniforms, *filters)
+    drawn = op.SAMPLE[chosen](*op.step_arguments(logits, rules), uniforms, *filters)
+    return drawn
 
 
 def refusals(
@@ -139,6 +162,16 @@ def refusals(
     values = _check("beam_step", logits, _DEFAULT if rules is None else rules)
     _check_beams(_rows(logits), sums, row_offsets, width)
     return op.BACKENDS.reasons(backend, values)
+
+
+def _plain(backend: str, logits: object, rules: object, *others: object) -> tuple[Any, ...] | None:
+    """The op's arguments, `others` last, where the call may go straight to the kernel; else None."""
+    if not isinstance(rules, StepRules) or not isinstance(logits, (Tensor, RaggedLogits)):
+        return None
+    if not isinstance(rules.tables, (AutomatonTables, NoneType)) or (isinstance(logits, Tensor) and logits.ndim != 2):
+        return None
+    step = op.step_arguments(logits, rules)
+    return (*step, *others) if straight(backend, *step[: -op.NUMBERS], *others) else None
 
 
 def _rows(logits: Tensor | RaggedLogits) -> int:
