@@ -10,7 +10,7 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
-from ofakern.checkpoint.answering import answer_all, encode_sources, evaluating, in_chunks
+from ofakern.checkpoint.answering import answer_all, encode_sources, evaluating
 from ofakern.checkpoint.denoise import is_motion, learnt_settings, motion_loss, within_positions
 from ofakern.checkpoint.encoded_sets import save_encoded_sets, with_encoded_sets
 from ofakern.checkpoint.files import load_module, read_json, save_module, write_folder, write_json
@@ -292,7 +292,7 @@ class GeneralistModel:
             data: the slots' values by name: one row, or a list of rows. Images are paths, PIL images or arrays.
                 Answers in them are not looked at.
             closed_set: the only answers there are (a list, or a mapping whose keys they are).
-            batch_size: rows generated together. files: folder or .zip archive for file names.
+            batch_size: most rows generated together. files: folder or .zip archive for file names.
             stream: is called with a `StreamPiece` for every token as soon as it is certain. What it raises is raised.
             generation: `GenerationConfig`'s settings, OFASys's names too (`beam_size=`, `max_len=`, ...).
 
@@ -310,11 +310,12 @@ class GeneralistModel:
         if batch_size < 1:
             raise OfakernValueError(f"inference: batch_size must be at least 1, got {batch_size}")
         closed = None if closed_set is None else tuple(map(str, closed_set))
-        asked = []
+        asked, recipes = [], {}
         for one, row, own in requested(instruction, data):
-            known = self._known(one)
-            recipe = self._recipes.get(self, one, known, closed, files)
-            asked.append((recipe, row, self._generation(known, known.generation, {**generation, **own})))
+            if one not in recipes:
+                recipes[one] = self._recipes.get(self, one, self._known(one), closed, files)
+            known = recipes[one].known
+            asked.append((recipes[one], row, self._generation(known, known.generation, {**generation, **own})))
         found = self._answered(asked, batch_size, stream)
         return found[0] if single else found
 
@@ -334,11 +335,9 @@ class GeneralistModel:
         batch_size: int,
         stream: Callable[[StreamPiece], object] | None,
     ) -> list[Answer]:
-        found: list[Answer] = []
-        for chunk in in_chunks(enumerate(asked), batch_size):
-            prepared = [recipe.prepare(row, n, config, tell=stream) for n, (recipe, row, config) in chunk]
-            found += answer_all(self, prepared)
-        return found
+        prepared = (recipe.prepare(row, n, config, tell=stream) for n, (recipe, row, config) in enumerate(asked))
+        in_batches = any(config.compat for _, _, config in asked)
+        return answer_all(self, prepared, batch_size, in_batches=in_batches)
 
     def prepare_request(
         self,
@@ -391,7 +390,7 @@ class GeneralistModel:
 
     def run_request(self, prepared: PreparedRequest) -> Answer:
         """The answer of one request, of any kind, by itself."""
-        return answer_all(self, [prepared])[0]
+        return answer_all(self, [prepared], 1)[0]
 
     def plan_for(self, instruction: str) -> Plan:
         """The plan that inference follows for a task's name or an instruction."""

@@ -41,6 +41,12 @@ _FAIRSEQ_OFF: Mapping[str, Any] = {
     "diverse_beam_strength": 0.0,
 }
 
+#: What transformers also calls a length, counting the start token and the end, which nothing here does.
+_NEAR_NAMES: Mapping[str, str] = {
+    "max_length": "max_new_tokens, which counts neither the start token nor the end",
+    "min_length": "min_new_tokens, which counts neither the start token nor the end",
+}
+
 _INTEGERS = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -231,9 +237,10 @@ class GenerationConfig:
             if value == -1 and given in _FAIRSEQ_OFF:
                 value = _FAIRSEQ_OFF[given]
             if name not in known:
+                hint = f"OFASys's names work too: {', '.join(sorted(OFASYS_NAMES))}"
                 raise OfakernTypeError(
                     f"{_WHERE}: argument must be one of {', '.join(sorted(known))}, got {given!r}"
-                    f"\nTry: OFASys's names work too: {', '.join(sorted(OFASYS_NAMES))}"
+                    f"\nTry: {_NEAR_NAMES.get(given, hint)}"
                 )
             if name in changes:
                 raise OfakernTypeError(f"{_WHERE}: {name} must be given once, got it again as {given!r}")

@@ -11,7 +11,7 @@ from scenes import COLOURS, scenes, small_model, tasks
 
 from ofakern.checkpoint import GeneralistModel, StreamPiece
 from ofakern.errors import OfakernValueError
-from ofakern.generate import Finished
+from ofakern.generate import Finished, SearchSession
 from ofakern.modality.output import Output
 
 ROWS = scenes()
@@ -65,6 +65,25 @@ def test_each_row_of_a_mixed_batch_gets_its_own_answer(model: GeneralistModel, b
     assert len(found[0].token_log_probs) == len(found[0].tokens)
     total = sum(found[0].token_log_probs) / len(found[0].tokens)
     assert found[0].score == pytest.approx(total, abs=1e-5)
+
+
+def test_places_that_become_free_are_taken(model: GeneralistModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, add = [], SearchSession.add
+
+    def noted(self: SearchSession, *arguments: Any) -> list[int]:
+        ids = add(self, *arguments)
+        sizes.append((len(ids), self.running))
+        return ids
+
+    monkeypatch.setattr(SearchSession, "add", noted)
+    rows = [("caption", ROWS[n % 6], {"max_new_tokens": 2 + 5 * (n % 2), "num_beams": 1}) for n in range(10)]
+    found = model.inference(rows, batch_size=4)
+    assert sum(new for new, _ in sizes) == 10 and max(running for _, running in sizes) == 4
+    assert any(new < running for new, running in sizes), "others join those that still run"
+    assert all(same(one, alone(model, row)) for one, row in zip(found, rows, strict=True))
+    sizes.clear()
+    model.inference(rows, batch_size=4, compat="ofasys")
+    assert [new for new, _ in sizes] == [4, 4, 2]
 
 
 def test_two_lists_are_pairs(model: GeneralistModel) -> None:

@@ -9,7 +9,7 @@ import pytest
 from plain_search import search
 from toy_decoder import ToyDecoder
 
-from ofakern.errors import OfakernValueError
+from ofakern.errors import OfakernTypeError, OfakernValueError
 from ofakern.generate import GenerationConfig, generate
 
 SAMPLES = 6
@@ -110,6 +110,8 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
 
 
 def test_names_of_others() -> None:
+    with pytest.raises(OfakernTypeError, match="Try: max_new_tokens, which counts neither"):
+        GenerationConfig().replace(max_length=20)
     config = GenerationConfig().replace(
         beam=4, diverse_beam_groups=2, diverse_beam_strength=0.5, sampling_topk=-1, sampling_topp=None, unkpen=1.0
     )
