@@ -73,6 +73,7 @@ def score_candidates(
         max_positions=max_positions,
         temperature=temperature,
         max_rows=max_rows,
+        keep_records=False,
     )
     scorer.run()
     scores = torch.from_numpy(scorer.scores)
@@ -117,6 +118,7 @@ def best_candidates(
         max_positions=max_positions,
         temperature=config.temperature,
         max_rows=MAX_ROWS,
+        keep_records=True,
     )
     before, gains = scorer.run()
     forced = [] if prefix is None else [[t for t in row if t != special.pad] for row in prefix.tolist()]

@@ -75,6 +75,7 @@ class CandidateScorer:
         scores: float32 [B, C], the sum of the log-probabilities of a target's own tokens.
         lengths: int64 [C], a target's tokens, the end of sequence included.
         last: int64 [B, C], the last record of each target; it has no record for tokens behind it, which are certain.
+            Records are kept when asked for.
         prefix_scores: float32 [B, P], log-probabilities of the forced first tokens.
     """
 
@@ -90,6 +91,7 @@ class CandidateScorer:
         max_positions: int | None,
         temperature: float,
         max_rows: int,
+        keep_records: bool,
     ) -> None:
         if max_rows < 1:
             raise OfakernValueError(f"{_WHERE}: max_rows must be at least 1, got {max_rows}")
@@ -110,14 +112,14 @@ class CandidateScorer:
                 f"got {self._fed}"
             )
         self._has_hidden = getattr(model, "decode_hidden", None) is not None
-        self._records = Records()
+        self._records = Records() if keep_records else None
         self.scores: Floats = np.full((batch_size, len(candidates)), -np.inf, np.float32)
         self.lengths: Numbers = np.zeros(len(candidates), np.int64)
-        self.last: Numbers = np.full((batch_size, len(candidates)), -1, np.int64)
+        self.last: Numbers = np.full((batch_size, len(candidates) if keep_records else 0), -1, np.int64)
         self.prefix_scores: Floats = np.zeros(self._prefix.shape, np.float32)
 
     def run(self) -> tuple[Numbers, Floats]:
-        """Fills the attributes; returns the records: the one before each, and its log-probability."""
+        """Fills the attributes; returns the records kept: the one before each, and its log-probability."""
         samples = np.arange(len(self._prefix))
         start = np.full_like(samples, self._automaton.start)
         path = np.full((len(samples), 1), self._special.bos)
@@ -130,7 +132,7 @@ class CandidateScorer:
             front = self._waiting.pop()
             if len(front):
                 self._follow(front)
-        return self._records.finish()
+        return (self._records or Records()).finish()
 
     def _follow(self, front: Front) -> None:
         state = self._feed_all_but_last(front)
@@ -185,12 +187,16 @@ class CandidateScorer:
         found, going = self._candidates, front.rows(chosen)
         row, edge = found.transitions(going.state)
         gains = self._gains(state, out, chosen, going.state, row, edge)
-        record = self._records.add(going.record[row], gains)
+        record = going.record[row]
+        if self._records is not None:
+            record = self._records.add(record, gains)
         target, total = found.targets[edge], going.total[row] + gains
         number, sample = going.number[row] + found.before[edge], going.sample[row]
         ends = found.decided[target]
         at = sample[ends], number[ends]
-        self.scores[at], self.last[at] = total[ends], record[ends]
+        self.scores[at] = total[ends]
+        if self._records is not None:
+            self.last[at] = record[ends]
         place = front.path.shape[1] - self._prefix_lengths[sample[ends]]
         self.lengths[number[ends]] = place + found.left[target[ends]]
         go = ~ends
