@@ -105,6 +105,15 @@ struct Kernel {
     }
   }
 
+  // The first weight rows of a group, which follows the one at work as a rule: groups are small inside a closed set.
+  void prefetch_group(i64 group) const {
+    if (group >= groups.groups) return;
+    const std::int32_t *first = in.first.as<const std::int32_t>(), *tokens = in.tokens.as<const std::int32_t>();
+    const std::int32_t state = in.states.as<const std::int32_t>()[groups.order[groups.group_first[group]]];
+    const std::int32_t end = min_of(first[state + 1], first[state] + kTokens);
+    for (std::int32_t e = first[state]; e < end; ++e) prefetch_row(weight_row(tokens[e]), depth);
+  }
+
   void run(int threads) const {
     const i64 rows = in.hidden.shape[0];
     for (i64 r = 0; r < rows; ++r)
@@ -120,6 +129,7 @@ struct Kernel {
       const std::int32_t state = states[groups.order[groups.group_first[low]]];
       const i64 begin = (task_number - groups.task_first[low]) * kGatheredTokens;
       const i64 end = min_of<i64>(begin + kGatheredTokens, first[state + 1] - first[state]);
+      if (begin == 0) prefetch_group(low + 1);
       task(low, begin, end, in.tokens.as<const std::int32_t>() + first[state]);
     });
   }
