@@ -5,6 +5,8 @@ BIN := .venv/bin
 PY := $(BIN)/python
 BUILD := build/editable
 EXTRAS := dev,bench,train
+TRITON_TESTS := tests/ops/test_attention_triton.py tests/ops/test_triton_ops.py \
+	tests/build/test_triton_compile.py tests/build/test_triton_ops_compile.py
 
 TOOLS_STAMP := .venv/.ofakern-tools
 INSTALL_STAMP := .venv/.ofakern-installed
@@ -13,10 +15,10 @@ INSTALL_STAMP := .venv/.ofakern-installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo bench lint format sanitize arm clean distclean
+.PHONY: help setup build test test-triton-newest demo bench lint format sanitize arm clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(INSTALL_STAMP) build ## .venv with ofakern, its kernels and the developer tools
 
@@ -37,6 +39,11 @@ build: $(INSTALL_STAMP) ## rebuild the compiled modules (seconds when little cha
 
 test: setup ## all tests, compile checks included
 	$(PY) -m pytest -q -n 2 --dist loadfile tests
+
+# Beside the pinned one, in a folder of its own: CPU torch does not depend on triton, so nothing else changes.
+test-triton-newest: setup ## the Triton tests (interpreted, compiled ahead of time) with the newest Triton there is
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target build/triton-newest triton
+	PYTHONPATH=$(CURDIR)/build/triton-newest $(PY) -m pytest -q -n 2 --dist loadfile $(TRITON_TESTS)
 
 demo: setup ## train one model on three instructions and show it (about six minutes)
 	$(PY) examples/demo.py

@@ -10,7 +10,7 @@
 # OUT      folder of the results, at most 8 files: a log per part, bench.json, report.txt (default: build/gpu)
 # PYTHON   its environment gets ofakern, editable; it must hold torch, pybind11, cmake, ninja, scikit-build-core,
 #          pytest and hypothesis (default: python3)
-# SECONDS_ALLOWED   for all of it (default: 530)
+# SECONDS_ALLOWED   for all of it (default: 515)
 #
 # Exit code: 0 when every part passed, 1 when one did not, 2 when only the GPU was missing.
 set -u -o pipefail
@@ -18,7 +18,7 @@ cd "$(dirname "$0")/.." || exit 1
 
 OUT=${OUT:-build/gpu}
 PYTHON=${PYTHON:-python3}
-ALLOWED=${SECONDS_ALLOWED:-530}
+ALLOWED=${SECONDS_ALLOWED:-515}
 KNOWN="build cpu_tests gpu_tests memcheck racecheck bench"
 read -r -a wanted <<<"${*:-$KNOWN}"
 for part in "${wanted[@]}"; do
