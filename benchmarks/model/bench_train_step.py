@@ -103,7 +103,7 @@ class Problem:
         inside = {id(p) for p in self.backbone.parameters()}
         if phase == "resnet":
             return list(self.backbone.parameters())
-        every = [p for p in self.model.parameters() if p.requires_grad]
+        every: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         return every if phase == "step" else [*(p for p in every if id(p) not in inside), self.features]
 
 

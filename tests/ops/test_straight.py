@@ -39,7 +39,10 @@ OPS: dict[str, Op] = {
         lambda q, k, v, q_pos, k_pos, table, scale: attention(q, k, v, LAYOUT, q_pos, k_pos, [table], scale),
         (*(randn(6, 2, 8) for _ in range(5)), randn(2, 11), randn(2)),
     ),
-    "add_layer_norm": (lambda *inputs: sum(add_layer_norm(*inputs)), (randn(3, 8), randn(3, 8), randn(8), randn(8))),
+    "add_layer_norm": (
+        lambda *inputs: torch.add(*add_layer_norm(*inputs)),
+        (randn(3, 8), randn(3, 8), randn(8), randn(8)),
+    ),
     "gelu_layer_norm": (gelu_layer_norm, (randn(3, 8), randn(8), randn(8))),
     "head_scale_layer_norm": (head_scale_layer_norm, (randn(3, 2, 4), randn(2), randn(8), randn(8))),
     "embed_layer_norm": (lambda *inputs: embed_layer_norm(TOKENS, *inputs), (randn(5, 8), randn(8), randn(8))),
@@ -59,11 +62,11 @@ def gradients(name: str, view: Callable[[Tensor], Tensor] = lambda x: x) -> list
     return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
 
 
-class Seen(TorchDispatchMode):
+class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs every op and keeps its name."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
