@@ -441,6 +441,23 @@ def cross_entropy_backward_workspace(
 def decode_attention_pack(
     keys: Tensor, values: Tensor, k: Tensor, v: Tensor, runs: Tensor, threads: int, /
 ) -> None: ...
+def decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    row_offsets: Tensor,
+    runs: Tensor | None,
+    slots: Tensor | None,
+    counts: Tensor | None,
+    bias: Tensor | None,
+    head_scale: Tensor | None,
+    value_width: int,
+    scale: float,
+    threads: int,
+    /,
+) -> tuple[Tensor, Tensor]: ...
 def decode_attention_workspace(
     q: Tensor,
     keys: Tensor,

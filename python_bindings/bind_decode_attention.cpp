@@ -3,6 +3,7 @@
 
 #include "ops/decode_attention/decode_attention.h"
 #include "tensor_caster.h"
+#include "torch_tensors.h"
 
 namespace py = pybind11;
 
@@ -10,13 +11,6 @@ namespace ofakern {
 namespace {
 
 constexpr std::size_t kInputs = 14;  // what read_inputs takes, threads included
-
-int read_threads(Arguments& args) {
-  const std::int64_t threads = args.integer("threads");
-  Checker("decode_attention")
-      .that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
-  return static_cast<int>(threads);
-}
 
 DecodeAttentionInputs read_inputs(Arguments& args) {
   DecodeAttentionInputs in;
@@ -27,9 +21,9 @@ DecodeAttentionInputs read_inputs(Arguments& args) {
   in.value_scales = args.tensor("value_scales");
   in.row_offsets = args.tensor("row_offsets");
   in.runs = args.tensor("runs");
-  in.slots = args.tensor("slots");
+  in.slots = args.rows("slots");
   in.counts = args.tensor("counts");
-  in.bias = args.tensor("bias");
+  in.bias = args.rows("bias");
   in.head_scale = args.tensor("head_scale");
   in.value_width = args.integer("value_width");
   in.scale = args.real("scale");
@@ -39,8 +33,8 @@ DecodeAttentionInputs read_inputs(Arguments& args) {
 void pack(const py::args& values) {
   Arguments args("decode_attention", values, 6);
   const TensorView keys = args.tensor("keys"), packed_values = args.tensor("values");
-  const TensorView k = args.tensor("k"), v = args.tensor("v"), runs = args.tensor("runs");
-  const int threads = read_threads(args);
+  const TensorView k = args.rows("k"), v = args.rows("v"), runs = args.tensor("runs");
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   decode_attention_pack(k, v, runs, keys, packed_values, threads);
 }
@@ -48,21 +42,38 @@ void pack(const py::args& values) {
 std::int64_t workspace_bytes(const py::args& values) {
   Arguments args("decode_attention", values, kInputs);
   const DecodeAttentionInputs in = read_inputs(args);
-  return decode_attention_workspace(in, read_threads(args));
+  return decode_attention_workspace(in, args.threads());
 }
 
 void forward(const py::args& values) {
   Arguments args("decode_attention", values, 3 + kInputs);
   const TensorView out = args.tensor("out"), lse = args.tensor("lse"), workspace = args.tensor("workspace");
   const DecodeAttentionInputs in = read_inputs(args);
-  const int threads = read_threads(args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   decode_attention_cpu(in, out, lse, workspace, threads);
+}
+
+py::object make_forward(const py::args& values) {
+  Arguments args("decode_attention", values, kInputs, Unready::copied);
+  const DecodeAttentionInputs in = read_inputs(args);
+  const int threads = args.threads();
+  const std::int64_t bytes = decode_attention_workspace(in, threads);  // after its checks q has 3 dimensions
+  Made made;
+  const std::int64_t rows = in.q.shape[0], heads = in.q.shape[1];
+  const TensorView out = made.empty(in.q.dtype, {rows, heads, in.value_width});
+  const TensorView lse = made.empty(DType::f32, {rows, heads}), workspace = made.workspace(bytes);
+  {
+    const py::gil_scoped_release release;
+    decode_attention_cpu(in, out, lse, workspace, threads);
+  }
+  return made.results();
 }
 
 }  // namespace
 
 void bind_decode_attention(py::module_& m) {
+  m.def("decode_attention", make_forward);
   m.def("decode_attention_pack", pack);
   m.def("decode_attention_workspace", workspace_bytes);
   m.def("decode_attention_forward", forward);

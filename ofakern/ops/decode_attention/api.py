@@ -7,11 +7,12 @@ import logging
 import torch
 from torch import Tensor
 
-from ofakern.errors import OfakernRuntimeError, OfakernTypeError, OfakernValueError
+from ofakern.errors import OfakernError, OfakernRuntimeError, OfakernTypeError, OfakernValueError
 from ofakern.ops import log
 from ofakern.ops.decode_attention import op
 from ofakern.ops.decode_attention.cache import KeyValueCache
 from ofakern.ops.decode_attention.reference import decode_attention_reference
+from ofakern.ops.library import STRAIGHT, straight
 
 _WHERE = "decode_attention"
 _UNPACKED = "the cache must be packed for the CPU kernel, and was made with backend='reference'"
@@ -57,33 +58,57 @@ def decode_attention(
         OfakernRuntimeError: q needs a gradient (the kernel has none), or vmap.
         BackendError: the backend cannot run the call.
     """
-    q, scale = _checked(q, cache, row_offsets, slots, counts, bias, head_scale, scale)
+    plain = type(cache) is KeyValueCache and straight(backend, q, row_offsets, slots, counts, bias, head_scale)
+    if plain and not (torch.is_grad_enabled() and q.requires_grad):
+        try:
+            out, lse = _run(STRAIGHT, q, cache, row_offsets, slots, counts, bias, head_scale, scale)
+            return (out, lse) if return_lse else out
+        except OfakernError:
+            pass  # refused: the checks below say why, or cast what can be cast
+    q = _checked(q, cache, row_offsets, slots, counts, bias, head_scale)
     chosen = op.BACKENDS.select(backend, q, _limit(cache))
     if log.ENABLED and not torch.compiler.is_compiling():
         log.once(_logger, f"decode_attention q{list(q.shape)} {q.dtype} source={slots is None} -> {chosen}")
-    if chosen == "reference":
-        out, lse = _run_reference(q, cache, row_offsets, slots, counts, bias, head_scale, scale)
-    else:
-        if torch.is_grad_enabled() and q.requires_grad:
-            raise OfakernRuntimeError(
-                f"{_WHERE}: q must not need a gradient, got requires_grad=True\nTry: torch.no_grad(), or attention."
-            )
-        out, lse = torch.ops.ofakern.decode_attention_fwd.default(
-            q,
-            cache.keys,
-            cache.values,
-            cache.key_scales,
-            cache.value_scales,
-            row_offsets,
-            cache.runs,
-            slots,
-            counts,
-            bias,
-            head_scale,
-            cache.value_width,
-            scale,
-        )
+    run = _run_reference if chosen == "reference" else _run
+    out, lse = run(chosen, q, cache, row_offsets, slots, counts, bias, head_scale, scale)
     return (out, lse) if return_lse else out
+
+
+def _run(
+    backend: str,
+    q: Tensor,
+    cache: KeyValueCache,
+    row_offsets: Tensor,
+    slots: Tensor | None,
+    counts: Tensor | None,
+    bias: Tensor | None,
+    head_scale: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise OfakernRuntimeError(
+            f"{_WHERE}: q must not need a gradient, got requires_grad=True\nTry: torch.no_grad(), or attention."
+        )
+    out: tuple[Tensor, Tensor] = op.FORWARD[backend](
+        q,
+        cache.keys,
+        cache.values,
+        cache.key_scales,
+        cache.value_scales,
+        row_offsets,
+        cache.runs,
+        slots,
+        counts,
+        _float32(bias),
+        _float32(head_scale),
+        cache.value_width,
+        cache.key_width**-0.5 if scale is None else scale,
+    )
+    return out
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    return x.float() if x is not None and x.dtype.is_floating_point and x.dtype != torch.float32 else x
 
 
 def refusals(
@@ -100,7 +125,7 @@ def refusals(
     backend: str = "auto",
 ) -> tuple[str, dict[str, str | None]]:
     """What `ofakern.explain` prints of a call of `decode_attention`."""
-    q, _ = _checked(q, cache, row_offsets, slots, counts, bias, head_scale, scale)
+    q = _checked(q, cache, row_offsets, slots, counts, bias, head_scale)
     return op.BACKENDS.reasons(backend, q, _limit(cache))
 
 
@@ -109,6 +134,7 @@ def _limit(cache: KeyValueCache) -> str | None:
 
 
 def _run_reference(
+    backend: str,
     q: Tensor,
     cache: KeyValueCache,
     row_offsets: Tensor,
@@ -116,9 +142,10 @@ def _run_reference(
     counts: Tensor | None,
     bias: Tensor | None,
     head_scale: Tensor | None,
-    scale: float,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     k, v, first = cache.natural()
+    scale = cache.key_width**-0.5 if scale is None else scale
     wide = torch.promote_types(q.dtype, k.dtype)
     seen = cache.lengths if counts is None else counts
     out, lse = decode_attention_reference(
@@ -135,9 +162,8 @@ def _checked(
     counts: Tensor | None,
     bias: Tensor | None,
     head_scale: Tensor | None,
-    scale: float | None,
-) -> tuple[Tensor, float]:
-    """q in the cache's dtype and the scale. Values of the tables are checked by whoever reads them."""
+) -> Tensor:
+    """q in the cache's dtype. Values of the tables are checked by whoever reads them."""
     if not isinstance(cache, KeyValueCache):
         raise OfakernTypeError(f"{_WHERE}: cache must be a KeyValueCache, got {type(cache).__name__}")
     if not isinstance(q, Tensor):
@@ -166,7 +192,7 @@ def _checked(
         _check_bias(bias, cache.heads)
     if head_scale is not None and tuple(head_scale.shape) != (cache.heads,):
         raise OfakernValueError(f"{_WHERE}: head_scale must have shape [H={cache.heads}], got {list(head_scale.shape)}")
-    return q, cache.key_width**-0.5 if scale is None else float(scale)
+    return q
 
 
 def _check_integers(name: str, x: Tensor) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofakern.errors import BackendError
 from ofakern.ops import native
 from ofakern.ops.decode_attention.memory import large_empty
-from ofakern.ops.library import define, kernel_ready
+from ofakern.ops.library import define, ops_of
 from ofakern.ops.selection import Backends
 
 BACKENDS = Backends("decode_attention", "decode_attention_forward")
@@ -35,31 +34,18 @@ def padded_value_width(width: int) -> int:
 
 def pack(k: Tensor, v: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks of keys and panels of values (flat, k's dtype) of samples that follow one another in k and v."""
-    module = _module()
     room = int(((runs[:, 1] + BLOCK - 1) // BLOCK * BLOCK).sum())
     heads = k.shape[1]
     keys = large_empty((room * heads * padded_key_width(k.shape[2], k.dtype),), k.dtype)
     values = large_empty((room * heads * padded_value_width(v.shape[2]),), v.dtype)
-    sources = [_bits(_last_contiguous(x)) for x in (k, v)]
-    module.decode_attention_pack(_bits(keys), _bits(values), *sources, runs, torch.get_num_threads())
+    sources = [_bits(x if x.stride(-1) == 1 else x.contiguous()) for x in (k.resolve_neg(), v.resolve_neg())]
+    native.kernels.decode_attention_pack(_bits(keys), _bits(values), *sources, runs, torch.get_num_threads())
     return keys, values
-
-
-def _module() -> Any:
-    reason = BACKENDS.unavailable["cpu"]
-    if reason is not None:
-        raise BackendError(f"decode_attention: backend 'cpu' cannot run this call: {reason}")
-    return native.cpu
 
 
 def _bits(x: Tensor) -> Tensor:
     """The binding knows no int8: it takes the bits."""
     return x.view(torch.uint8) if x.dtype == torch.int8 else x
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    x = x.resolve_neg()
-    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
 
 
 def _forward_cpu(
@@ -76,29 +62,23 @@ def _forward_cpu(
     head_scale: Tensor | None,
     value_width: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    module, threads = _module(), torch.get_num_threads()
-    arguments = (
-        kernel_ready(q),
+) -> Any:
+    return native.kernels.decode_attention(
+        q,
         _bits(keys),
         _bits(values),
         key_scales,
         value_scales,
-        row_offsets.contiguous(),
-        runs if runs is None else runs.contiguous(),
-        slots if slots is None else _last_contiguous(slots),
-        counts if counts is None else counts.contiguous(),
-        bias if bias is None else _last_contiguous(bias.float()),
-        head_scale if head_scale is None else kernel_ready(head_scale.float()),
+        row_offsets,
+        runs,
+        slots,
+        counts,
+        bias,
+        head_scale,
         value_width,
         scale,
-        threads,
+        torch.get_num_threads(),
     )
-    out = torch.empty((q.shape[0], q.shape[1], value_width), dtype=q.dtype)
-    lse = torch.empty((q.shape[0], q.shape[1]))
-    workspace = torch.empty(module.decode_attention_workspace(*arguments), dtype=torch.uint8)
-    module.decode_attention_forward(out, lse, workspace, *arguments)
-    return out, lse
 
 
 def _forward_fake(
@@ -120,7 +100,7 @@ def _forward_fake(
     return q.new_empty((rows, heads, value_width)), q.new_empty((rows, heads), dtype=torch.float32)
 
 
-FORWARD = define(
+define(
     "decode_attention_fwd",
     "(Tensor q, Tensor keys, Tensor values, Tensor? key_scales, Tensor? value_scales, Tensor row_offsets, "
     "Tensor? runs, Tensor? slots, Tensor? counts, Tensor? bias, Tensor? head_scale, int value_width, float scale) "
@@ -128,3 +108,4 @@ FORWARD = define(
     cpu=_forward_cpu,
     fake=_forward_fake,
 )
+FORWARD = ops_of("decode_attention_fwd")
