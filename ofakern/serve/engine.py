@@ -149,8 +149,7 @@ class Engine:
             if not self.accepting:
                 raise Stopped("Engine: it must be running to take a request, got one after it was stopped")
             if self.waiting >= self._max_queue:
-                # A request given up by its client holds its place only until somebody looks.
-                self._queue = deque(job for job in self._queue if job.wanted)
+                self._forget_waiting()
             if self.waiting >= self._max_queue:
                 self._refused.add()
                 raise Overloaded(
@@ -158,6 +157,12 @@ class Engine:
                 )
             self._held += 1
         return Place(self)
+
+    def _forget_waiting(self) -> None:
+        """A request that was given up holds its place only until somebody needs it."""
+        for job in [job for job in self._queue if not job.wanted]:
+            self._queue.remove(job)
+            self._leave(job, "cancelled", busy=False)
 
     def submit(
         self,

@@ -12,13 +12,14 @@ import base64
 import binascii
 import io
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from ofakern.instruction import Modality
-from ofakern.plan import Plan
+from ofakern.plan import Plan, PlanSlot
 from ofakern.serve.errors import RequestError
 from ofakern.serve.fetch import fetch
 from ofakern.serve.request import Limits, check_plain
@@ -39,15 +40,15 @@ def read_row(plan: Plan, data: Mapping[str, Any], limits: Limits) -> dict[str, A
     Raises RequestError: 404 for a file that is not in the folder, 413 for media that are too large, 415 for a format
     that is not read, 422 for anything else.
     """
-    kinds = {slot.name: slot.modality for slot in plan.slots if slot.name}
-    unknown = sorted(set(data) - set(kinds))
+    slots = {slot.name: slot for slot in plan.slots if slot.name}
+    unknown = sorted(set(data) - set(slots))
     if unknown:
-        known = ", ".join(sorted(kinds))
+        known = ", ".join(sorted(slots))
         raise RequestError(
             422, f"request: data must hold columns of the instruction ({known}), got {unknown[0][:80]!r}"
         )
     reader = _Reader(limits)
-    return {name: reader.column(name, kinds[name], value) for name, value in data.items()}
+    return {name: reader.column(slots[name], value) for name, value in data.items()}
 
 
 class _Reader:
@@ -56,13 +57,20 @@ class _Reader:
     def __init__(self, limits: Limits) -> None:
         self._limits, self._left = limits, limits.media
 
-    def column(self, name: str, modality: Modality, value: Any) -> Any:
-        decode = _DECODERS.get(modality)
+    def column(self, slot: PlanSlot, value: Any) -> Any:
         if value is None:
             return None
-        if decode is None:
-            return self._plain(name, value)
-        return self._media(f"request: column {name[:80]!r}", decode, value)
+        if slot.modality not in _DECODERS:
+            return self._plain(slot.name, value)
+        where = f"request: column {slot.name[:80]!r}"
+        if slot.group is not None and isinstance(value, list):
+            return [self._value(f"{where}[{place}]", slot.modality, one) for place, one in enumerate(value)]
+        return self._value(where, slot.modality, value)
+
+    def _value(self, where: str, modality: Modality, value: Any) -> Any:
+        if modality is Modality.VIDEO and isinstance(value, list):  # its frames
+            return [self._media(f"{where}[{place}]", _image, one) for place, one in enumerate(value)]
+        return self._media(where, _DECODERS[modality], value)
 
     def _plain(self, name: str, value: Any) -> Any:
         if isinstance(value, (bytes, list)) and _holds_bytes(value):
@@ -71,8 +79,6 @@ class _Reader:
         return value
 
     def _media(self, where: str, decode: Callable[[bytes, str, Limits], Any], value: Any) -> Any:
-        if isinstance(value, list):
-            return [self._media(f"{where}[{place}]", decode, one) for place, one in enumerate(value)]
         self._left -= 1
         if self._left < 0:
             raise RequestError(
@@ -180,35 +186,46 @@ def _sound(data: bytes, where: str, limits: Limits) -> bytes:
 
 
 def _video(data: bytes, where: str, limits: Limits) -> bytes:
-    """The file itself; its frames' size is read first. Pillow reads animated images, PyAV everything else."""
+    """The file itself; its frames' size and number are read first. Pillow reads animated images, PyAV the rest."""
     try:
         with Image.open(io.BytesIO(data), formats=_ANIMATED) as image:
             _check_pixels(image.width, image.height, where, limits)
-        return data
+            _check_frames(image, where, limits)
     except UnidentifiedImageError:
-        pass
+        _check_container(data, where, limits)
     except Image.DecompressionBombError as error:
         raise RequestError(413, f"{where} must have at most {limits.pixels} pixels a frame, got far more") from error
     except RequestError:
         raise
     except Exception as error:
         raise RequestError(422, f"{where} must be a readable video, got {len(data)} bytes: {error}") from error
-    width, height = _frame_size(data, where)
-    _check_pixels(width, height, where, limits)
     return data
 
 
-def _frame_size(data: bytes, where: str) -> tuple[int, int]:
+def _check_frames(image: Image.Image, where: str, limits: Limits) -> None:
+    try:
+        image.seek(limits.frames)
+    except EOFError:
+        return
+    raise RequestError(413, f"{where} must have at most {limits.frames} frames, got more")
+
+
+def _check_container(data: bytes, where: str, limits: Limits) -> None:
     try:
         import av
     except ImportError as error:
-        raise RequestError(422, f"{where} must be images, got a video: this server has no PyAV to read it") from error
+        raise RequestError(422, f"{where} must be images, got a video: this server has no PyAV") from error
     try:
         with av.open(io.BytesIO(data)) as container:
             stream = container.streams.video[0]
-            return int(stream.width), int(stream.height)
+            size = int(stream.width), int(stream.height)
+            # What a header says of their number need not be true.
+            count = sum(1 for _ in islice(container.demux(stream), limits.frames + 2))
     except Exception as error:
         raise RequestError(415, f"{where} must be a video file, got {len(data)} bytes: no known format") from error
+    _check_pixels(*size, where, limits)
+    if count > limits.frames + 1:  # the last packet is empty
+        raise RequestError(413, f"{where} must have at most {limits.frames} frames, got more")
 
 
 def _motion(data: bytes, where: str, limits: Limits) -> str:

@@ -25,7 +25,8 @@ class Limits:
     """What one request may take.
 
     body: bytes. pixels: of one image, or of one frame of a video. samples: of one sound, all channels. characters: of
-    one text field (and of a table, all cells). media: images, sounds and videos. answers: of a closed set.
+    one text field (and of a table, all cells). media: images, sounds and videos. frames: of a video. answers: of a
+    closed set.
     settings: largest value of a generation setting. files: the folder that `{"file": name}` reads from. urls: whether
     `{"url": ...}` is fetched. seconds: to send the body, and to fetch a URL.
     """
@@ -35,6 +36,7 @@ class Limits:
     samples: int = 32_000_000
     characters: int = 20_000
     media: int = 32
+    frames: int = 3000
     answers: int = 10_000
     settings: Mapping[str, int] = field(
         default_factory=lambda: {
@@ -51,7 +53,7 @@ class Limits:
     seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("body", "pixels", "samples", "characters", "media", "answers", "seconds"):
+        for name in ("body", "pixels", "samples", "characters", "media", "frames", "answers", "seconds"):
             if not getattr(self, name) > 0:
                 raise OfakernValueError(f"serve: {name} must be above 0, got {getattr(self, name)!r}")
         if self.files is not None and not self.files.is_dir():

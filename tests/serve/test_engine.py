@@ -153,6 +153,7 @@ def test_the_queue_is_bounded(model: ScriptedModel, engine: Engine) -> None:
     gate.release(1000)
     assert len(texts(first + waiting)) == 11
     assert "ofakern_refused_total 1" in engine.metrics.text()
+    assert 'ofakern_answers_total{outcome="cancelled"} 1' in engine.metrics.text()
 
 
 def test_a_cancelled_request_leaves_its_search(model: ScriptedModel, engine: Engine) -> None:

@@ -20,7 +20,7 @@ from ofakern.serve.errors import RequestError
 from ofakern.serve.media import read_row
 from ofakern.serve.request import Limits, parse_json, read_ask
 
-LIMITS = Limits(body=200_000, pixels=10_000, samples=20_000, characters=100, media=3, answers=4)
+LIMITS = Limits(body=200_000, pixels=10_000, samples=20_000, characters=100, media=3, frames=5, answers=4)
 PLAN = build_plan("[IMAGE:img] [TEXT:q] [AUDIO:wav] [VIDEO:v] [MOTION:m] [STRUCT:table] -> [TEXT:a]")
 GROUP = build_plan("([IMAGE:img] [TEXT:q])* -> [TEXT:a]")
 
@@ -48,6 +48,27 @@ def wav(samples: int = 1600) -> bytes:
         writer.setsampwidth(2)
         writer.setframerate(16000)
         writer.writeframes(np.zeros(samples, "<i2").tobytes())
+    return file.getvalue()
+
+
+def film(frames: int) -> bytes:
+    file = io.BytesIO()
+    first, *rest = (Image.new("RGB", (8, 6), (40 * place, 0, 0)) for place in range(frames))
+    first.save(file, "GIF", save_all=True, append_images=rest)
+    return file.getvalue()
+
+
+def clip(frames: int) -> bytes:
+    """An MPEG-4 file."""
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height = 32, 32
+        for place in range(frames):
+            picture = np.full((32, 32, 3), 20 * place, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
     return file.getvalue()
 
 
@@ -124,6 +145,11 @@ def test_limits_must_make_sense(change: dict[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------------------------- media
 
 
+def test_frames_of_a_video_file_are_counted() -> None:
+    assert read_row(PLAN, {"v": clip(5)}, LIMITS)["v"]
+    assert status({"v": clip(7)}) == 413
+
+
 def test_an_image_comes_in_many_ways(tmp_path: Path) -> None:
     data = png()
     (tmp_path / "inner").mkdir()
@@ -139,11 +165,9 @@ def test_an_image_comes_in_many_ways(tmp_path: Path) -> None:
 
 def test_sounds_videos_and_motions() -> None:
     assert read_row(PLAN, {"wav": wav()}, LIMITS)["wav"] == wav()
-    file = io.BytesIO()
-    Image.new("P", (8, 6)).save(file, "GIF", save_all=True, append_images=[Image.new("P", (8, 6), 1)])
-    assert read_row(PLAN, {"v": file.getvalue()}, LIMITS)["v"] == file.getvalue()
-    frames = read_row(PLAN, {"v": [file.getvalue()]}, LIMITS)["v"]
-    assert frames == [file.getvalue()]
+    assert read_row(PLAN, {"v": film(5)}, LIMITS)["v"] == film(5)
+    frames = read_row(PLAN, {"v": [png(), png(4, 4)]}, LIMITS)["v"]
+    assert [frame.size for frame in frames] == [(8, 6), (4, 4)]
     motion = "HIERARCHY\nROOT hips\n"
     assert read_row(PLAN, {"m": motion}, LIMITS)["m"] == motion
     assert read_row(PLAN, {"m": motion.encode()}, LIMITS)["m"] == motion
@@ -175,8 +199,11 @@ def test_plain_columns_stay_as_they_are() -> None:
         ({"img": png(101, 100)}, 413),
         ({"img": png_that_claims(50_000, 50_000)}, 413),
         ({"img": png_that_claims(2**31 - 1, 2**31 - 1)}, 413),
-        ({"img": [png()] * 4}, 413),
-        ({"v": [[png()] * 2] * 2}, 413),
+        ({"img": [png()]}, 422),  # the column of no group
+        ({"v": [png()] * 4}, 413),
+        ({"v": [b"%!PS-Adobe-3.0"]}, 415),
+        ({"v": [[png()]]}, 422),
+        ({"v": film(6)}, 413),
         ({"wav": b"no sound"}, 415),
         ({"wav": "/etc/passwd"}, 422),
         ({"wav": {"array": [0.0], "sampling_rate": 1}}, 422),
