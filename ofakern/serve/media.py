@@ -12,6 +12,7 @@ import base64
 import binascii
 import io
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def _check_frames(image: Image.Image, where: str, limits: Limits) -> None:
 
 def _check_container(data: bytes, where: str, limits: Limits) -> None:
     try:
-        import av
+        av: Any = import_module("av")
     except ImportError as error:
         raise RequestError(422, f"{where} must be images, got a video: this server has no PyAV") from error
     try:
