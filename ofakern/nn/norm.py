@@ -10,6 +10,9 @@ from ofakern.ops.layer_norm import add_layer_norm, embed_layer_norm, gelu_layer_
 from ofakern.ops.layer_norm.api import BACKENDS
 from ofakern.ops.selection import KERNEL_DTYPES
 
+# Elements up to which, without a gradient, the fused addition's call costs more than torch's two ops: a decoding step.
+_FEW = 2**15
+
 _READY = all(backends.unavailable["cpu"] is None for backends in BACKENDS.values())
 
 
@@ -32,7 +35,8 @@ def add_norm(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: floa
 
     The masks come from torch's default generator either way, but differ between the kernel and torch's own ops.
     """
-    if has_kernel(branch, norm) and has_kernel(residual, norm):
+    few = branch.numel() <= _FEW and dropout == 0.0 and not torch.is_grad_enabled()
+    if not few and has_kernel(branch, norm) and has_kernel(residual, norm):
         return add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps, dropout)
     total = residual + F.dropout(branch, dropout)
     return norm(total), total
