@@ -160,9 +160,18 @@ class OFAPlus(nn.Module):
         return state.step(tokens)
 
     @torch.inference_mode()
-    def step_logits(self, state: DecodeState, hidden: Tensor) -> Tensor:
-        """`logits` of a step's `[rows, D]` by the state's weights: `[rows, V]`."""
-        return state.weights.output(hidden)
+    def step_logits(self, state: DecodeState, hidden: Tensor, ids: tuple[int, int] | None = None) -> Tensor:
+        """`logits` of a step's `[rows, D]` by the state's weights: `[rows, V]`, or those of the ids in a range only.
+
+        ids: (lo, hi), hi not included: `[rows, hi - lo]`. A range's weights are a copy, of which the last few are kept.
+        """
+        if ids is None:
+            return state.weights.output(hidden)
+        if not 0 <= ids[0] < ids[1] <= self.config.vocab_size:
+            raise OfakernValueError(
+                f"OFAPlus.step_logits: ids must be a range in [0, {self.config.vocab_size}], got {ids}"
+            )
+        return state.weights.output_of(ids)(hidden)
 
     def decode_step(self, state: DecodeState, tokens: Tensor) -> Tensor:
         """Feeds one token per row, int64 `[rows]`; returns the next token's logits `[rows, V]`."""
@@ -186,8 +195,8 @@ class SegmentWriter:
     def decode_hidden(self, state: DecodeState, tokens: Tensor) -> Tensor:
         return self._model.decode_hidden(state, tokens)
 
-    def step_logits(self, state: DecodeState, hidden: Tensor) -> Tensor:
-        return self._model.step_logits(state, hidden)
+    def step_logits(self, state: DecodeState, hidden: Tensor, ids: tuple[int, int] | None = None) -> Tensor:
+        return self._model.step_logits(state, hidden, ids)
 
     @property
     def output_weight(self) -> Tensor:

@@ -29,7 +29,7 @@ class Source:
     def __init__(self, decoder: Decoder, memory: Memory) -> None:
         self.caches = [
             KeyValueCache.of_source(
-                *layer.encoder_attn.keys_values(memory.states), memory.lengths, backend=decoder.backend
+                *layer.encoder_attn.source_keys_values(memory.states), memory.lengths, backend=decoder.backend
             )
             for layer in decoder.decoder_layers()
         ]

@@ -20,6 +20,7 @@ from ofakern.ops.selection import KERNEL_DTYPES
 MOST_ROWS = 96
 QUANTIZATIONS = (None, "int8")
 _VALUES = 4
+_RANGES = 4
 
 
 class Projection:
@@ -78,6 +79,16 @@ class DecodeWeights:
     def __init__(self, decoder: Decoder, output: Tensor, int8: bool = False, pack: bool = False) -> None:
         self.layers = [LayerWeights(layer, int8, pack) for layer in decoder.decoder_layers()]
         self.output = Projection([(output, None)], int8, pack)
+        self._whole, self._int8, self._pack = output, int8, pack
+        self._parts: dict[tuple[int, int], Projection] = {}
+
+    def output_of(self, ids: tuple[int, int]) -> Projection:
+        """The output's rows `ids[0] .. ids[1] - 1`, packed apart and kept for the next step."""
+        if ids not in self._parts:
+            if len(self._parts) == _RANGES:
+                del self._parts[next(iter(self._parts))]
+            self._parts[ids] = Projection([(self._whole[ids[0] : ids[1]], None)], self._int8, self._pack)
+        return self._parts[ids]
 
 
 def can_pack(weight: Tensor) -> bool:
