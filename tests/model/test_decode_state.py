@@ -222,13 +222,15 @@ def test_logits_of_a_range_are_those_of_all(kind: str | None) -> None:
 
 
 def test_changed_parameters_are_packed_again() -> None:
-    model, memory = build(), memory_of(build(), [6])
+    model = build()
 
     def logits() -> Tensor:
-        return run(model, model.begin_decode(memory, 1, 4), [[5, 6]])[-1]
+        return run(model, model.begin_decode(memory_of(model, [6]), 1, 4), [[5, 6]])[-1]
 
-    first, weights = logits(), model.begin_decode(memory, 1, 4).weights
-    assert model.begin_decode(memory, 1, 4).weights is weights, "an unchanged model keeps its packed weights"
+    first, weights = logits(), model.begin_decode(memory_of(model, [6]), 1, 4).weights
+    assert model.begin_decode(memory_of(model, [6]), 1, 4).weights is weights, (
+        "an unchanged model keeps its packed weights"
+    )
     fused = torch.optim.AdamW(model.decoder.parameters(), lr=1e-2, fused=True)  # leaves torch's versions alone
     for parameter in model.decoder.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -240,8 +242,8 @@ def test_changed_parameters_are_packed_again() -> None:
         model.decoder.get_submodule("layers.0.fc1").weight.add_(0.05)
     close(logits(), written(model, [6], [[5, 6]])[0][-1:])
     model.train()
-    in_training = model.begin_decode(memory, 1, 4).weights
-    assert in_training is not model.begin_decode(memory, 1, 4).weights, "nothing is kept in training"
+    in_training = model.begin_decode(memory_of(model, [6]), 1, 4).weights
+    assert in_training is not model.begin_decode(memory_of(model, [6]), 1, 4).weights, "nothing is kept in training"
 
 
 def test_copies_and_pickles_of_a_model_carry_no_packed_weights() -> None:
