@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -25,5 +26,6 @@ def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     room = mmap.mmap(-1, bytes_needed + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = torch.frombuffer(room, dtype=torch.uint8)
     skipped = -whole.data_ptr() % _PAGE
-    room.madvise(advice, 0, bytes_needed + _PAGE)
+    with suppress(OSError):  # only advice: a kernel without large pages refuses it and nothing is lost
+        room.madvise(advice, 0, bytes_needed + _PAGE)
     return whole[skipped : skipped + bytes_needed].view(dtype).view(shape)
