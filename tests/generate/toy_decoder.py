@@ -69,6 +69,9 @@ class HiddenDecoder(ToyDecoder):
     def decode_hidden(self, state: ToyState, tokens: Tensor) -> Tensor:
         return super().decode_step(state, tokens)
 
+    def step_logits(self, state: ToyState, hidden: Tensor, ids: tuple[int, int] | None = None) -> Tensor:
+        return hidden if ids is None else hidden[:, slice(*ids)]
+
     def decode_step(self, state: ToyState, tokens: Tensor) -> Tensor:
         self.whole_steps += 1
         return super().decode_step(state, tokens)

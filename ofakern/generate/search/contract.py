@@ -33,8 +33,8 @@ class DecodeState(Protocol):
 class StepDecoder(Protocol):
     """What a search needs of a model.
 
-    One that also has `decode_hidden(state, tokens) -> [rows, D]`, `step_logits(state, hidden)` and `output_weight
-    [V, D]` lets closed sets compute the logits of the tokens they still allow only.
+    One that also has `decode_hidden(state, tokens) -> [rows, D]`, `step_logits(state, hidden, ids=None)` (those of the
+    ids lo <= id < hi only) and `output_weight [V, D]` lets closed sets and ranges compute the logits they need only.
     """
 
     def begin_decode(self, memory: Any, rows_per_sample: Any, max_length: int) -> Any:

@@ -8,8 +8,7 @@ the model is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +30,6 @@ from ofakern.ops.beam_step import InvalidLogitsError, RaggedLogits
 from ofakern.ops.gathered_linear import gathered_linear
 
 __all__ = ["SearchSession"]
-
-Projection = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # values, first and tokens of RaggedLogits
 
 
 class SearchSession:
@@ -110,30 +107,24 @@ class SearchSession:
 
     def _logits(self, tokens: Array) -> Tensor | RaggedLogits:
         """Those of the next token; only of what is allowed, where that is known to be little."""
-        projection = self._partial_projection()
-        fed = None if projection is None else self._states.hidden(tokens)
-        if projection is None or fed is None:
-            logits = self._states.logits(tokens)
-        else:
-            hidden, model, state = fed
-            weight = model.output_weight
-            if hidden.device.type == "cpu" and hidden.dtype == weight.dtype:
-                self._check_ids(weight.shape[0])
-                return RaggedLogits(*projection(hidden, weight), weight.shape[0])
-            logits = model.step_logits(state, hidden).cpu()
-        self._check_ids(logits.shape[1])
-        return logits
-
-    def _partial_projection(self) -> Projection | None:
-        """What makes the logits of the allowed tokens of hidden states and the output weight; None: too many."""
         states = self._chooser.bound(self._table)
-        if states is None:
-            return None
-        if self._automata.narrow(states):
-            tables, rows = self._automata.tables, torch.from_numpy(states.astype(np.int32))
-            return lambda hidden, weight: gathered_linear(hidden, weight, rows, tables.first, tables.tokens)
-        span = self._automata.span(states)
-        return None if span is None else partial(_project_range, span)
+        span = None if states is None else self._automata.span(states)
+        narrow = states is not None and span is None and self._automata.narrow(states)
+        fed = self._states.hidden(tokens) if span is not None or narrow else None
+        if states is None or fed is None:
+            logits = self._states.logits(tokens)
+            self._check_ids(logits.shape[1])
+            return logits
+        hidden, model, state = fed
+        weight = model.output_weight
+        self._check_ids(weight.shape[0])
+        if span is not None:
+            return _of_range(model.step_logits(state, hidden, span).cpu(), span, weight.shape[0])
+        if hidden.device.type != "cpu" or hidden.dtype != weight.dtype:
+            whole: Tensor = model.step_logits(state, hidden).cpu()
+            return whole
+        tables, rows = self._automata.tables, torch.from_numpy(states.astype(np.int32))
+        return RaggedLogits(*gathered_linear(hidden, weight, rows, tables.first, tables.tokens), weight.shape[0])
 
     def _check_ids(self, vocabulary: int) -> None:
         """A request that forbids ids beyond the vocabulary fails alone."""
@@ -282,9 +273,8 @@ class SearchSession:
             self._table.version += 1
 
 
-def _project_range(span: tuple[int, int], hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits of the ids in a range: a run of the weight's rows."""
-    (lo, hi), rows = span, len(hidden)
-    values = torch.nn.functional.linear(hidden, weight[lo:hi]).float().flatten()
-    first = torch.arange(rows + 1, dtype=torch.int32) * (hi - lo)
-    return values, first, torch.arange(lo, hi, dtype=torch.int32).repeat(rows)
+def _of_range(logits: Tensor, span: tuple[int, int], vocabulary: int) -> RaggedLogits:
+    """Logits `[rows, hi - lo]` of the ids in a range."""
+    first = torch.arange(len(logits) + 1, dtype=torch.int32) * logits.shape[1]
+    tokens = torch.arange(*span, dtype=torch.int32).repeat(len(logits))
+    return RaggedLogits(logits.flatten(), first, tokens, vocabulary)
