@@ -24,6 +24,7 @@ from triton_aot import (  # noqa: E402
     F16,
     F32,
     SHARED_MEMORY,
+    TargetDriver,
     assert_no_more,
     resources,
     write_record,
@@ -99,19 +100,6 @@ def test_compiles_without_new_spills(case: tuple[Any, ...], tmp_path: Path, monk
     monkeypatch.setenv("TRITON_CACHE_DIR", str(CACHE))
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     assert_no_more(measure(case, tmp_path), record, label(case))
-
-
-class TargetDriver:
-    """As much of triton's driver as a launch asks for before it compiles: a GPU to compile for."""
-
-    def get_current_target(self) -> Any:
-        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def test_other_lengths_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

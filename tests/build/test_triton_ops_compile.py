@@ -15,7 +15,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton_aot import BF16, CACHE, F16, SHARED_MEMORY, assert_no_more, resources, write_record  # noqa: E402
+from triton_aot import BF16, CACHE, F16, SHARED_MEMORY, TargetDriver, assert_no_more, resources, write_record  # noqa: E402
 
 from ofakern.ops.cross_entropy import kernel_triton as cross_entropy  # noqa: E402
 from ofakern.ops.layer_norm import kernel_triton as layer_norm  # noqa: E402
@@ -110,6 +110,33 @@ def test_compiles_without_new_spills(case: tuple[Any, ...], tmp_path: Path, monk
     monkeypatch.setenv("TRITON_CACHE_DIR", str(CACHE))
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     assert_no_more(measure(case, tmp_path), record, label(case))
+
+
+def of_tokens(tokens: int) -> Launches:
+    """Launches whose lengths are those of a batch, at small widths; gradients' partitions too."""
+    x, weight, index = torch.empty(tokens, 16, dtype=F16), torch.empty(16), torch.zeros(tokens, dtype=torch.int64)
+    yield from layer_norm.gelu_forward_call(x, weight, weight, 1e-5).launches
+    yield from layer_norm.gelu_backward_call(x, x, torch.empty(tokens, 2), weight).launches
+    limits, table = torch.zeros(tokens, 2, dtype=torch.int32), torch.empty(40 + tokens, 16, dtype=F16)
+    given = cross_entropy.Given.of(x, table, None, index, None, None, limits, tokens, 0.1)
+    chunk = cross_entropy.chunk_of(given, slice(0, tokens), SHARED_MEMORY[90])
+    found = cross_entropy.empty_losses(given, True)
+    yield from cross_entropy.loss_launches(given, chunk, slice(0, tokens), found)
+    yield from routed_ffn.forward_launches(x, x, [table[:16]], [], [tokens], index, None, SHARED_MEMORY[90])
+
+
+def test_other_lengths_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of triton's own launcher, which specialises on small and round numbers where it may."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(CACHE))
+    monkeypatch.setattr(triton.runtime.driver, "_active", TargetDriver())
+
+    def warm(tokens: int) -> list[Any]:
+        return [n.kernel.warmup(grid=n.grid, **n.arguments, **n.constants, **n.options) for n in of_tokens(tokens)]
+
+    first = warm(200)
+    for tokens in (1, 16, 4096):
+        for known, again in zip(first, warm(tokens), strict=True):
+            assert again is known, again.name
 
 
 if __name__ == "__main__":

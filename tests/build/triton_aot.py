@@ -86,3 +86,16 @@ def write_record(path: Path, cases: Sequence[Any], label: Callable[[Any], str], 
     with tempfile.TemporaryDirectory() as folder:
         kernels = {label(case): measure(case, Path(folder)) for case in cases}
     path.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n", encoding="utf-8")
+
+
+class TargetDriver:
+    """As much of triton's driver as a launch asks for before it compiles: a GPU to compile for."""
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
