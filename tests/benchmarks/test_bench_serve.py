@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,15 @@ import torch
 
 from benchmarks.model import bench_serve
 from benchmarks.model.bench_serve import CASES, CONTENDERS, make
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors here are tiny: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_the_contenders_agree_and_percentiles_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
