@@ -9,18 +9,12 @@ namespace py = pybind11;
 namespace ofakern {
 namespace {
 
-int read_threads(Arguments& args) {
-  const std::int64_t threads = args.integer("threads");
-  Checker("rms_norm").that(threads >= 1 && threads <= 4096, "threads", "be in 1..4096", std::to_string(threads));
-  return static_cast<int>(threads);
-}
-
 void forward(const py::args& values) {
   Arguments args("rms_norm", values, 6);
   const TensorView out = args.tensor("out"), rstd = args.tensor("rstd");
   const TensorView x = args.tensor("x"), weight = args.tensor("weight");
   const double eps = args.real("eps");
-  const int threads = read_threads(args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   rms_norm_forward_cpu(x, weight, eps, out, rstd, threads);
 }
@@ -30,7 +24,7 @@ void backward(const py::args& values) {
   const TensorView dx = args.tensor("dx"), dweight = args.tensor("dweight"), workspace = args.tensor("workspace");
   const TensorView dout = args.tensor("dout"), x = args.tensor("x");
   const TensorView rstd = args.tensor("rstd"), weight = args.tensor("weight");
-  const int threads = read_threads(args);
+  const int threads = args.threads();
   const py::gil_scoped_release release;
   rms_norm_backward_cpu(dout, x, rstd, weight, dx, dweight, workspace, threads);
 }
