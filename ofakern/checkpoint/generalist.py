@@ -171,6 +171,12 @@ class GeneralistModel:
         self.network.to(device)
         return self
 
+    def quantize(self, kind: str | None) -> GeneralistModel:
+        """Text, boxes and codes are written with rounded weights ("int8"; None: its own again): see `OFAPlus.quantize`
+        for their error. Encoding, saving and training keep the model's own. Returns self."""
+        self.network.quantize(kind)
+        return self
+
     @property
     def _image_adaptor(self) -> str | None:
         names = [adaptor.name for adaptor in self.config.adaptors]

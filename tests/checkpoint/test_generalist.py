@@ -113,6 +113,16 @@ def test_n_best_and_ofasys_names(trained: GeneralistModel) -> None:
     assert len(drawn) == 2
 
 
+def test_int8_weights_give_the_answers(trained: GeneralistModel) -> None:
+    exact = trained.inference("caption", ROWS[0], beam_size=1)
+    try:
+        rounded = trained.quantize("int8").inference("caption", ROWS[0], beam_size=1)
+    finally:
+        trained.quantize(None)
+    assert rounded.text == exact.text == ROWS[0]["cap"]
+    assert 0 < abs(rounded.score - exact.score) < 0.05
+
+
 def test_a_closed_set_can_be_given(trained: GeneralistModel) -> None:
     instruction = "[IMAGE:img] [TEXT:q] -> [TEXT:answer]"
     for answers in (["blue", "green"], {"blue": 0, "green": 1}):
