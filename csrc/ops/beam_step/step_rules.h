@@ -126,7 +126,7 @@ struct Marks {
 class Marker {
  public:
   Marker(const StepInputs& in, const RowRules& rules, i64 lo, i64 hi, Marks* marks)
-      : in_(in), rules_(rules), lo_(lo), hi_(hi), marks_(marks) {
+      : rules_(rules), lo_(lo), hi_(hi), marks_(marks) {
     marks->special.clear(lo, hi);
     marks->seen.clear(lo, hi);
     marks->banned.clear(lo, hi);
@@ -161,7 +161,6 @@ class Marker {
     }
   }
 
-  const StepInputs& in_;
   const RowRules& rules_;
   i64 lo_, hi_;
   Marks* marks_;
