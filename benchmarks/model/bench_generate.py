@@ -1,8 +1,9 @@
 """Generation by OFA-base: our search on the decode state, and the same model decoded as is usually done.
 
-Phases: `decode` everything after the encoder, `whole` with it; where 1024 codes are drawn, one step with 1, 256, ...
-tokens before it (`step_N` is the N-th). Records carry `decode_ms` and `floor_ms` (of what is timed) beside `ms`: the
-floor is the sum over ops of max(bytes / read bandwidth, operations / GEMM rate).
+Phases: `decode` everything after the encoder, `whole` with it (its attention, too, as each contender has it); where
+1024 codes are drawn, one step with 1, 256, ... tokens before it (`step_N` is the N-th). Records carry `decode_ms` and
+`floor_ms` (of what is timed) beside `ms`: the floor is the sum over ops of max(bytes / read bandwidth, operations /
+GEMM rate).
 `python -m benchmarks.model.bench_generate CASE DTYPE THREADS` prints where the time goes, by op.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from benchmarks.core import DTYPES, Contender, Phase, Unavailable, Work
 from benchmarks.model import candidate_case
 from benchmarks.model.candidate_case import Candidates
 from benchmarks.model.generate_peers import BOS, PEERS, Peer, PeerState, beam_search, prepared
+from benchmarks.model.train_step_peers import ATTENTION
 from ofakern.data.batch import Example, PackedBatch, Segment
 from ofakern.generate import GenerationConfig, generate
 from ofakern.instruction import Modality
@@ -29,6 +32,7 @@ from ofakern.modality.image.codes import ImageCodesConfig
 from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import DecodeState, OFAConfig, OFAPlus, SegmentWriter
 from ofakern.model.stacks import Memory
+from ofakern.nn import attention as nn_attention
 
 OP = "generate"
 OURS = "ofakern"
@@ -175,7 +179,11 @@ def _peer(name: str) -> Callable[[Problem], Contender]:
         if spec.codes:
             return _steps(name, problem, _PeerCodes(PEERS[name](problem.model, "image_vqgan"), problem))
         peer = PEERS[name](problem.model)
-        return _contender(name, problem, lambda memory: beam_search(peer, memory, spec.beams, spec.tokens))
+
+        def decode(memory: Memory) -> Tensor:
+            return beam_search(peer, memory, spec.beams, spec.tokens)
+
+        return _contender(name, problem, decode, ATTENTION["ofasys" if name == "ofasys" else "sdpa_mask"]())
 
     return build
 
@@ -193,8 +201,19 @@ CONTENDERS: dict[str, Callable[[Any], Contender]] = {
 }
 
 
-def _contender(name: str, problem: Problem, decode: Callable[[Memory], Tensor]) -> Contender:
-    steps = {"decode": lambda: decode(problem.memory), "whole": lambda: decode(problem.encode())}
+def _contender(
+    name: str, problem: Problem, decode: Callable[[Memory], Tensor], attention: Any | None = None
+) -> Contender:
+    """attention: what takes our op's place in the encoder of `whole`."""
+
+    def encoded() -> Memory:
+        if attention is None:
+            return problem.encode()
+        attention.begin()
+        with mock.patch.object(nn_attention, "attention", attention):
+            return problem.encode()
+
+    steps = {"decode": lambda: decode(problem.memory), "whole": lambda: decode(encoded())}
     return Contender(name, steps["decode"], steps=steps)
 
 
