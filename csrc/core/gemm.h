@@ -71,31 +71,44 @@ OFAKERN_HOT Vec dot(Vec a, Vec b, Vec c, const bf16*) {
 }
 #endif
 
+// Groups that one running sum takes. A sum of n terms one after the other is wrong by about n roundings of its usual
+// size: long float32 products are sums of shorter ones. In half precision the result's own rounding is far larger.
+template <class Elem>
+constexpr i64 kChain = sizeof(Elem) == 4 ? 96 : i64{1} << 62;
+
 // One register tile of ROWS x VECS vectors; the whole K runs through it.
 template <class Elem, int ROWS, int VECS>
 OFAKERN_LOCAL void gemm_tile(i64 groups, const Elem* a, i64 lda, const Elem* b, i64 b_row, float* c, i64 ldc,
                              bool add) {
   constexpr int kPair = Gemm<Elem>::kPair;
-  Vec acc[ROWS][VECS];
+  i64 g = 0;
+  do {
+    const i64 end = g + min_of(groups - g, kChain<Elem>);
+    const bool onto = add || g > 0;
+    Vec acc[ROWS][VECS];
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int x = 0; x < VECS; ++x) acc[r][x] = add ? vload(c + r * ldc + x * kWidth) : vzero();
-  for (i64 g = 0; g < groups; ++g) {
-    Vec column[VECS];
+      for (int x = 0; x < VECS; ++x) acc[r][x] = vzero();
+    for (; g < end; ++g) {
+      Vec column[VECS];
 #pragma GCC unroll 8
-    for (int x = 0; x < VECS; ++x) column[x] = load_b(b + g * b_row + x * kWidth * kPair);
+      for (int x = 0; x < VECS; ++x) column[x] = load_b(b + g * b_row + x * kWidth * kPair);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const Vec value = broadcast_a(a + r * lda + g * kPair);
+      for (int r = 0; r < ROWS; ++r) {
+        const Vec value = broadcast_a(a + r * lda + g * kPair);
 #pragma GCC unroll 8
-      for (int x = 0; x < VECS; ++x) acc[r][x] = dot(value, column[x], acc[r][x], a);
+        for (int x = 0; x < VECS; ++x) acc[r][x] = dot(value, column[x], acc[r][x], a);
+      }
     }
-  }
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int x = 0; x < VECS; ++x) vstore(c + r * ldc + x * kWidth, acc[r][x]);
+      for (int x = 0; x < VECS; ++x) {
+        float* const out = c + r * ldc + x * kWidth;
+        vstore(out, onto ? vadd(vload(out), acc[r][x]) : acc[r][x]);
+      }
+  } while (g < groups);
 }
 
 template <class Elem, int ROWS>
