@@ -8,9 +8,14 @@ import sys
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Markers (pyproject.toml) of what takes minutes or other tools: `pytest -m slow`, `make sanitize`, `make arm`.
 ON_REQUEST = ("slow", "sanitize", "aarch64")
+
+# The same cases on every machine; nothing is stored.
+settings.register_profile("ofakern", derandomize=True, database=None)
+settings.load_profile("ofakern")
 
 # Workers of a parallel run have a core each: more threads than cores would wait for one another.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
