@@ -193,7 +193,7 @@ def test_beams_with_all_rules_mixed(case: Any) -> None:
     if isinstance(have, int):
         assert have == want
     else:
-        uneven = rules.repetition_penalty is not None or rules.adjust_first is not None
+        uneven = any(x is not None for x in (rules.repetition_penalty, rules.adjust_first, rules.unk_penalty))
         assert_same(have, want, sums, arguments[2], uneven)
 
 
