@@ -109,8 +109,8 @@ def assert_same(
 ) -> None:
     """Tokens, rows and missing candidates are equal, unless two scores are one rounding apart.
 
-    uneven: some tokens of a row take more arithmetic than others (penalties, adjustments), so that equal scores may come
-    out a rounding apart within a row too.
+    uneven: some tokens of a row take more arithmetic than others (penalties, adjustments), so that equal scores may
+    come out a rounding apart within a row too.
     """
     assert have.scores.dtype == torch.float32 and have.tokens.dtype == have.origins.dtype == torch.int32
     missing = want.scores == NEVER
