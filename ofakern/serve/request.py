@@ -75,7 +75,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
     """Raises RequestError (400) for what is no JSON; NaN, infinity and halves of characters are none."""
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
-        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]
+        if (b"\\u" in text) if isinstance(text, bytes) else ("\\u" in text):
             json.dumps(value, ensure_ascii=False).encode()  # half a character could not be written anywhere
         return value
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors

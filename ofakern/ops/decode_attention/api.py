@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,22 +113,13 @@ def _float32(x: Tensor | None) -> Tensor | None:
     return x.float() if x is not None and x.dtype.is_floating_point and x.dtype != torch.float32 else x
 
 
-def refusals(
-    q: Tensor,
-    cache: KeyValueCache,
-    row_offsets: Tensor,
-    *,
-    slots: Tensor | None = None,
-    counts: Tensor | None = None,
-    bias: Tensor | None = None,
-    head_scale: Tensor | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-    backend: str = "auto",
-) -> tuple[str, dict[str, str | None]]:
+def refusals(*args: Any, **kwargs: Any) -> tuple[str, dict[str, str | None]]:
     """What `ofakern.explain` prints of a call of `decode_attention`."""
-    q = _checked(q, cache, row_offsets, slots, counts, bias, head_scale)
-    return op.BACKENDS.reasons(backend, q, _limit(cache))
+    call = inspect.signature(decode_attention).bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    q = _checked(*(given[name] for name in ("q", "cache", "row_offsets", "slots", "counts", "bias", "head_scale")))
+    return op.BACKENDS.reasons(given["backend"], q, _limit(given["cache"]))
 
 
 def _limit(cache: KeyValueCache) -> str | None:
