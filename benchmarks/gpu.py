@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks import catalogue, machine, roofline
 from benchmarks.core import DTYPES, PHASES, Contender, OpBench, Output, Unavailable, Work, tensors
+from benchmarks.cutoff import Keep, keep_nothing, terminable
 from benchmarks.moved import moved
 from benchmarks.timing import quantiles
 from ofakern.errors import OfakernError, OfakernRuntimeError, OfakernValueError
@@ -37,6 +38,8 @@ class _Session:
     """What a run gathers."""
 
     quick: bool
+    keep: Keep
+    about: dict[str, Any]
     records: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -47,35 +50,46 @@ class _Session:
         entry = {"op": op.name, "case": case, "phase": phase, "dtype": dtype, "backend": backend}
         self.skipped.append(entry | {"reason": reason})
 
+    def results(self, complete: bool) -> dict[str, Any]:
+        return {
+            "complete": complete,
+            "machine": self.about,
+            "roofline": {"gemm_tflops": self.gemms, "bandwidth": self.bands},
+            "records": self.records,
+            "skipped": self.skipped,
+            "wrong": self.wrong,
+        }
+
 
 def names() -> list[str]:
     """The benchmarks whose op has a kernel for GPUs."""
     return [name for name in catalogue.names() if "cuda" in catalogue.load(name).devices]
 
 
-def run(options: Any) -> dict[str, Any]:
-    """{"machine", "roofline", "records", "skipped", "wrong"} of `run.Options`.
+def run(options: Any, keep: Keep = keep_nothing) -> dict[str, Any]:
+    """{"complete", "machine", "roofline", "records", "skipped", "wrong"} of `run.Options`; keep and a run that is cut
+    off as in benchmarks/run.py.
 
     Raises OfakernRuntimeError without a GPU, OfakernValueError for an op, case or dtype that is none.
     """
     ops = _ops(options)
     if not torch.cuda.is_available():
         raise OfakernRuntimeError("bench: --device cuda must find a GPU, got none that torch can use")
-    session = _Session(options.quick)
-    for op in ops:
-        harness = catalogue.load_harness(op.harness)
-        for dtype in options.dtypes or [d for d in op.dtypes if d != "f32"] or op.dtypes:
-            for spec in _specs(op, options):
-                _case(session, op, spec, dtype, harness)
     about = machine.describe() | {"device": "cuda", "gpu": torch.cuda.get_device_name(), "clock": "cuda events"}
-    roof = {"gemm_tflops": session.gemms, "bandwidth": session.bands}
-    return {
-        "machine": about,
-        "roofline": roof,
-        "records": session.records,
-        "skipped": session.skipped,
-        "wrong": session.wrong,
-    }
+    session = _Session(options.quick, keep, about)
+    with terminable():
+        try:
+            for op in ops:
+                harness = catalogue.load_harness(op.harness)
+                for dtype in options.dtypes or [d for d in op.dtypes if d != "f32"] or op.dtypes:
+                    for spec in _specs(op, options):
+                        _case(session, op, spec, dtype, harness)
+                        keep(session.results(complete=False))
+        except KeyboardInterrupt:
+            if not session.records:
+                raise
+            return session.results(complete=False)
+    return session.results(complete=True)
 
 
 def _ops(options: Any) -> list[OpBench]:

@@ -37,6 +37,7 @@ in turn in one process on the same random inputs. Shares are of p50 times.
 - *against a peer*: its time over ours, above 1 we are faster. `-`: it did not run, the reason is below the table.
 - *extra memory*: growth of the resident set during the call, in a process of its own, beyond inputs, output and
   gradients (which every way to compute it needs).
+- A run that is cut off (Ctrl-C, SIGTERM) keeps the phases that it has measured; its file says `"complete": false`.
 - Work is the case's own (`work` in its `benchmarks/ops/bench_<op>.py`), the same for every contender.
 """
 
@@ -61,7 +62,8 @@ def _machine(name: str, results: dict[str, Any]) -> list[str]:
     return [
         "",
         f"`{name}`: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, kernels for "
-        f"`{machine['isa']}`; {versions}; commit {machine['commit'] or 'unknown'}, {machine['date'][:10]}.",
+        f"`{machine['isa']}`; {versions}; commit {machine['commit'] or 'unknown'}, {machine['date'][:10]}."
+        + (" The run was cut off: cases that it did not come to are missing." if tables.cut_off(results) else ""),
         "",
         *(f"- {line}" for line in tables.roofline_lines(results["roofline"])),
     ]

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +25,7 @@ from tqdm import tqdm  # noqa: E402
 
 from benchmarks import catalogue, machine, roofline, timing  # noqa: E402
 from benchmarks.core import DTYPES, Contender, OpBench, Phase, Unavailable, Work  # noqa: E402
+from benchmarks.cutoff import Keep, keep_nothing, terminable  # noqa: E402
 from benchmarks.memory import MemoryMeter  # noqa: E402
 from ofakern.errors import OfakernRuntimeError, OfakernValueError  # noqa: E402
 
@@ -53,16 +56,52 @@ class _Timing:
 
 
 @dataclass
+class _Run:
+    """All that a run has found; its results can be told at any time."""
+
+    quick: bool
+    keep: Keep
+    about: dict[str, Any]
+    roof: dict[str, Any]
+    sessions: list[_Session] = field(default_factory=list)
+
+    def results(self, complete: bool) -> dict[str, Any]:
+        return {
+            "complete": complete,
+            "machine": self.about,
+            "roofline": self.roof,
+            "records": [record for session in self.sessions for record in _records(session, self.roof)],
+            "skipped": [entry for session in self.sessions for entry in session.skipped],
+        }
+
+    def measure_rates(self, work: Work) -> None:
+        """What the roofline of this work needs and no work before it needed."""
+        key = band_of(work)
+        if key not in self.roof["bandwidth"]:
+            self.roof["bandwidth"][key] = roofline.bandwidth(work.bytes)
+        for kind in work.other:
+            rates = self.roof.setdefault("other_gops", {})
+            if kind not in rates:
+                rates[kind] = roofline.other(kind)
+
+
+@dataclass
 class _Session:
-    """One op's part of a run; `bands` and `rates` belong to the whole run."""
+    """One op's part of a run."""
 
     op: OpBench
-    quick: bool
+    whole: _Run
     meter: MemoryMeter | None
     harness: ModuleType
-    bands: dict[str, dict[str, float]]
     timings: list[_Timing] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def quick(self) -> bool:
+        return self.whole.quick
+
+    def save(self) -> None:
+        self.whole.keep(self.whole.results(complete=False))
 
 
 @dataclass(frozen=True)
@@ -74,33 +113,39 @@ class _Job:
     dtypes: tuple[str, ...]
 
 
-def run(options: Options) -> dict[str, Any]:
-    """The results: {"machine", "roofline", "records", "skipped"}; records as in docs/BENCHMARKS.md.
+def run(options: Options, keep: Keep = keep_nothing) -> dict[str, Any]:
+    """The results: {"complete", "machine", "roofline", "records", "skipped"}; records as in docs/BENCHMARKS.md.
 
-    Raises OfakernRuntimeError when an op gives a wrong result on a case: a wrong kernel is not timed.
+    keep: gets what there is after every phase. Cut off by Ctrl-C or SIGTERM, the run returns what was measured with
+    "complete": False, or raises KeyboardInterrupt when that is nothing. Raises OfakernRuntimeError when an op gives a
+    wrong result on a case: a wrong kernel is not timed.
     """
     jobs = _jobs(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    about = machine.describe()
     dtypes = list(dict.fromkeys(dtype for job in jobs for dtype in job.dtypes))
-    gemms = {dtype: roofline.gemm(dtype) for dtype in dtypes}
-    bands: dict[str, dict[str, float]] = {}
-    sessions = [_run_job(job, options.quick, bands) for job in jobs]
-    gemms = {dtype: roofline.merge(rates, roofline.gemm(dtype)) for dtype, rates in gemms.items()}
-    kinds = {kind for session in sessions for t in session.timings for kind in t.work.other}
-    roof: dict[str, Any] = {"gemm_tflops": gemms, "bandwidth": bands}
-    if kinds:
-        roof["other_gops"] = {kind: roofline.other(kind) for kind in sorted(kinds)}
+    with terminable():
+        whole = _Run(options.quick, keep, machine.describe(), _roof(dtypes))
+        try:
+            for job in jobs:
+                _run_job(job, whole)
+            gemms = whole.roof["gemm_tflops"]
+            gemms.update({dtype: roofline.merge(rates, roofline.gemm(dtype)) for dtype, rates in gemms.items()})
+        except KeyboardInterrupt:
+            found = whole.results(complete=False)
+            if not found["records"]:
+                raise
+            return found
+    return whole.results(complete=True)
+
+
+def _roof(dtypes: list[str]) -> dict[str, Any]:
+    """The rates of matrix products; `_Run.measure_rates` adds the others."""
+    roof: dict[str, Any] = {"gemm_tflops": {dtype: roofline.gemm(dtype) for dtype in dtypes}, "bandwidth": {}}
     low = [dtype for dtype in dtypes if dtype != "f32"]
     if roofline.has_amx() and low:
         roof["gemm_no_amx_tflops"] = {dtype: roofline.gemm_no_amx(dtype) for dtype in low}
-    return {
-        "machine": about,
-        "roofline": roof,
-        "records": [record for session in sessions for record in _records(session, roof)],
-        "skipped": [entry for session in sessions for entry in session.skipped],
-    }
+    return roof
 
 
 def _jobs(options: Options) -> list[_Job]:
@@ -138,15 +183,11 @@ def _dtypes(op: OpBench, options: Options) -> tuple[str, ...]:
     return op.dtypes if options.dtypes is None else tuple(d for d in options.dtypes if d in _allowed(op))
 
 
-def _run_job(job: _Job, quick: bool, bands: dict[str, dict[str, float]]) -> _Session:
-    meter = MemoryMeter(job.op.name) if MemoryMeter.available else None
-    session = _Session(job.op, quick, meter, catalogue.load_harness(job.op.harness), bands)
-    try:
+def _run_job(job: _Job, whole: _Run) -> None:
+    with MemoryMeter(job.op.name) if MemoryMeter.available else nullcontext() as meter:
+        session = _Session(job.op, whole, meter, catalogue.load_harness(job.op.harness))
+        whole.sessions.append(session)
         _run_cases(session, job)
-    finally:
-        if meter is not None:
-            meter.__exit__()
-    return session
 
 
 def _run_cases(session: _Session, job: _Job) -> None:
@@ -178,9 +219,7 @@ def _run_case(session: _Session, spec: Any, dtype: str, bar: Any) -> Iterator[st
     for phase in session.op.phases_of(spec):
         bar.set_description(f"{session.op.name} {spec.name} {dtype} {phase}")
         work = session.op.work(spec, dtype, phase)
-        key = band_of(work)
-        if key not in session.bands:
-            session.bands[key] = roofline.bandwidth(work.bytes)
+        session.whole.measure_rates(work)
         calls = {}
         for name, entry in contenders.items():
             try:
@@ -191,12 +230,17 @@ def _run_case(session: _Session, spec: Any, dtype: str, bar: Any) -> Iterator[st
         if expected is not None and not torch.equal(ours.comparable(last[ours.name]), expected):
             raise OfakernRuntimeError(f"bench: {spec.name} {dtype} must give the same bits in every call, got others")
         del last
+        timings = []
         for name in calls:
             seconds = {key: t / contenders[name].share for key, t in timing.quantiles(samples[name]).items()}
             details = contenders[name].details
             numbers = {} if details is None else dict(details())
-            peak = _peak(session, spec, dtype, name, phase)
-            session.timings.append(_Timing(spec.name, phase, dtype, name, seconds, work, peak, numbers))
+            timings.append(_Timing(spec.name, phase, dtype, name, seconds, work, details=numbers))
+        session.timings += timings
+        session.save()
+        for one in timings:
+            one.peak_mib = _peak(session, spec, dtype, one.backend, phase)
+        session.save()
         bar.update()
         yield _progress_line(session, spec.name, dtype, phase)
 
@@ -291,8 +335,11 @@ def _records(session: _Session, roof: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_json(results: dict[str, Any], path: Path) -> None:
+    """The file is whole at any time: the new one takes the old one's place at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, path)
 
 
 if __name__ == "__main__":

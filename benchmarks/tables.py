@@ -24,6 +24,11 @@ def load(path: Path) -> dict[str, Any]:
     return results
 
 
+def cut_off(results: dict[str, Any]) -> bool:
+    """Whether the run did not get to its end."""
+    return not results.get("complete", True)
+
+
 def peak(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
@@ -37,6 +42,8 @@ def render(results: dict[str, Any]) -> str:
     lines += sorted(
         {f"{s['backend']} did not run {s['op']} {s['case']} {s['phase']}: {s['reason']}" for s in results["skipped"]}
     )
+    if cut_off(results):
+        lines.append("the run was cut off: this is what it had measured")
     return "\n".join(lines).rstrip()
 
 
@@ -97,6 +104,7 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> str:
             lines += [_compared(before[tuple(r[k] for k in _KEY)], r) for r in records]
     if not lines:
         lines.append("no record of this run is in the old file")
+    lines += [f"note: the {age} run was cut off" for age, one in (("old", old), ("new", new)) if cut_off(one)]
     for field in ("cpu", "isa", "threads"):
         if old["machine"].get(field) != new["machine"].get(field):
             lines.append(f"note: {field} was {old['machine'].get(field)}, is {new['machine'].get(field)}")

@@ -6,9 +6,12 @@ import argparse
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import ofakern
 from ofakern.errors import OfakernRuntimeError, OfakernValueError
+
+INTERRUPTED = 130  # what a shell gives for Ctrl-C
 
 _EPILOG = """examples:
   ofakern bench attention --quick
@@ -19,6 +22,9 @@ _EPILOG = """examples:
   ofakern bench patch --case t5_base_enc_1024 --dtype bf16
   ofakern bench all --quick --json now.json
   ofakern bench attention --device cuda --case ofa_base_enc_1024_b32
+
+--json is written after every phase of a case: cut off (Ctrl-C, SIGTERM; exit code 130), a run keeps what it has, marked
+"complete": false.
 
 Needs a checkout of the repository (benchmarks/ and tests/ops/): the op's own tests decide whether it may be timed."""
 
@@ -59,10 +65,14 @@ def run(args: argparse.Namespace) -> int:
         ) from error
     old = None if args.compare is None else tables.load(args.compare)
     options = runner.Options(args.ops, args.dtype, args.case, args.quick, args.threads)
-    results = (runner if args.device == "cpu" else import_module("benchmarks.gpu")).run(options)
+
+    def keep(results: dict[str, Any]) -> None:
+        if args.json is not None:
+            runner.write_json(results, args.json)
+
+    results = (runner if args.device == "cpu" else import_module("benchmarks.gpu")).run(options, keep)
+    keep(results)
     print(tables.render(results))
-    if args.json is not None:
-        runner.write_json(results, args.json)
     if args.plot is not None:
         for path in import_module("benchmarks.plots").plot(results, args.plot):
             print(path)
@@ -71,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     wrong = results.get("wrong", [])
     for line in wrong:
         print(f"WRONG {line}")
+    if not results["complete"]:
+        return INTERRUPTED
     return 1 if wrong else 0
 
 
