@@ -1,6 +1,8 @@
-"""What the CUDA toolkit was there to build. Absent from a build without it."""
+"""The CUDA kernels; absent from a build without the toolkit. Results are made on the device of the inputs."""
 
 from typing import TypedDict
+
+from torch import Tensor
 
 class DeviceInfo(TypedDict):
     name: str
@@ -11,3 +13,8 @@ class DeviceInfo(TypedDict):
 def devices() -> list[DeviceInfo]: ...
 def driver_version() -> int: ...
 def runtime_version() -> int: ...
+
+architectures: str  # "80, 90a, 100"
+
+def rotation_6d(x: Tensor, /) -> Tensor: ...
+def rotation_6d_gradient(dout: Tensor, x: Tensor, /) -> Tensor: ...

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "core/device_info.h"
+#include "cuda_ops.h"
 #include "tensor_caster.h"
 
 namespace py = pybind11;
@@ -28,4 +29,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("devices", &devices);
   m.def("driver_version", &ofakern::cuda_driver_version);
   m.def("runtime_version", &ofakern::cuda_runtime_version);
+  m.attr("architectures") = OFAKERN_CUDA_ARCHITECTURES;
+  ofakern::bind_cuda_ops(m);
 }

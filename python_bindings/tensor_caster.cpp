@@ -126,6 +126,17 @@ TensorView view_of(const char* where, const char* argument, py::handle object) {
   return view;
 }
 
+Stream current_stream(const TensorView& x) {
+  if (x.device == Device::cpu) return nullptr;
+  static const dlpack::ExchangeApi* const api = [] {
+    const py::object tensor = py::module_::import("torch").attr("empty")(0);
+    return &exchange_api("ofakern", "torch.Tensor", tensor);
+  }();
+  void* stream = nullptr;
+  if (api->current_work_stream(dlpack::kCuda, x.device_index, &stream) != 0) throw py::error_already_set();
+  return stream;
+}
+
 Arguments::Arguments(const char* where, const py::args& args, std::size_t count, Unready unready)
     : where_(where), args_(args), unready_(unready) {
   if (args.size() != count) {

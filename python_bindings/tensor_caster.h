@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/stream.h"
 #include "core/tensor_view.h"
 #include "dlpack.h"
 
@@ -25,6 +26,9 @@ const dlpack::ExchangeApi& exchange_api(const char* where, const char* argument,
 TensorView view_of(const char* where, const char* argument, pybind11::handle object);
 // The same without the question for the negative bit: of tensors that are known not to have it.
 TensorView memory_of(const char* where, const char* argument, pybind11::handle object);
+
+// torch's current stream on the device of `x`; null on the CPU. The GIL is held.
+Stream current_stream(const TensorView& x);
 
 // What becomes of a tensor that a kernel cannot read as it is: refused, or a copy takes its place. A copy is for inputs
 // only: results written to one would be lost.

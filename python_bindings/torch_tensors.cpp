@@ -10,10 +10,12 @@ namespace ofakern {
 namespace {
 
 constexpr std::int64_t kKeptBytes = std::int64_t{1} << 20;
+constexpr int kMaxDevices = 64;
 
 // Handles of torch's that live as long as the process: dropping them at its end would need a Python that is gone.
 struct Torch {
   PyObject *empty_strided, *keywords, *cpu, *dtypes[7];
+  PyObject* gpus[kMaxDevices] = {};
 
   Torch() {
     static constexpr const char* kNames[7] = {"float32", "float16", "bfloat16", "float64", "int32", "int64", "uint8"};
@@ -23,10 +25,20 @@ struct Torch {
     cpu = py::object(torch.attr("device")("cpu")).release().ptr();
     for (int n = 0; n < 7; ++n) dtypes[n] = py::object(torch.attr(kNames[n])).release().ptr();
   }
+
+  PyObject* device(Device kind, int index) {
+    if (kind == Device::cpu) return cpu;
+    if (index < 0 || index >= kMaxDevices) throw Error("ofakern: a device must have an index below 64");
+    if (gpus[index] == nullptr)
+      gpus[index] = py::object(py::module_::import("torch").attr("device")("cuda", index)).release().ptr();
+    return gpus[index];
+  }
 };
 
-py::object make_tensor(DType dtype, const std::int64_t* shape, int ndim) {
-  static const Torch* const torch = new Torch();
+}  // namespace
+
+py::object Made::make(DType dtype, const std::int64_t* shape, int ndim) const {
+  static Torch* const torch = new Torch();
   py::tuple sizes(static_cast<std::size_t>(ndim)), strides(static_cast<std::size_t>(ndim));
   std::int64_t stride = 1;
   for (int d = ndim - 1; d >= 0; --d) {
@@ -35,16 +47,15 @@ py::object make_tensor(DType dtype, const std::int64_t* shape, int ndim) {
     stride *= std::max<std::int64_t>(shape[d], 1);
   }
   // Not torch.empty: with a tuple of sizes its arguments take half as long again to read.
-  PyObject* const arguments[] = {sizes.ptr(), strides.ptr(), torch->dtypes[static_cast<int>(dtype)], torch->cpu};
+  PyObject* const arguments[] = {sizes.ptr(), strides.ptr(), torch->dtypes[static_cast<int>(dtype)],
+                                 torch->device(device_, device_index_)};
   PyObject* const tensor = PyObject_Vectorcall(torch->empty_strided, arguments, 2, torch->keywords);
   if (tensor == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(tensor);
 }
 
-}  // namespace
-
 TensorView Made::empty(DType dtype, const std::int64_t* shape, int ndim) {
-  results_.push_back(make_tensor(dtype, shape, ndim));
+  results_.push_back(make(dtype, shape, ndim));
   return memory_of("torch.empty_strided", "its result", results_.back());
 }
 
@@ -60,8 +71,8 @@ TensorView Made::none() {
 }
 
 TensorView Made::workspace(std::int64_t bytes) {
-  if (bytes > kKeptBytes) {
-    scratch_ = make_tensor(DType::u8, &bytes, 1);
+  if (bytes > kKeptBytes || device_ != Device::cpu) {
+    scratch_ = make(DType::u8, &bytes, 1);
     return memory_of("torch.empty_strided", "its result", scratch_);
   }
   // Python drops the dictionary, and with it the tensor, when the thread ends.
@@ -73,7 +84,7 @@ TensorView Made::workspace(std::int64_t bytes) {
     if (view.numel() >= bytes) return view;
   }
   const std::int64_t size = std::max<std::int64_t>(bytes, kKeptBytes / 4);
-  const py::object fresh = make_tensor(DType::u8, &size, 1);
+  const py::object fresh = make(DType::u8, &size, 1);
   if (PyDict_SetItem(of_thread, key, fresh.ptr()) != 0) throw py::error_already_set();
   return memory_of("torch.empty_strided", "its result", fresh);
 }

@@ -10,14 +10,17 @@
 
 namespace ofakern {
 
-// Row-major CPU tensors that are not written yet. The GIL is held wherever this class is used; views stay valid as long
-// as it lives.
+// Row-major tensors that are not written yet, on the CPU or on the device of one that is given. The GIL is held
+// wherever this class is used; views stay valid as long as it lives.
 class Made {
  public:
+  Made() = default;
+  explicit Made(const TensorView& beside) : device_(beside.device), device_index_(beside.device_index) {}
   TensorView empty(DType dtype, std::initializer_list<std::int64_t> shape);
   TensorView like(const TensorView& x);  // of its dtype and shape; of None a scalar, for the op's checks to refuse x
   TensorView none();                     // None among the results
-  // Scratch of at least `bytes`. What is small is one tensor per thread, which its calls use in turn.
+  // Scratch of at least `bytes`. On the CPU what is small is one tensor per thread, which its calls use in turn; a
+  // GPU's calls may overlap, and torch's allocator keeps the memory of each for its stream.
   TensorView workspace(std::int64_t bytes);
 
   pybind11::object results() const;  // all but the scratch, in order: a tuple, or the only one itself
@@ -25,8 +28,12 @@ class Made {
  private:
   TensorView empty(DType dtype, const std::int64_t* shape, int ndim);
 
+  pybind11::object make(DType dtype, const std::int64_t* shape, int ndim) const;
+
   std::vector<pybind11::object> results_;
   pybind11::object scratch_;
+  Device device_ = Device::cpu;
+  int device_index_ = 0;
 };
 
 }  // namespace ofakern

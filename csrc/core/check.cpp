@@ -3,6 +3,14 @@
 namespace ofakern {
 namespace {
 
+// The emulated kernels (core/simt_host.h) run where the CPU's do.
+#ifdef OFAKERN_KERNELS_ON_CUDA
+constexpr Device kKernelDevice = Device::cuda;
+#else
+constexpr Device kKernelDevice = Device::cpu;
+#endif
+thread_local int kernel_device_index = 0;
+
 std::string message(const char* where, const std::string& argument, const std::string& rule, const std::string& got,
                     const std::string& remedy) {
   std::string text = std::string(where) + ": " + argument + " must " + rule + ", got " + got;
@@ -21,6 +29,8 @@ std::string name_of(Device device, int index) {
 }
 
 }  // namespace
+
+void set_kernel_device(int index) { kernel_device_index = index; }
 
 const char* name_of(DType dtype) {
   switch (dtype) {
@@ -159,16 +169,21 @@ void Checker::device(const char* argument, const TensorView& x, Device device, i
   }
 }
 
+void Checker::device(const char* argument, const TensorView& x) const {
+  device(argument, x, kKernelDevice, kernel_device_index);
+}
+
 void Checker::plain(const char* argument, const TensorView& x, const char* letters,
                     std::initializer_list<std::int64_t> sizes, DType dtype) const {
   this->dtype(argument, x, {dtype});
   shape(argument, x, letters, sizes);
-  device(argument, x, Device::cpu);
+  device(argument, x);
   contiguous(argument, x);
 }
 
 void Checker::workspace(const char* argument, const TensorView& x, std::int64_t bytes) const {
   dtype(argument, x, {DType::u8});
+  device(argument, x);
   contiguous(argument, x);
   if (x.numel() < bytes) {
     fail_value(argument, "hold at least " + std::to_string(bytes) + " bytes", std::to_string(x.numel()));

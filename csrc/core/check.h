@@ -32,6 +32,7 @@ std::int64_t size_of(DType dtype);             // bytes of one element
 std::string describe(const TensorView& x);     // "float32[2, 8]", "float16[3] on cuda:1", "None"
 bool is_contiguous(const TensorView& x);       // row-major; dimensions of size 1 and empty tensors do not matter
 bool is_last_contiguous(const TensorView& x);  // the same of its last dimension alone
+void set_kernel_device(int index);             // the GPU of this thread's call (core/call_device.h)
 
 // The checks of one op, a constant of its <op>.cpp: constexpr Checker kCheck("attention");
 // Each throws on the first broken rule; `argument` is the name the caller knows.
@@ -60,10 +61,12 @@ class Checker {
   void contiguous(const char* argument, const TensorView& x) const;
   void last_contiguous(const char* argument, const TensorView& x) const;
   void device(const char* argument, const TensorView& x, Device device, int index = 0) const;
-  // What most arguments are: given, of this dtype and shape, on the CPU, contiguous.
+  // Where this module's kernels run: on the CPU, or on the GPU of the call.
+  void device(const char* argument, const TensorView& x) const;
+  // What most arguments are: given, of this dtype and shape, where kernels run, contiguous.
   void plain(const char* argument, const TensorView& x, const char* letters, std::initializer_list<std::int64_t> sizes,
              DType dtype) const;
-  // A u8 scratch of at least `bytes` bytes, aligned to 64.
+  // A u8 scratch of at least `bytes` bytes where kernels run, aligned to 64.
   void workspace(const char* argument, const TensorView& x, std::int64_t bytes) const;
 
  private:

@@ -15,6 +15,7 @@ STRAIGHT = "straight"  # a backend's name inside the ops only: the CPU kernel, p
 _CPU = ("auto", "cpu") if native.cpu is not None else ()
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _kernels: dict[str, Callable[..., Any]] = {}
+_cuda_kernels: dict[str, Callable[..., Any]] = {}
 LIBRARY: Any = torch.library.Library("ofakern", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -24,6 +25,7 @@ def define(
     *,
     cpu: Callable[..., Any],
     fake: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
     triton: Callable[..., Any] | None = None,
 ) -> Any:
     """Registers `ofakern::<name><schema>`, e.g. `("log_mel", "(Tensor wave) -> Tensor", ...)`, with its CPU kernel.
@@ -31,13 +33,17 @@ def define(
     Returns the op to call: an OpOverload, which skips the choice among overloads that `torch.ops.ofakern.<name>` makes.
     With `triton`, a second kernel for a device's tensors, there is also the op `ofakern::<name>_triton`.
 
-    `cpu` takes and returns what the schema says and never falls back; `fake` gives results of the right shape and
-    dtype without data. Under vmap the op raises; gradients are an autograd.Function outside (half the call overhead of
-    register_autograd), whose backward calls `differentiate_once`.
+    `cpu` (and `cuda`, the CUDA C++ kernel of the same op, on tensors of a GPU) takes and returns what the schema says
+    and never falls back; `fake` gives results of the right shape and dtype without data. Under vmap the op raises;
+    gradients are an autograd.Function outside (half the call overhead of register_autograd), whose backward calls
+    `differentiate_once`.
     """
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, cpu, "CPU")
     _kernels[name] = cpu
+    if cuda is not None:
+        LIBRARY.impl(name, cuda, "CUDA")
+        _cuda_kernels[name] = cuda
     torch.library.register_fake(f"ofakern::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"ofakern::{name}", refuse_vmap(name), lib=LIBRARY)
     if triton is not None:
@@ -57,8 +63,14 @@ def define_triton(name: str, schema: str, kernel: Callable[..., Any], fake: Call
 def ops_of(name: str) -> dict[str, Any]:
     """What to call by backend: the ops that `define` registered, and under STRAIGHT the CPU kernel itself."""
     ops = torch.ops.ofakern
-    named = {"cpu": name} | ({"triton": f"{name}_triton"} if hasattr(ops, f"{name}_triton") else {})
+    named = {"cpu": name} | ({"cuda": name} if name in _cuda_kernels else {})
+    named |= {"triton": f"{name}_triton"} if hasattr(ops, f"{name}_triton") else {}
     return {backend: getattr(ops, op).default for backend, op in named.items()} | {STRAIGHT: _kernels[name]}
+
+
+def cuda_kernels() -> dict[str, Callable[..., Any]]:
+    """The CUDA kernels by the name of their op, for who puts an emulated GPU in a GPU's place."""
+    return dict(_cuda_kernels)
 
 
 def suffix_of(backend: str) -> str:

@@ -39,19 +39,27 @@ def triton_refusal(tensor: Tensor) -> str | None:
 class Backends:
     """The backends of one op whose compiled entry in `ofakern._cpu` is `entry`.
 
-    `dtypes`: what its kernels take; everything else (float64 among them) is the reference's. `triton`: it has a Triton
-    kernel.
+    `dtypes`: what its kernels take; everything else (float64 among them) is the reference's. `cuda`: its entry in
+    `ofakern._cuda`, if it has a CUDA kernel. `triton`: it has a Triton kernel.
     """
 
     def __init__(
-        self, op: str, entry: str, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES, triton: bool = False
+        self,
+        op: str,
+        entry: str,
+        dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
+        triton: bool = False,
+        cuda: str | None = None,
     ) -> None:
         self.op = op
         self.dtypes = dtypes
+        self._cuda = cuda
         # None: can be used. Fixed at import, so that choosing costs nothing and traces under torch.compile.
         self.unavailable: dict[str, str | None] = {
             "cpu": self._cpu_unavailable(entry),
-            "cuda": f"not available yet: this version has no CUDA kernel for {op}",
+            "cuda": f"not available yet: this version has no CUDA kernel for {op}"
+            if cuda is None
+            else self._cuda_unavailable(cuda),
             "triton": triton_unavailable()
             if triton
             else f"not available yet: this version has no Triton kernel for {op}",
@@ -65,20 +73,35 @@ class Backends:
             return f"the compiled module ofakern._cpu was built without {self.op}"
         return None
 
+    def _cuda_unavailable(self, entry: str) -> str | None:
+        if native.cuda is None:
+            return native.cuda_reason
+        if not hasattr(native.cuda, entry):
+            return f"the compiled module ofakern._cuda was built without {self.op}"
+        return None
+
     def refusal(self, backend: str, tensor: Tensor, limit: str | None = None) -> str | None:
         """Why a backend cannot take a checked call, or None. `limit`: what no kernel can do of this call."""
         reason = self.unavailable[backend]
+        device = self._device(backend)
+        if backend == "cuda" and device == "cpu" and self._cuda is not None:
+            reason = None  # emulated
         if reason is not None or backend == "reference":
             return reason
-        device = "CPU" if backend == "cpu" or TRITON_INTERPRETED else "CUDA"
-        if tensor.device.type != device.lower():
-            return f"takes {device} tensors, got {tensor.device}"
+        if tensor.device.type != device:
+            return f"takes {device.upper()} tensors, got {tensor.device}"
         if tensor.dtype not in self.dtypes:
             *names, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             return f"takes {', '.join(names)}{' and ' if names else ''}{last}, got {tensor.dtype}"
         if backend == "triton" and (reason := triton_refusal(tensor)) is not None:
             return reason
         return limit
+
+    def _device(self, backend: str) -> str:
+        """The type of device whose tensors a backend takes."""
+        if backend == "cuda":
+            return native.cuda_device
+        return "cpu" if backend == "cpu" or TRITON_INTERPRETED else "cuda"
 
     def automatic(self, tensor: Tensor) -> str:
         """The static table behind `auto`: no kernel has float64, so the reference is its backend everywhere."""

@@ -6,11 +6,18 @@
 // Backward recomputes everything from x. Where a length is below eps it is a constant, as in torch's normalize.
 #pragma once
 
+#include "core/stream.h"
 #include "core/tensor_view.h"
 
 namespace ofakern {
 
+void check_rotation_6d_forward(const TensorView& x, const TensorView& out);
+void check_rotation_6d_backward(const TensorView& dout, const TensorView& x, const TensorView& dx);
+
 void rotation_6d_forward_cpu(const TensorView& x, const TensorView& out, int threads);
 void rotation_6d_backward_cpu(const TensorView& dout, const TensorView& x, const TensorView& dx, int threads);
+
+void rotation_6d_forward_cuda(const TensorView& x, const TensorView& out, Stream stream);
+void rotation_6d_backward_cuda(const TensorView& dout, const TensorView& x, const TensorView& dx, Stream stream);
 
 }  // namespace ofakern

@@ -12,7 +12,7 @@ from ofakern.ops.rotation_6d.reference import rotation_6d_reference
 from ofakern.ops.selection import Backends
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = Backends("rotation_6d", "rotation_6d_forward")
+BACKENDS = Backends("rotation_6d", "rotation_6d_forward", cuda="rotation_6d")
 
 
 def rotation_6d(x: Tensor, backend: str = "auto") -> Tensor:
@@ -21,7 +21,7 @@ def rotation_6d(x: Tensor, backend: str = "auto") -> Tensor:
     Args:
         x: `[..., 6]`, the first two columns of a matrix end to end, of any length and angle; float32, bfloat16,
             float16 (float64 on the reference).
-        backend: "auto", "cpu" or "reference" (plain torch). Never falls back.
+        backend: "auto", "cpu", "cuda" or "reference" (plain torch). Never falls back.
 
     Returns:
         `[..., 3, 3]` in x's dtype: orthonormal columns b1, b2 and b1 x b2. Differentiable; where a column has no

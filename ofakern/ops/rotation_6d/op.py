@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ofakern.ops import native
 from ofakern.ops.library import apply_function, define, differentiate_once, ops_of, refuse_vmap
+from ofakern.ops.rotation_6d import kernel_cuda
 
 
 def rotation_6d(backend: str, x: Tensor) -> Tensor:
@@ -50,6 +51,12 @@ def _backward_fake(dout: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-define("rotation_6d_fwd", "(Tensor x) -> Tensor", cpu=_forward_cpu, fake=_forward_fake)
+define("rotation_6d_fwd", "(Tensor x) -> Tensor", cpu=_forward_cpu, cuda=kernel_cuda.forward, fake=_forward_fake)
 _FORWARD = ops_of("rotation_6d_fwd")
-define("rotation_6d_bwd", "(Tensor dout, Tensor x) -> Tensor", cpu=_backward_cpu, fake=_backward_fake)
+define(
+    "rotation_6d_bwd",
+    "(Tensor dout, Tensor x) -> Tensor",
+    cpu=_backward_cpu,
+    cuda=kernel_cuda.backward,
+    fake=_backward_fake,
+)

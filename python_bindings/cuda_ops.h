@@ -1,0 +1,12 @@
+// The ops that have a CUDA kernel, for ofakern._cuda and for its emulated twin (tests/cuda/emulated_module.cpp).
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace ofakern {
+
+void bind_rotation_6d_cuda(pybind11::module_& m);
+
+inline void bind_cuda_ops(pybind11::module_& m) { bind_rotation_6d_cuda(m); }
+
+}  // namespace ofakern
