@@ -1,4 +1,4 @@
-"""What Triton kernels of several ops call: dropout's generator and the normal distribution.
+"""What Triton kernels of several ops call: tiles of rows, dropout's generator and the normal distribution.
 
 Triton reads these functions' source, so they are untyped and know constants only as `tl.constexpr`.
 """
@@ -11,6 +11,33 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tile_of(tile, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """(row [ROWS], column [BLOCK], there and offsets [ROWS, BLOCK]) of a tile of [rows, WIDTH]."""
+    row = tile * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    there = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    return row, column, there, row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+
+
+@triton.jit
+def load_tile(base, at, there):
+    return tl.load(base + at, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_columns(base, column, WIDTH: tl.constexpr):
+    """[1, BLOCK] of a parameter."""
+    return tl.load(base + column, mask=column < WIDTH, other=0.0)[None, :]
+
+
+@triton.jit
+def store_part(parts, n, total, column, WIDTH: tl.constexpr):
+    """The n-th gradient's part of this program: total [ROWS, BLOCK] added over its rows."""
+    at = (n * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * WIDTH
+    tl.store(parts + at + column, tl.sum(total, 0), mask=column < WIDTH)
 
 
 @triton.jit

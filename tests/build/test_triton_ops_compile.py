@@ -19,6 +19,7 @@ from triton_aot import BF16, CACHE, F16, SHARED_MEMORY, TargetDriver, assert_no_
 
 from ofakern.ops.cross_entropy import kernel_triton as cross_entropy  # noqa: E402
 from ofakern.ops.layer_norm import kernel_triton as layer_norm  # noqa: E402
+from ofakern.ops.rms_norm import kernel_triton as rms_norm  # noqa: E402
 from ofakern.ops.routed_ffn import kernel_triton as routed_ffn  # noqa: E402
 
 RECORD = Path(__file__).with_name("triton_ops_resources.json")
@@ -41,6 +42,13 @@ def layer_norms(dtype: torch.dtype, shared_memory: int) -> Launches:
     x, weight = torch.empty(rows, wide, dtype=dtype), torch.empty(wide)
     yield from layer_norm.gelu_forward_call(x, weight, weight, 1e-5).launches
     yield from layer_norm.gelu_backward_call(x, x, stats, weight).launches
+
+
+def rms_norms(dtype: torch.dtype, shared_memory: int) -> Launches:
+    """T5-base's width, 512 rows."""
+    x, weight, rstd = torch.empty(512, 768, dtype=dtype), torch.empty(768), torch.empty(512)
+    yield from rms_norm.forward_call(x, weight, 1e-6).launches
+    yield from rms_norm.backward_call(x, x, rstd, weight).launches
 
 
 def cross_entropies(dtype: torch.dtype, shared_memory: int) -> Launches:
@@ -77,6 +85,7 @@ def routed(dtype: torch.dtype, shared_memory: int) -> Launches:
 # name: launches, and which of their kernels have products.
 OPS: dict[str, tuple[Callable[[torch.dtype, int], Launches], tuple[str, ...]]] = {
     "layer_norm": (layer_norms, ()),
+    "rms_norm": (rms_norms, ()),
     "routed_ffn": (routed, ("routed_rows", "routed_weights")),
     "cross_entropy": (cross_entropies, ("cross_entropy_scores", "cross_entropy_gradient")),
 }
@@ -117,6 +126,7 @@ def of_tokens(tokens: int) -> Launches:
     x, weight, index = torch.empty(tokens, 16, dtype=F16), torch.empty(16), torch.zeros(tokens, dtype=torch.int64)
     yield from layer_norm.gelu_forward_call(x, weight, weight, 1e-5).launches
     yield from layer_norm.gelu_backward_call(x, x, torch.empty(tokens, 2), weight).launches
+    yield from rms_norm.backward_call(x, x, torch.empty(tokens), weight).launches
     limits, table = torch.zeros(tokens, 2, dtype=torch.int32), torch.empty(40 + tokens, 16, dtype=F16)
     given = cross_entropy.Given.of(x, table, None, index, None, None, limits, tokens, 0.1)
     chunk = cross_entropy.chunk_of(given, slice(0, tokens), SHARED_MEMORY[90])

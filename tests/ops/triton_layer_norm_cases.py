@@ -14,7 +14,8 @@ from layer_norm_cases import OPS, Case, check, make_case, run
 from torch import Tensor
 from triton_setup import DEVICE, DTYPES, INTERPRETED, to_device
 
-from ofakern.ops.layer_norm import add_layer_norm, embed_layer_norm, gelu_layer_norm, kernel_triton
+from ofakern.ops import triton_rows
+from ofakern.ops.layer_norm import add_layer_norm, embed_layer_norm, gelu_layer_norm
 from ofakern.ops.layer_norm.triton_kernels import backward, forward, rows
 
 # Heads divide the width; rows and widths around powers of two, of one tile and of several.
@@ -57,7 +58,7 @@ def test_no_rows(op: str) -> None:
 
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_several_tiles_per_program(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_triton, "_PARTS", 3)
+    monkeypatch.setattr(triton_rows, "_PARTS", 3)
     case = make_case(op, 4, rows=50, width=600 if op == "add" else 300, dropout_p=0.2, types="many")
     check(case, run_triton)
 
@@ -160,7 +161,7 @@ WRONG: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "mean of the gradient twice": ("gelu", lambda patch: patch.setattr(backward, "row_means", _twice_centred)),
     "dropout keeps everything": ("add", lambda patch: patch.setattr(forward, "row_keep", _keep_all)),
     "dropout keeps every gradient": ("add", lambda patch: patch.setattr(backward, "row_keep", _keep_all)),
-    "a tile is lost": ("head_scale", lambda patch: patch.setattr(kernel_triton, "partition", _last_part_lost)),
+    "a tile is lost": ("head_scale", lambda patch: patch.setattr(triton_rows, "partition", _last_part_lost)),
 }
 
 

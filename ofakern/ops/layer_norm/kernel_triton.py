@@ -8,60 +8,16 @@ every time.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ofakern.ops.layer_norm.triton_kernels import backward, forward, tables
-from ofakern.ops.triton_launch import Launch, ceil_div, options, power_of_2, run
+from ofakern.ops.triton_launch import Launch, ceil_div, options, power_of_2
+from ofakern.ops.triton_rows import Call, over_rows, over_runs
 
-# Elements of a tile where rows are narrow, and how many of them a warp holds; a program has at most 16 warps.
-_TILE, _PER_WARP = 2048, 512
-# Programs of a backward pass: each owns one f32 row per parameter.
-_PARTS = 512
 _TABLE_COLUMNS, _TABLE_ROWS = 512, 4
-
-
-class Tiles(NamedTuple):
-    """How rows of a width are cut: ROWS x BLOCK elements and warps per program, tiles in all."""
-
-    block: int
-    rows: int
-    warps: int
-    tiles: int
-
-    def constants(self, width: int) -> dict[str, Any]:
-        return {"WIDTH": width, "BLOCK": self.block, "ROWS": self.rows}
-
-
-def tiles_of(rows: int, width: int) -> Tiles:
-    block = power_of_2(width, 4)  # dropout's words come by four
-    high = max(1, min(16, _TILE // block))
-    warps = max(1, min(16, block * high // _PER_WARP))
-    return Tiles(block, high, warps, ceil_div(rows, high))
-
-
-def partition(tiles: int) -> tuple[int, int]:
-    """(programs, tiles of each) of a backward pass; a function of shapes only. One program at least writes zeros."""
-    parts = max(1, min(tiles, _PARTS))
-    return parts, ceil_div(tiles, parts)
-
-
-class Call(NamedTuple):
-    """Launches that were not run yet, what they write, and the parts whose sums are still to be made."""
-
-    launches: list[Launch]
-    results: tuple[Tensor, ...]
-    parts: Tensor | None = None
-
-    def run(self, op: str) -> tuple[Tensor, ...]:
-        run(op, self.results[0], self.launches)
-        return self.results
-
-    def sums(self) -> list[Tensor]:
-        """torch adds over the first dimension in an order that the shape alone fixes."""
-        return [] if self.parts is None else [part.sum(0) for part in self.parts]
 
 
 def add_forward_call(
@@ -78,7 +34,7 @@ def add_forward_call(
         "weight": weight,
     }
     arguments |= {"bias": bias, "seed": seed, "rows": stats.shape[0], "eps": eps, **_dropout(p)}
-    launch = _forward(forward.add_layer_norm_forward, arguments, x.shape[-1], {"DROPOUT": p > 0.0})
+    launch = over_rows(forward.add_layer_norm_forward, arguments, x.shape[-1], {"DROPOUT": p > 0.0})
     return Call([launch], (out, total, stats))
 
 
@@ -97,7 +53,7 @@ def add_backward_call(
     }
     arguments |= {"stats": stats, "weight": weight, "seed": seed, "rows": stats.shape[0], **_dropout(p)}
     constants = {"DTOTAL": dtotal is not None, "DROPOUT": p > 0.0}
-    launch, parts = _backward(backward.add_layer_norm_backward, arguments, weight, constants)
+    launch, parts = over_runs(backward.add_layer_norm_backward, arguments, weight, constants)
     return Call([launch], (dx, dresidual), parts)
 
 
@@ -113,7 +69,7 @@ def gelu_forward_call(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Ca
         "rows": stats.shape[0],
         "eps": eps,
     }
-    return Call([_forward(forward.gelu_layer_norm_forward, arguments, x.shape[-1])], (out, stats))
+    return Call([over_rows(forward.gelu_layer_norm_forward, arguments, x.shape[-1])], (out, stats))
 
 
 def gelu_backward_call(dout: Tensor, x: Tensor, stats: Tensor, weight: Tensor) -> Call:
@@ -127,7 +83,7 @@ def gelu_backward_call(dout: Tensor, x: Tensor, stats: Tensor, weight: Tensor) -
         "weight": weight,
         "rows": stats.shape[0],
     }
-    launch, parts = _backward(backward.gelu_layer_norm_backward, arguments, weight)
+    launch, parts = over_runs(backward.gelu_layer_norm_backward, arguments, weight)
     return Call([launch], (dx,), parts)
 
 
@@ -145,7 +101,7 @@ def head_forward_call(x: Tensor, head_scale: Tensor, weight: Tensor, bias: Tenso
     }
     arguments |= {"rows": rows, "eps": eps}
     constants = {"HEAD_WIDTH": x.shape[2]}
-    return Call([_forward(forward.head_scale_layer_norm_forward, arguments, width, constants)], (out, stats))
+    return Call([over_rows(forward.head_scale_layer_norm_forward, arguments, width, constants)], (out, stats))
 
 
 def head_backward_call(dout: Tensor, x: Tensor, head_scale: Tensor, stats: Tensor, weight: Tensor) -> Call:
@@ -161,7 +117,7 @@ def head_backward_call(dout: Tensor, x: Tensor, head_scale: Tensor, stats: Tenso
     }
     arguments |= {"rows": x.shape[0]}
     constants = {"HEAD_WIDTH": x.shape[2]}
-    launch, parts = _backward(backward.head_scale_layer_norm_backward, arguments, weight, constants, sums=3)
+    launch, parts = over_runs(backward.head_scale_layer_norm_backward, arguments, weight, constants, sums=3)
     return Call([launch], (dx,), parts)
 
 
@@ -180,7 +136,7 @@ def embed_forward_call(
     out, stats = _new(table, (*tokens.shape, width)), _stats(table, tokens.numel())
     arguments: dict[str, Any] = {"out": out, "stats": stats, "weight": weight, "bias": bias, "eps": eps}
     arguments |= _embedding(tokens, table, types, type_table, scale)
-    launch = _forward(forward.embed_layer_norm_forward, arguments, width, _typing(types, type_table))
+    launch = over_rows(forward.embed_layer_norm_forward, arguments, width, _typing(types, type_table))
     return Call([launch], (out, stats))
 
 
@@ -199,7 +155,7 @@ def embed_backward_call(
     typing = _typing(types, type_table)
     arguments: dict[str, Any] = {"means": means, "dout": dout, "stats": stats, "weight": weight}
     arguments |= _embedding(tokens, table, types, type_table, scale)
-    first, parts = _backward(
+    first, parts = over_runs(
         backward.embed_layer_norm_backward, arguments, weight, typing, sums=3 if typing["ONE_TYPE"] else 2
     )
     shared = {"dout": dout, "stats": stats, "means": means, "weight": weight}
@@ -255,24 +211,6 @@ def embed_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 # ---- parts of a launch ----------------------------------------------------------------------------------------------
-
-
-def _forward(kernel: Any, arguments: dict[str, Any], width: int, constants: dict[str, Any] | None = None) -> Launch:
-    tiles = tiles_of(arguments["rows"], width)
-    constants = {**(constants or {}), **tiles.constants(width)}
-    return Launch(kernel, (tiles.tiles,), arguments, constants, options(tiles.warps, 1))
-
-
-def _backward(
-    kernel: Any, arguments: dict[str, Any], weight: Tensor, constants: dict[str, Any] | None = None, sums: int = 2
-) -> tuple[Launch, Tensor]:
-    width = weight.shape[0]
-    tiles = tiles_of(arguments["rows"], width)
-    programs, each = partition(tiles.tiles)
-    parts = torch.empty((sums, programs, width), dtype=torch.float32, device=weight.device)
-    arguments = {**arguments, "parts": parts, "tiles": tiles.tiles, "tiles_per_part": each}
-    constants = {**(constants or {}), **tiles.constants(width)}
-    return Launch(kernel, (programs,), arguments, constants, options(tiles.warps, 2)), parts
 
 
 def _table(

@@ -12,7 +12,7 @@ from ofakern.ops.selection import Backends
 
 _WHERE = "rms_norm"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = Backends(_WHERE, "rms_norm_forward")
+BACKENDS = Backends(_WHERE, "rms_norm_forward", triton=True)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, backend: str = "auto") -> Tensor:
@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, backend: str = "auto"
     Args:
         x: `[..., D]`; float32, bfloat16, float16 (float64 on the reference).
         weight: `[D]`; taken to float32 (float64 beside float64 x).
-        backend: "auto", "cpu" or "reference" (plain torch). Never falls back.
+        backend: "auto", "cpu", "triton" or "reference" (plain torch). Never falls back.
 
     Returns:
         `[..., D]` in x's dtype, rounded once. For the gradient x and one float32 a row are kept.
@@ -34,9 +34,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, backend: str = "auto"
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
     """
     weight = _check(x, weight, eps)
-    if BACKENDS.select(backend, x) == "reference":
+    chosen = BACKENDS.select(backend, x)
+    if chosen == "reference":
         return rms_norm_reference(x, weight, eps)
-    return op.rms_norm(x, weight, float(eps))
+    return op.rms_norm(chosen, x, weight, float(eps))
 
 
 def refusals(x: Tensor, weight: Tensor, eps: float = 1e-6, backend: str = "auto") -> tuple[str, dict[str, str | None]]:

@@ -7,23 +7,8 @@ f32 [.., parts, WIDTH] (dweight, dbias, and where there is one a third gradient)
 import triton
 import triton.language as tl
 
-from ofakern.ops.layer_norm.triton_kernels.rows import (
-    load_columns,
-    load_entries,
-    load_stats,
-    load_tile,
-    row_keep,
-    row_means,
-    tile_of,
-)
-from ofakern.ops.triton_device import normal
-
-
-@triton.jit
-def _store_part(parts, n, total, column, WIDTH: tl.constexpr):
-    """The n-th gradient's part of this program: total [ROWS, BLOCK] added over its rows."""
-    at = (n * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * WIDTH
-    tl.store(parts + at + column, tl.sum(total, 0), mask=column < WIDTH)
+from ofakern.ops.layer_norm.triton_kernels.rows import load_entries, load_stats, row_keep, row_means
+from ofakern.ops.triton_device import load_columns, load_tile, normal, store_part, tile_of
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "tiles_per_part", "threshold"])
@@ -68,8 +53,8 @@ def add_layer_norm_backward(
             tl.store(dx + at, dz.to(dx.dtype.element_ty), mask=there)
         dweight += gradient * xhat
         dbias += gradient
-    _store_part(parts, 0, dweight, own_column, WIDTH)
-    _store_part(parts, 1, dbias, own_column, WIDTH)
+    store_part(parts, 0, dweight, own_column, WIDTH)
+    store_part(parts, 1, dbias, own_column, WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "tiles_per_part"])
@@ -104,8 +89,8 @@ def gelu_layer_norm_backward(
         tl.store(dx + at, (dz * (distribution + value * density)).to(dx.dtype.element_ty), mask=there)
         dweight += gradient * xhat
         dbias += gradient
-    _store_part(parts, 0, dweight, own_column, WIDTH)
-    _store_part(parts, 1, dbias, own_column, WIDTH)
+    store_part(parts, 0, dweight, own_column, WIDTH)
+    store_part(parts, 1, dbias, own_column, WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "tiles_per_part"])
@@ -145,9 +130,9 @@ def head_scale_layer_norm_backward(
         dweight += gradient * xhat
         dbias += gradient
         dscale += dz * value
-    _store_part(parts, 0, dweight, own_column, WIDTH)
-    _store_part(parts, 1, dbias, own_column, WIDTH)
-    _store_part(parts, 2, dscale, own_column, WIDTH)
+    store_part(parts, 0, dweight, own_column, WIDTH)
+    store_part(parts, 1, dbias, own_column, WIDTH)
+    store_part(parts, 2, dscale, own_column, WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows", "entries", "type_entries", "tiles", "tiles_per_part"])
@@ -201,7 +186,7 @@ def embed_layer_norm_backward(
             dtype += tl.where(there, rstd * (gradient * factor - a - xhat * b), 0.0)
         dweight += gradient * xhat
         dbias += gradient
-    _store_part(parts, 0, dweight, own_column, WIDTH)
-    _store_part(parts, 1, dbias, own_column, WIDTH)
+    store_part(parts, 0, dweight, own_column, WIDTH)
+    store_part(parts, 1, dbias, own_column, WIDTH)
     if ONE_TYPE:
-        _store_part(parts, 2, dtype, own_column, WIDTH)
+        store_part(parts, 2, dtype, own_column, WIDTH)

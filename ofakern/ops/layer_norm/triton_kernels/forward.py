@@ -3,15 +3,8 @@
 import triton
 import triton.language as tl
 
-from ofakern.ops.layer_norm.triton_kernels.rows import (
-    load_columns,
-    load_entries,
-    load_tile,
-    normalise,
-    row_keep,
-    tile_of,
-)
-from ofakern.ops.triton_device import normal
+from ofakern.ops.layer_norm.triton_kernels.rows import load_entries, normalise, row_keep
+from ofakern.ops.triton_device import load_columns, load_tile, normal, tile_of
 
 
 @triton.jit(do_not_specialize=["rows", "threshold"])

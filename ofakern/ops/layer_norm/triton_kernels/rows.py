@@ -1,29 +1,9 @@
-"""A tile of whole rows: [ROWS, BLOCK], BLOCK the power of two that holds WIDTH; what lies beyond is 0 everywhere."""
+"""What the kernels do with a tile of whole rows (ops/triton_rows.py): statistics, dropout, entries of a table."""
 
 import triton
 import triton.language as tl
 
-from ofakern.ops.triton_device import dropout_key, keep_of_words, philox
-
-
-@triton.jit
-def tile_of(tile, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """(row [ROWS], column [BLOCK], there and offsets [ROWS, BLOCK]) of a tile of [rows, WIDTH]."""
-    row = tile * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    there = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    return row, column, there, row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-
-
-@triton.jit
-def load_tile(base, at, there):
-    return tl.load(base + at, mask=there, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_columns(base, column, WIDTH: tl.constexpr):
-    """[1, BLOCK] of a parameter."""
-    return tl.load(base + column, mask=column < WIDTH, other=0.0)[None, :]
+from ofakern.ops.triton_device import dropout_key, keep_of_words, load_columns, philox
 
 
 @triton.jit

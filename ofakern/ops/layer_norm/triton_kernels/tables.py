@@ -7,7 +7,8 @@ its statistics and the two means that the backward kernel left, so dz itself is 
 import triton
 import triton.language as tl
 
-from ofakern.ops.layer_norm.triton_kernels.rows import load_columns, load_entries
+from ofakern.ops.layer_norm.triton_kernels.rows import load_entries
+from ofakern.ops.triton_device import load_columns
 
 
 @triton.jit(do_not_specialize=["other_entries"])
