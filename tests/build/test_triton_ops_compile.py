@@ -19,6 +19,7 @@ from triton_aot import BF16, CACHE, F16, SHARED_MEMORY, TargetDriver, assert_no_
 
 from ofakern.ops.cross_entropy import kernel_triton as cross_entropy  # noqa: E402
 from ofakern.ops.layer_norm import kernel_triton as layer_norm  # noqa: E402
+from ofakern.ops.patch_embed import kernel_triton as patch_embed  # noqa: E402
 from ofakern.ops.rms_norm import kernel_triton as rms_norm  # noqa: E402
 from ofakern.ops.routed_ffn import kernel_triton as routed_ffn  # noqa: E402
 
@@ -82,11 +83,31 @@ def routed(dtype: torch.dtype, shared_memory: int) -> Launches:
     )
 
 
+def patch_embeds(dtype: torch.dtype, shared_memory: int) -> Launches:
+    """OFA-base's width and patch, a batch of RGB images and several of different sizes, with every gradient."""
+    width, batch = 768, torch.empty(2, 1, 3, 480, 480, dtype=torch.uint8)
+    weight, vector = torch.empty(width, 3, 1, 16, 16, dtype=dtype), torch.empty(width)
+    position, rest = torch.empty(900, width, dtype=dtype), (vector, vector, 1e-5)
+    for images in ([batch], [batch[:1], batch[1:]]):
+        tokens = sum(x.shape[0] for x in images) * 900
+        index = None if len(images) == 1 else torch.zeros(tokens, dtype=torch.int32)
+        call = (images, weight, [0.1] * 3, [0.0] * 3, vector, vector, position, index, *rest)
+        given, out = patch_embed.Given.of(*call), torch.empty(tokens, width, dtype=dtype)
+        yield from patch_embed.forward_launches(given, out, shared_memory)
+        yield from patch_embed.row_gradient_launches(given, out, out, shared_memory)[0]
+        yield from patch_embed.weight_launches(given, weight, out, vector, shared_memory)
+        yield patch_embed.position_launch(given, position, out)
+
+
 # name: launches, and which of their kernels have products.
 OPS: dict[str, tuple[Callable[[torch.dtype, int], Launches], tuple[str, ...]]] = {
     "layer_norm": (layer_norms, ()),
     "rms_norm": (rms_norms, ()),
     "routed_ffn": (routed, ("routed_rows", "routed_weights")),
+    "patch_embed": (
+        patch_embeds,
+        ("patch_embed_forward", "patch_embed_row_gradient", "patch_embed_weight_sums"),
+    ),
     "cross_entropy": (cross_entropies, ("cross_entropy_scores", "cross_entropy_gradient")),
 }
 CASES = [(op, *target) for op in OPS for target in ((80, F16), (90, BF16), (100, BF16))]
@@ -108,9 +129,10 @@ def measure(case: tuple[Any, ...], folder: Path) -> dict[str, dict[str, int]]:
 
 
 def variant(launch: Any) -> str:
-    """A kernel's name, and which ids it allows or how its weight lies."""
+    """A kernel's name, and which ids it allows, how its weight lies, or whether it looks images or places up."""
     name = str(launch.kernel.__name__)
-    kinds = [f"[{launch.constants[kind]}]" for kind in ("ALLOWED", "TRANSPOSED") if kind in launch.constants]
+    told = ("ALLOWED", "TRANSPOSED", "TABLE", "SORTED")
+    kinds = [f"[{launch.constants[kind]}]" for kind in told if kind in launch.constants]
     return "".join([name, *kinds])
 
 
@@ -133,6 +155,14 @@ def of_tokens(tokens: int) -> Launches:
     found = cross_entropy.empty_losses(given, True)
     yield from cross_entropy.loss_launches(given, chunk, slice(0, tokens), found)
     yield from routed_ffn.forward_launches(x, x, [table[:16]], [], [tokens], index, None, SHARED_MEMORY[90])
+    images = [torch.empty(1, 1, 1, 16, 16 * n, dtype=torch.uint8) for n in (tokens, 2 * tokens)]
+    weight, rest = torch.empty(16, 1, 1, 16, 16, dtype=F16), (torch.empty(16), torch.empty(16), 1e-5)
+    for given in (images[:1], images):
+        call = patch_embed.Given.of(given, weight, [1.0], [0.0], None, None, x, index.int(), *rest)
+        yield from patch_embed.forward_launches(call, x, SHARED_MEMORY[90])
+        yield from patch_embed.row_gradient_launches(call, x, x, SHARED_MEMORY[90])[0]
+        yield from patch_embed.weight_launches(call, weight, x, rest[0], SHARED_MEMORY[90])
+        yield patch_embed.position_launch(call, x, x)
 
 
 def test_other_lengths_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class Case:
         leaves = {name: leaf.detach().to(dtype or leaf.dtype).requires_grad_() for name, leaf in self.leaves.items()}
         out = patch_embed(self.images, **leaves, **self.options, backend=backend)
         generator = torch.Generator().manual_seed(7)
-        dout = torch.randn(out.shape, generator=generator).to(self.leaves["weight"].dtype).to(out.dtype)
+        dout = torch.randn(out.shape, generator=generator).to(self.leaves["weight"].dtype).to(out)
         grads = torch.autograd.grad(out, list(leaves.values()), dout)
         return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
@@ -87,14 +88,18 @@ def make_case(
     return Case([x[0] for x in images] if several else images[0], leaves, options)
 
 
-def check(case: Case, backend: str = "cpu") -> None:
+def run_cpu(case: Case) -> dict[str, Tensor]:
+    return case.run("cpu")
+
+
+def check(case: Case, call: Callable[[Case], dict[str, Tensor]] = run_cpu) -> None:
     """The rule of tests/ops/rule.py; `size`, what a result adds up, is estimated from the largest results.
 
     A gradient sums over tokens, N terms of either sign: their absolute values add up to about N**0.5 times the sum. In
     half precision the roundings of the terms matter, not those of the sum.
     """
     dtype = case.leaves["weight"].dtype
-    got, exact, peer = case.run(backend), case.run("reference", torch.float64), case.run("reference", dtype)
+    got, exact, peer = call(case), case.run("reference", torch.float64), case.run("reference", dtype)
     for name, want in exact.items():
         terms = exact["out"].shape[0] ** 0.5 if dtype == torch.float32 and name != "out" else 1.0
         size = torch.full_like(want, terms * float(want.abs().max()) if want.numel() else 0.0)

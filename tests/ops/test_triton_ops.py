@@ -13,6 +13,7 @@ FILES = {
     "triton_layer_norm_cases.py": ("add_layer_norm", "gelu_layer_norm", "head_scale_layer_norm", "embed_layer_norm"),
     "triton_rms_norm_cases.py": ("rms_norm",),
     "triton_cross_entropy_cases.py": ("cross_entropy",),
+    "triton_patch_embed_cases.py": ("patch_embed",),
     "triton_routed_ffn_cases.py": ("routed_ffn",),
 }
 

@@ -88,6 +88,7 @@ def patch_embed(
     Raises:
         OfakernTypeError, OfakernValueError: an argument of the wrong type, dtype, device, shape or range.
         BackendError: the backend cannot run the call (images that need a gradient among the reasons).
+            On a GPU an index outside [0,P) is not raised: it makes a row of NaN and gives the table no gradient.
         OfakernRuntimeError: a second derivative, or vmap (both work with backend="reference").
 
     Source: the patch embedding of ViT (arXiv 2010.11929), tubelets of ViViT (arXiv 2103.15691), images of different
@@ -99,7 +100,7 @@ def patch_embed(
     chosen = op.BACKENDS.select(backend, call.weight, _limit(call))
     if log.ENABLED and not torch.compiler.is_compiling():
         log.once(_logger, _describe(call, chosen))
-    return patch_embed_reference(*call) if chosen == "reference" else op.run(*call)
+    return patch_embed_reference(*call) if chosen == "reference" else op.run(chosen, *call)
 
 
 def refusals(*args: object, **kwargs: object) -> tuple[str, dict[str, str | None]]:

@@ -10,10 +10,18 @@ from torch import Tensor
 
 from ofakern.errors import BackendError
 from ofakern.ops import native
-from ofakern.ops.library import apply_function, define, differentiate_once, kernel_ready, refuse_vmap
+from ofakern.ops.library import (
+    apply_function,
+    define,
+    differentiate_once,
+    kernel_ready,
+    ops_of,
+    refuse_vmap,
+    suffix_of,
+)
 from ofakern.ops.selection import Backends
 
-BACKENDS = Backends("patch_embed", "patch_embed_forward")
+BACKENDS = Backends("patch_embed", "patch_embed_forward", triton=True)
 
 _INPUTS = (
     "Tensor[] images, Tensor weight, float[] scale, float[] shift, Tensor? bias, Tensor? type_embedding, "
@@ -22,6 +30,7 @@ _INPUTS = (
 
 
 def run(
+    backend: str,
     images: Sequence[Tensor],
     weight: Tensor,
     scale: Sequence[float],
@@ -38,9 +47,9 @@ def run(
     parameters = (weight, bias, type_embedding, position, ln_weight, ln_bias)
     result: Tensor
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
-        result = apply_function(_PatchEmbed, scale, shift, eps, position_index, *parameters, *images)
+        result = apply_function(_PatchEmbed, backend, scale, shift, eps, position_index, *parameters, *images)
     else:
-        result = _FORWARD(
+        result = _FORWARD[backend](
             list(images), weight, scale, shift, bias, type_embedding, position, position_index, ln_weight, ln_bias, eps
         )
     return result
@@ -49,6 +58,7 @@ def run(
 class _PatchEmbed(torch.autograd.Function):
     @staticmethod
     def forward(
+        backend: str,
         scale: Sequence[float],
         shift: Sequence[float],
         eps: float,
@@ -61,26 +71,26 @@ class _PatchEmbed(torch.autograd.Function):
         ln_bias: Tensor | None,
         *images: Tensor,
     ) -> Tensor:
-        out: Tensor = _FORWARD(
+        out: Tensor = _FORWARD[backend](
             list(images), weight, scale, shift, bias, type_embedding, position, position_index, ln_weight, ln_bias, eps
         )
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.scale, ctx.shift, ctx.eps, *tensors = inputs
+        ctx.backend, ctx.scale, ctx.shift, ctx.eps, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         position_index, weight, bias, type_embedding, position, ln_weight, ln_bias, *images = ctx.saved_tensors
         dweight, dbias, dposition, dln_weight, dln_bias = differentiate_once(
-            "patch_embed_bwd",
+            "patch_embed_bwd" + suffix_of(ctx.backend),
             *(dout, images, weight, ctx.scale, ctx.shift, bias, type_embedding, position, position_index),
             *(ln_weight, ln_bias, ctx.eps),
         )
         return (
-            *(None, None, None, None, dweight),
+            *(None, None, None, None, None, dweight),
             dbias if bias is not None else None,
             dbias if type_embedding is not None else None,
             dposition if position is not None else None,
@@ -139,6 +149,23 @@ def _tokens(images: Sequence[Tensor], weight: Tensor) -> int:
     return sum(x.shape[0] * (x.shape[1] // kt) * (x.shape[3] // ph) * (x.shape[4] // pw) for x in images)
 
 
+def _forward_triton(images: Sequence[Tensor], *rest: Any) -> Tensor:
+    # Imported by the first call: that takes a second, and CPU users may not have triton.
+    from ofakern.ops.patch_embed import kernel_triton
+
+    return kernel_triton.forward_triton(_rows_of_pixels(images), *_ready(rest))
+
+
+def _backward_triton(dout: Tensor, images: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    from ofakern.ops.patch_embed import kernel_triton
+
+    return kernel_triton.backward_triton(kernel_ready(dout), _rows_of_pixels(images), *_ready(rest))
+
+
+def _ready(values: Sequence[Any]) -> list[Any]:
+    return [kernel_ready(x) if isinstance(x, Tensor) else x for x in values]
+
+
 def _forward_fake(images: Sequence[Tensor], weight: Tensor, *rest: Any) -> Tensor:
     return weight.new_empty((_tokens(images, weight), weight.shape[0]))
 
@@ -150,11 +177,19 @@ def _backward_fake(dout: Tensor, images: Sequence[Tensor], weight: Tensor, *rest
     return weight.new_empty(weight.shape), absent.new_empty(weight.shape[0]), *optional
 
 
-_FORWARD = define("patch_embed_fwd", f"({_INPUTS}) -> Tensor", cpu=_forward_cpu, fake=_forward_fake)
+define(
+    "patch_embed_fwd",
+    f"({_INPUTS}) -> Tensor",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+    triton=_forward_triton,
+)
 # An absent input's gradient is a tensor without elements: a schema cannot return `Tensor?`.
 define(
     "patch_embed_bwd",
     f"(Tensor dout, {_INPUTS}) -> (Tensor dweight, Tensor dbias, Tensor dposition, Tensor dln_weight, Tensor dln_bias)",
     cpu=_backward_cpu,
     fake=_backward_fake,
+    triton=_backward_triton,
 )
+_FORWARD = ops_of("patch_embed_fwd")
