@@ -35,6 +35,7 @@ class Node_ {
   append(...nodes) { this.children.push(...nodes); }
   replaceChildren(...nodes) { this.children = nodes; }
   addEventListener(name, call) { this.listeners[name] = call; }
+  scrollIntoView() {}
   querySelectorAll() { return this.children.filter((one) => one.dataset.column !== undefined); }
   getContext() { const drawn = this.drawn; return { drawImage() { drawn.length = 0; },
     strokeRect(...box) { drawn.push(box); } }; }
@@ -62,11 +63,11 @@ DRIVE = """
   if (field("img")) { field("img").files = [{ name: "a.png" }]; field("img").listeners.change(); }
   if (field("q")) field("q").value = "which?";
   byId.get("answers").value = "red, green";
-  await byId.get("ask").listeners.click();
+  await byId.get("form").listeners.submit({ preventDefault() {} });
   const canvas = byId.get("picture-img");
   process.stdout.write(JSON.stringify({ columns: byId.get("columns").children.map((one) => one.dataset.key || ""),
     request: JSON.parse(sent[0][1]), files: sent.slice(1).map((part) => part[0]), text: byId.get("text").textContent,
-    style: byId.get("text").className, boxes: canvas ? canvas.drawn : [], asking: byId.get("ask").disabled }));
+    error: byId.get("error").textContent, boxes: canvas ? canvas.drawn : [], asking: byId.get("ask").disabled }));
 })();
 """
 
@@ -145,15 +146,18 @@ def test_a_task_is_asked_and_its_box_drawn(tmp_path: Path) -> None:
         "data": {"q": "which?"},
     }
     assert found["files"] == ["img"] and found["boxes"] == [[1, 2, 29, 18]]
-    assert found["text"] == "1.0, 2.0, 30.0, 20.0" and not found["asking"]
+    assert found["text"] == "1.0, 2.0, 30.0, 20.0" and found["error"] == "" and not found["asking"]
 
 
 @needs_node
 def test_errors_are_shown(tmp_path: Path) -> None:
     found = drive(tmp_path, TASK, None)
-    assert found["text"] == "it was refused" and found["style"] == "bad" and not found["asking"]
+    assert found["error"] == "it was refused" and found["text"] == "" and not found["asking"]
+    token = json.dumps({"event": "token", "text": "the first", "tokens": 2, "answer": 0}) + "\n"
     event = {"event": "error", "error": {"message": "it failed on the way"}}
-    assert drive(tmp_path, TASK, json.dumps(event) + "\n")["text"] == "it failed on the way"
+    assert drive(tmp_path, TASK, token + json.dumps(event) + "\n")["error"] == "it failed on the way"
+    broken = drive(tmp_path, TASK, token)
+    assert broken["text"] == "the first" and broken["error"] == "the answer broke off: the connection was lost"
 
 
 @needs_node
