@@ -146,7 +146,7 @@ def _contenders(session: _Session, op: OpBench, spec: Any, dtype: str) -> dict[s
             ours = name == op.ours
             try:
                 if session.quick and name in op.slow:
-                    raise Unavailable("left out by --quick: it compiles for many seconds")
+                    raise Unavailable("left out by --quick: making it takes many seconds")
                 made[BACKEND if ours else name] = build(problem, BACKEND) if ours else build(problem)
             except (Unavailable, RuntimeError) as reason:
                 session.skip(op, spec.name, dtype, "fwd", BACKEND if ours else name, str(reason).splitlines()[0])

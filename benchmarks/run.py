@@ -256,7 +256,7 @@ def _contenders(session: _Session, spec: Any, dtype: str) -> dict[str, Contender
     for name, build in session.op.contenders.items():
         try:
             if session.quick and name in session.op.slow:
-                raise Unavailable("left out by --quick: it compiles for many seconds")
+                raise Unavailable("left out by --quick: making it takes many seconds")
             made[name] = build(problem)
         except Unavailable as reason:
             for phase in session.op.phases_of(spec):

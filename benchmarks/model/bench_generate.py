@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.core import DTYPES, Contender, Phase, Unavailable, Work
-from benchmarks.model import candidate_case
+from benchmarks.model import candidate_case, generate_libraries
 from benchmarks.model.candidate_case import Candidates
 from benchmarks.model.generate_peers import BOS, PEERS, Peer, PeerState, beam_search, prepared
 from benchmarks.model.train_step_peers import ATTENTION
@@ -44,7 +44,9 @@ ABOUT = {
     "expanded": "transformers' way: keys and values expanded to beams, SDPA, position terms cached and of the newest "
     "position only",
     "batched": "all candidates only: answers as rows of one decoding state, all logits, masked",
+    **generate_libraries.ABOUT,
 }
+SLOW_CONTENDERS = frozenset(generate_libraries.PEERS)
 _STRIDE = 16
 
 
@@ -89,6 +91,7 @@ CASES: dict[str, Spec] = {
     spec.name: spec
     for spec in (
         Spec("ofa_base_480_b4_beam5", "OFA-base, image 480 and 32 tokens, beam 5, 16 tokens, batch 4", 4, 5, 16),
+        Spec("text_932_b4_beam5", "OFA-base, 932 text tokens, no image, otherwise the same", 4, 5, 16, 0, 932),
         Spec("codes_1024_b4", "OFA-base, 32 tokens to 1024 codes, sampling, 4 samples", 4, 1, 1024, 0, codes=True),
         Spec(
             "allcand_3129",
@@ -194,10 +197,19 @@ def batched(problem: Problem) -> Contender:
     return candidate_case.contender("batched", problem.candidates, problem.memory)
 
 
+def _library(name: str) -> Callable[[Problem], Contender]:
+    def build(problem: Problem) -> Contender:
+        case = generate_libraries.case_of(problem.spec, problem.model.output_weight.dtype)
+        return generate_libraries.PEERS[name](case, problem.spec.image == 0)
+
+    return build
+
+
 CONTENDERS: dict[str, Callable[[Any], Contender]] = {
     OURS: ours,
     **{name: _peer(name) for name in PEERS},
     "batched": batched,
+    **{name: _library(name) for name in generate_libraries.PEERS},
 }
 
 

@@ -126,7 +126,7 @@ def _eager_model(spec: Spec) -> nn.Module:
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise Unavailable("transformers is not installed (pip install 'ofakern[dev]')") from error
+        raise Unavailable("transformers is not installed (pip install 'ofakern[bench]')") from error
     kind = getattr(transformers, spec.model)
     model: nn.Module = kind(kind.config_class(**spec.config, attn_implementation="eager"))
     return model
