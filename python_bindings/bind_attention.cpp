@@ -10,7 +10,7 @@ namespace py = pybind11;
 namespace ofakern {
 namespace {
 
-constexpr std::size_t kInputs = 23;  // what read_inputs takes, threads included
+constexpr std::size_t kInputs = 25;  // what read_inputs takes, threads included
 
 struct Call {
   AttentionInputs inputs;
@@ -45,6 +45,8 @@ Call read_inputs(Arguments& args) {
   in.layout.k_offsets = args.tensor("k_offsets");
   in.layout.key_seen = args.tensor("key_seen");
   in.layout.k_range = args.tensor("k_range");
+  in.layout.shared.sets = args.tensor("shared.sets");
+  in.layout.shared.members = args.tensor("shared.members");
   in.scale = args.real("scale");
   in.dropout_p = args.real("dropout_p");
   call.threads = args.threads();

@@ -47,7 +47,7 @@ class DenseAttention:
     ) -> Tensor:
         batch = layout.samples
         rows, hidden = self._places(layout)
-        bias = None if q_pos is None or k_pos is None else self._position_term(q_pos, k_pos, batch, scale)
+        bias = None if q_pos is None or k_pos is None else self._position_term(q_pos, k_pos, layout, scale)
         if tables:
             bias = _with_table(bias, tables[0], rows, self._clone)
         if hidden is not None:
@@ -57,9 +57,11 @@ class DenseAttention:
             out = torch.einsum("bhtd,h->bhtd", out, head_scale.to(out.dtype))
         return out.transpose(1, 2).reshape(q.shape[0], q.shape[1], v.shape[2])
 
-    def _position_term(self, q_pos: Tensor, k_pos: Tensor, batch: int, scale: float) -> Tensor:
+    def _position_term(self, q_pos: Tensor, k_pos: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
         if id(q_pos) not in self._shared:
-            term = (_heads(q_pos, batch) * scale) @ _heads(k_pos, batch).transpose(2, 3)
+            rows = (q_pos, k_pos) if layout.shared is None else layout.shared.spelled_out(q_pos, k_pos)
+            queries, keys = (_heads(x, layout.samples) for x in rows)
+            term = (queries * scale) @ keys.transpose(2, 3)
             self._shared[id(q_pos)] = (q_pos, term)
         return self._shared[id(q_pos)][1]
 

@@ -24,14 +24,15 @@ def timed_size(problem: Any, harness: Any, backend: str) -> None:
     queries, keys = problem.spec.lengths[0], problem.spec.keys[0]
     picked = torch.linspace(0, queries - 1, min(_ROWS, queries)).long()
     head = slice(problem.spec.heads - 1, problem.spec.heads)
-    names = ["out", "lse", "dq"] + (["dq_pos"] if problem.q_pos is not None else [])
+    own_positions = problem.q_pos is not None and not problem.spec.shared  # the gradient of others' is a sum
+    names = ["out", "lse", "dq"] + (["dq_pos"] if own_positions else [])
 
     timed = problem if backend == "cpu" else moved(problem, "cuda")
 
     def run(_: Any) -> dict[str, Tensor]:
         with harness.poisoned_empty():
             out, lse = timed.run(return_lse=True, backend=backend)
-            wanted = [timed.q] + ([] if timed.q_pos is None else [timed.q_pos])
+            wanted = [timed.q] + ([timed.q_pos] if own_positions else [])
             grads = torch.autograd.grad(out, wanted, timed.dout)
         values = [out.detach(), lse.detach(), *grads]
         return {name: value.cpu()[picked][:, head] for name, value in zip(names, values, strict=True)}

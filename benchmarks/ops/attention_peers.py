@@ -25,7 +25,8 @@ _DENSE_COPIES = 8  # [B,H,T,S] buffers alive at once in the backward of a dense 
 
 @dataclass
 class Padded:
-    """A problem as its peers take it. rows: the table row of every pair of a sample, `table.shape[1]` for none."""
+    """A problem as its peers take it. rows: the table row of every pair of a sample, `table.shape[1]` for none. q_pos,
+    k_pos: `[1,H,T,P]` where samples share their positions; a peer whose formula can does the same."""
 
     q: Tensor
     k: Tensor
@@ -85,8 +86,8 @@ def _padded(problem: Any) -> Padded:
         must(pad(problem.q, spec.lengths)),
         must(pad(problem.k, spec.keys)),
         must(pad(problem.v, spec.keys)),
-        pad(problem.q_pos, spec.lengths),
-        pad(problem.k_pos, spec.keys),
+        pad(problem.q_pos, spec.lengths[: spec.position_sets]),
+        pad(problem.k_pos, spec.keys[: spec.position_sets]),
         table,
         None,
         blocks if spec.table else (),
@@ -173,6 +174,10 @@ def sdpa_mask(problem: Any) -> Contender:
     return Contender("sdpa_mask", forward, leaves, x.dout, x.packed)
 
 
+def _beside(x: Tensor, positions: Tensor) -> Tensor:
+    return torch.cat([x, positions.expand(x.shape[0], -1, -1, -1)], -1)
+
+
 def sdpa_concat(problem: Any) -> Contender:
     if problem.q_pos is None:
         raise Unavailable("the case has no factored term to concatenate")
@@ -181,7 +186,7 @@ def sdpa_concat(problem: Any) -> Contender:
 
     def forward() -> Tensor:
         assert x.q_pos is not None and x.k_pos is not None
-        q, k = torch.cat([x.q, x.q_pos], -1), torch.cat([x.k, x.k_pos], -1)
+        q, k = _beside(x.q, x.q_pos), _beside(x.k, x.k_pos)
         v = F.pad(x.v, (0, q.shape[-1] - width))
         relative = _relative(x, q.dtype)
         mask = None if relative is None else relative.expand(q.shape[0], -1, -1, -1)
@@ -199,7 +204,8 @@ def ofasys(problem: Any) -> Contender:
     def forward() -> Tensor:
         bias = None
         if x.q_pos is not None and x.k_pos is not None:
-            bias = torch.matmul(x.q_pos * x.scale, x.k_pos.transpose(2, 3)).clone()
+            bias = torch.matmul(x.q_pos * x.scale, x.k_pos.transpose(2, 3))
+            bias = bias.expand(x.q.shape[0], -1, -1, -1).clone()  # it has positions of every sample
             for lo, hi in x.blocks:
                 assert x.table is not None and x.rows is not None
                 block = F.embedding(x.rows[lo:hi, lo:hi], x.table.t()).permute(2, 0, 1).to(bias.dtype)
@@ -261,7 +267,7 @@ def flex(problem: Any) -> Contender:
     def forward() -> Tensor:
         q, k = _flex_leaf(x.q), _flex_leaf(x.k)
         if x.q_pos is not None and x.k_pos is not None:
-            q, k = torch.cat([q, _flex_leaf(x.q_pos)], -1), torch.cat([k, _flex_leaf(x.k_pos)], -1)
+            q, k = _beside(q, _flex_leaf(x.q_pos)), _beside(k, _flex_leaf(x.k_pos))
         v = F.pad(_flex_leaf(x.v), (0, q.shape[-1] - x.v.shape[-1]))
         out: Tensor = compiled(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=x.scale)
         return x.scaled(out[..., : x.v.shape[-1]])

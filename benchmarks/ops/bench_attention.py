@@ -27,7 +27,8 @@ class Spec:
     """A case. lengths: tokens per sample (queries; keys too unless key_lengths says otherwise).
 
     grid: side of the image in patches, 0 without one; the rest of a sample is text. pos_width: P, 0 without the
-    factored term. table: one relative term, image and text blocks; head_scale comes with either.
+    factored term. table: one relative term, image and text blocks; head_scale comes with either. shared: all samples
+    have the same positions, and the layout says so.
     """
 
     name: str
@@ -40,12 +41,18 @@ class Spec:
     grid: int = 0
     table: bool = False
     causal: bool = False
+    shared: bool = False
     quick: bool = False
     default: bool = True
 
     @property
     def keys(self) -> tuple[int, ...]:
         return self.lengths if self.key_lengths is None else self.key_lengths
+
+    @property
+    def position_sets(self) -> int:
+        """How many samples have positions of their own."""
+        return 1 if self.shared else len(self.lengths)
 
     @property
     def image(self) -> int:
@@ -68,8 +75,8 @@ CASES: dict[str, Spec] = {
     spec.name: spec
     for spec in (
         _ofa("ofa_base_enc_1024", "OFA-base encoder, B2, 900 image and 124 text tokens", 2, 30, 124, quick=True),
-        _ofa("ofa_base_enc_1024_b8", "the same, B8", 8, 30, 124),
-        _ofa("ofa_base_enc_1024_b32", "the same, B32: a GPU's size", 32, 30, 124, default=False),
+        _ofa("ofa_base_enc_1024_b8", "the same, B8: samples that share their positions", 8, 30, 124, shared=True),
+        _ofa("ofa_base_enc_1024_b32", "the same, B32: a GPU's size", 32, 30, 124, shared=True, default=False),
         Spec("plain_1024", "no bias, no mask, B2 T1024", (1024,) * 2),
         Spec("plain_1024_b32", "the same, B32: a GPU's size", (1024,) * 32, default=False),
         Spec("causal_1024", "no bias, causal, B2 T1024", (1024,) * 2, causal=True),
@@ -146,15 +153,17 @@ def make(spec: Spec, dtype: str) -> Problem:
     terms = _terms(spec)
     visible = intervals.causal(spec.lengths) if spec.causal else intervals.cross(spec.lengths, spec.keys)
     heads, width, pos = spec.heads, spec.width, spec.pos_width
+    sets = [0] * len(spec.lengths) if spec.shared else None
+    q_rows, k_rows = sum(spec.lengths[: spec.position_sets]), sum(spec.keys[: spec.position_sets])
     return Problem(
         spec,
         DTYPES[dtype],
-        AttentionLayout.build(visible, spec.lengths, spec.keys, terms),
+        AttentionLayout.build(visible, spec.lengths, spec.keys, terms, sets, sets),
         leaf(queries, heads, width),
         leaf(keys, heads, width),
         leaf(keys, heads, width),
-        leaf(queries, heads, pos) if pos else None,
-        leaf(keys, heads, pos) if pos else None,
+        leaf(q_rows, heads, pos) if pos else None,
+        leaf(k_rows, heads, pos) if pos else None,
         tuple(leaf(heads, term.rows, like=torch.float32) for term in terms),
         leaf(heads, like=torch.float32) if pos or spec.table else None,
         normal(queries, heads, width),
@@ -197,11 +206,12 @@ def work(spec: Spec, dtype: str, phase: Phase) -> Work:
     Per head and visible pair, K = V = `width`, P = `pos_width`, 2 operations per multiply-add:
     forward: q.k 2K, q_pos.k_pos 2P, probability times v 2V                                    -> 2(K+P) + 2V
     backward: the scores again 2(K+P), dP = dout.v 2V, dv 2V, dq and dk 4K, dq_pos, dk_pos 4P  -> 6(K+P) + 4V
-    With K = V = P = 64 that is 384 and 1024, without the factored term 256 and 640. The bias, exponentials and table
+    With K = V = P = 64 that is 384 and 1024, without the factored term 256 and 640. Where samples share their
+    positions, P counts once for all of them. The bias, exponentials and table
     sums are not counted. Bytes: each input read once, each output written once, in each pass.
     """
     head_pairs = spec.heads * spec.pairs
-    query_key, value = spec.width + spec.pos_width, spec.width
+    query_key, value = spec.width + spec.pos_width * spec.position_sets / len(spec.lengths), spec.width
     flops = head_pairs * (2 * query_key + 2 * value)
     item = DTYPES[dtype].itemsize
     queries, keys = spec.heads * sum(spec.lengths), spec.heads * sum(spec.keys)

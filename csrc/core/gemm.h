@@ -4,6 +4,7 @@
 // A is row-major, K contiguous. B is cut into panels of kPanel columns; within a panel, `kPair<Elem>` consecutive k of
 // one column stand together (1 for f32, 2 for bf16), so a panel row is kPanel * kPair elements. Padding is the
 // caller's: K is a multiple of kDepth<Elem>, M of kRows<Elem>, N of kColumns<Elem>, and pads of A or B hold zeros.
+// What a product is added to need not stand where the sum goes (Onto).
 #pragma once
 
 #include "core/vec.h"
@@ -56,6 +57,15 @@ struct Panels {
   i64 row_stride;    // elements from one k group to the next
 };
 
+// What a product is added to: nothing, C itself, or another block of C's shape.
+struct Onto {
+  const float* data = nullptr;
+  i64 stride = 0;  // elements from one row to the next
+
+  Onto from(i64 row, i64 column) const { return data == nullptr ? *this : Onto{data + row * stride + column, stride}; }
+};
+OFAKERN_HOT Onto onto_itself(bool add, const float* c, i64 ldc) { return add ? Onto{c, ldc} : Onto{}; }
+
 OFAKERN_HOT Vec broadcast_a(const float* a) { return vset(*a); }
 OFAKERN_HOT Vec load_b(const float* b) { return vload(b); }
 OFAKERN_HOT Vec dot(Vec a, Vec b, Vec c, const float*) { return vfma(a, b, c); }
@@ -79,12 +89,12 @@ constexpr i64 kChain = sizeof(Elem) == 4 ? 96 : i64{1} << 62;
 // One register tile of ROWS x VECS vectors; the whole K runs through it.
 template <class Elem, int ROWS, int VECS>
 OFAKERN_LOCAL void gemm_tile(i64 groups, const Elem* a, i64 lda, const Elem* b, i64 b_row, float* c, i64 ldc,
-                             bool add) {
+                             Onto onto) {
   constexpr int kPair = Gemm<Elem>::kPair;
   i64 g = 0;
   do {
     const i64 end = g + min_of(groups - g, kChain<Elem>);
-    const bool onto = add || g > 0;
+    const Onto start = g > 0 ? Onto{c, ldc} : onto;
     Vec acc[ROWS][VECS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
@@ -106,31 +116,32 @@ OFAKERN_LOCAL void gemm_tile(i64 groups, const Elem* a, i64 lda, const Elem* b, 
 #pragma GCC unroll 8
       for (int x = 0; x < VECS; ++x) {
         float* const out = c + r * ldc + x * kWidth;
-        vstore(out, onto ? vadd(vload(out), acc[r][x]) : acc[r][x]);
+        vstore(out,
+               start.data != nullptr ? vadd(vload(start.data + r * start.stride + x * kWidth), acc[r][x]) : acc[r][x]);
       }
   } while (g < groups);
 }
 
 template <class Elem, int ROWS>
 OFAKERN_LOCAL void gemm_tile_vecs(int vecs, i64 groups, const Elem* a, i64 lda, const Elem* b, i64 b_row, float* c,
-                                  i64 ldc, bool add) {
+                                  i64 ldc, Onto onto) {
   switch (vecs) {
     case 1:
-      return gemm_tile<Elem, ROWS, 1>(groups, a, lda, b, b_row, c, ldc, add);
+      return gemm_tile<Elem, ROWS, 1>(groups, a, lda, b, b_row, c, ldc, onto);
     case 2:
-      return gemm_tile<Elem, ROWS, 2>(groups, a, lda, b, b_row, c, ldc, add);
+      return gemm_tile<Elem, ROWS, 2>(groups, a, lda, b, b_row, c, ldc, onto);
 #if defined(__AVX512F__)
     case 3:
-      return gemm_tile<Elem, ROWS, 3>(groups, a, lda, b, b_row, c, ldc, add);
+      return gemm_tile<Elem, ROWS, 3>(groups, a, lda, b, b_row, c, ldc, onto);
     default:
-      return gemm_tile<Elem, ROWS, 4>(groups, a, lda, b, b_row, c, ldc, add);
+      return gemm_tile<Elem, ROWS, 4>(groups, a, lda, b, b_row, c, ldc, onto);
 #endif
   }
 }
 
 template <class Elem>
 OFAKERN_LOCAL void gemm_vector(i64 m, i64 n, i64 k, const Elem* a, i64 lda, Panels<Elem> b, float* c, i64 ldc,
-                               bool add) {
+                               Onto onto) {
   const i64 groups = k / Gemm<Elem>::kPair;
   for (i64 n0 = 0; n0 < n; n0 += kPanel) {
     const int vecs = static_cast<int>(min_of<i64>(kPanel, n - n0) / kWidth);
@@ -138,11 +149,13 @@ OFAKERN_LOCAL void gemm_vector(i64 m, i64 n, i64 k, const Elem* a, i64 lda, Pane
     i64 m0 = 0;
     for (; m0 + kTileRows <= m; m0 += kTileRows)
       gemm_tile_vecs<Elem, kTileRows>(vecs, groups, a + m0 * lda, lda, panel, b.row_stride, c + m0 * ldc + n0, ldc,
-                                      add);
+                                      onto.from(m0, n0));
     for (; m0 + 2 <= m; m0 += 2)
-      gemm_tile_vecs<Elem, 2>(vecs, groups, a + m0 * lda, lda, panel, b.row_stride, c + m0 * ldc + n0, ldc, add);
+      gemm_tile_vecs<Elem, 2>(vecs, groups, a + m0 * lda, lda, panel, b.row_stride, c + m0 * ldc + n0, ldc,
+                              onto.from(m0, n0));
     if (m0 < m)
-      gemm_tile_vecs<Elem, 1>(vecs, groups, a + m0 * lda, lda, panel, b.row_stride, c + m0 * ldc + n0, ldc, add);
+      gemm_tile_vecs<Elem, 1>(vecs, groups, a + m0 * lda, lda, panel, b.row_stride, c + m0 * ldc + n0, ldc,
+                              onto.from(m0, n0));
   }
 }
 
@@ -170,14 +183,16 @@ struct AmxTiles {
 
 // A 16*ROWS x 16*COLS block of C (ROWS, COLS in {1, 2}).
 template <int ROWS, int COLS>
-OFAKERN_LOCAL void amx_block(i64 k, const bf16* a, i64 lda, const bf16* b, i64 b_row, float* c, i64 ldc, bool add) {
+OFAKERN_LOCAL void amx_block(i64 k, const bf16* a, i64 lda, const bf16* b, i64 b_row, float* c, i64 ldc, Onto onto) {
   const i64 c_bytes = ldc * 4, a_bytes = lda * 2, b_bytes = b_row * 2;
   float* c1 = c + 16 * ldc;
-  if (add) {
-    _tile_loadd(0, c, c_bytes);
-    if (COLS == 2) _tile_loadd(1, c + 16, c_bytes);
-    if (ROWS == 2) _tile_loadd(2, c1, c_bytes);
-    if (ROWS == 2 && COLS == 2) _tile_loadd(3, c1 + 16, c_bytes);
+  if (onto.data != nullptr) {
+    const i64 onto_bytes = onto.stride * 4;
+    const float* onto1 = onto.data + 16 * onto.stride;
+    _tile_loadd(0, onto.data, onto_bytes);
+    if (COLS == 2) _tile_loadd(1, onto.data + 16, onto_bytes);
+    if (ROWS == 2) _tile_loadd(2, onto1, onto_bytes);
+    if (ROWS == 2 && COLS == 2) _tile_loadd(3, onto1 + 16, onto_bytes);
   } else {
     _tile_zero(0);
     if (COLS == 2) _tile_zero(1);
@@ -205,25 +220,26 @@ OFAKERN_LOCAL void amx_block(i64 k, const bf16* a, i64 lda, const bf16* b, i64 b
   if (ROWS == 2 && COLS == 2) _tile_stored(3, c1 + 16, c_bytes);
 }
 
-OFAKERN_LOCAL void gemm_amx(i64 m, i64 n, i64 k, const bf16* a, i64 lda, Panels<bf16> b, float* c, i64 ldc, bool add) {
+OFAKERN_LOCAL void gemm_amx(i64 m, i64 n, i64 k, const bf16* a, i64 lda, Panels<bf16> b, float* c, i64 ldc, Onto onto) {
   for (i64 n0 = 0; n0 < n; n0 += 32) {
     const bf16* columns = b.data + n0 / kPanel * b.panel_stride + n0 % kPanel * 2;
     const bool two = n0 + 32 <= n;
     for (i64 m0 = 0; m0 < m; m0 += 32) {
       const bf16* rows = a + m0 * lda;
       float* block = c + m0 * ldc + n0;
+      const Onto from = onto.from(m0, n0);
       if (m0 + 32 <= m)
-        two ? amx_block<2, 2>(k, rows, lda, columns, b.row_stride, block, ldc, add)
-            : amx_block<2, 1>(k, rows, lda, columns, b.row_stride, block, ldc, add);
+        two ? amx_block<2, 2>(k, rows, lda, columns, b.row_stride, block, ldc, from)
+            : amx_block<2, 1>(k, rows, lda, columns, b.row_stride, block, ldc, from);
       else
-        two ? amx_block<1, 2>(k, rows, lda, columns, b.row_stride, block, ldc, add)
-            : amx_block<1, 1>(k, rows, lda, columns, b.row_stride, block, ldc, add);
+        two ? amx_block<1, 2>(k, rows, lda, columns, b.row_stride, block, ldc, from)
+            : amx_block<1, 1>(k, rows, lda, columns, b.row_stride, block, ldc, from);
     }
   }
 }
 
-OFAKERN_HOT void gemm(i64 m, i64 n, i64 k, const bf16* a, i64 lda, Panels<bf16> b, float* c, i64 ldc, bool add) {
-  gemm_amx(m, n, k, a, lda, b, c, ldc, add);
+OFAKERN_HOT void gemm(i64 m, i64 n, i64 k, const bf16* a, i64 lda, Panels<bf16> b, float* c, i64 ldc, Onto onto) {
+  gemm_amx(m, n, k, a, lda, b, c, ldc, onto);
 }
 #else
 // Nothing to configure without AMX.
@@ -232,14 +248,20 @@ struct AmxTiles {
   ~AmxTiles() {}
 };
 #if defined(OFAKERN_NATIVE_BF16)
-OFAKERN_HOT void gemm(i64 m, i64 n, i64 k, const bf16* a, i64 lda, Panels<bf16> b, float* c, i64 ldc, bool add) {
-  gemm_vector(m, n, k, a, lda, b, c, ldc, add);
+OFAKERN_HOT void gemm(i64 m, i64 n, i64 k, const bf16* a, i64 lda, Panels<bf16> b, float* c, i64 ldc, Onto onto) {
+  gemm_vector(m, n, k, a, lda, b, c, ldc, onto);
 }
 #endif
 #endif
 
-OFAKERN_HOT void gemm(i64 m, i64 n, i64 k, const float* a, i64 lda, Panels<float> b, float* c, i64 ldc, bool add) {
-  gemm_vector(m, n, k, a, lda, b, c, ldc, add);
+OFAKERN_HOT void gemm(i64 m, i64 n, i64 k, const float* a, i64 lda, Panels<float> b, float* c, i64 ldc, Onto onto) {
+  gemm_vector(m, n, k, a, lda, b, c, ldc, onto);
+}
+
+// C = A B, or C += A B.
+template <class Elem>
+OFAKERN_HOT void gemm(i64 m, i64 n, i64 k, const Elem* a, i64 lda, Panels<Elem> b, float* c, i64 ldc, bool add) {
+  gemm(m, n, k, a, lda, b, c, ldc, onto_itself(add, c, ldc));
 }
 
 }  // namespace

@@ -170,21 +170,22 @@ constexpr i64 kSliceElements = Blocking<Elem>::kColumns * Blocking<Elem>::kDepth
 template <class Elem>
 OFAKERN_LOCAL void slice_rows(int rows, int vecs, i64 groups, const Elem* a, i64 lda, const Elem* b, i64 b_row,
                               float* c, i64 ldc, bool add) {
+  const Onto onto = onto_itself(add, c, ldc);
   switch (rows) {
     case 1:
-      return gemm_tile_vecs<Elem, 1>(vecs, groups, a, lda, b, b_row, c, ldc, add);
+      return gemm_tile_vecs<Elem, 1>(vecs, groups, a, lda, b, b_row, c, ldc, onto);
     case 2:
-      return gemm_tile_vecs<Elem, 2>(vecs, groups, a, lda, b, b_row, c, ldc, add);
+      return gemm_tile_vecs<Elem, 2>(vecs, groups, a, lda, b, b_row, c, ldc, onto);
     case 3:
-      return gemm_tile_vecs<Elem, 3>(vecs, groups, a, lda, b, b_row, c, ldc, add);
+      return gemm_tile_vecs<Elem, 3>(vecs, groups, a, lda, b, b_row, c, ldc, onto);
 #if defined(__AVX2__)
     case 4:
-      return gemm_tile_vecs<Elem, 4>(vecs, groups, a, lda, b, b_row, c, ldc, add);
+      return gemm_tile_vecs<Elem, 4>(vecs, groups, a, lda, b, b_row, c, ldc, onto);
     case 5:
-      return gemm_tile_vecs<Elem, 5>(vecs, groups, a, lda, b, b_row, c, ldc, add);
+      return gemm_tile_vecs<Elem, 5>(vecs, groups, a, lda, b, b_row, c, ldc, onto);
 #endif
     default:
-      return gemm_tile_vecs<Elem, kTileRows>(vecs, groups, a, lda, b, b_row, c, ldc, add);
+      return gemm_tile_vecs<Elem, kTileRows>(vecs, groups, a, lda, b, b_row, c, ldc, onto);
   }
 }
 
@@ -205,12 +206,13 @@ OFAKERN_LOCAL void slice_product(i64 m, i64 columns, i64 depth, const bf16* a, i
   for (i64 m0 = 0; m0 < m; m0 += 32) {
     const bf16* rows = a + m0 * lda;
     float* block = c + m0 * ldc;
+    const Onto onto = onto_itself(add, block, ldc);
     if (m0 + 16 < m)
-      two ? amx_block<2, 2>(depth, rows, lda, slice, 64, block, ldc, add)
-          : amx_block<2, 1>(depth, rows, lda, slice, 64, block, ldc, add);
+      two ? amx_block<2, 2>(depth, rows, lda, slice, 64, block, ldc, onto)
+          : amx_block<2, 1>(depth, rows, lda, slice, 64, block, ldc, onto);
     else
-      two ? amx_block<1, 2>(depth, rows, lda, slice, 64, block, ldc, add)
-          : amx_block<1, 1>(depth, rows, lda, slice, 64, block, ldc, add);
+      two ? amx_block<1, 2>(depth, rows, lda, slice, 64, block, ldc, onto)
+          : amx_block<1, 1>(depth, rows, lda, slice, 64, block, ldc, onto);
   }
 }
 #endif

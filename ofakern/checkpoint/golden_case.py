@@ -160,7 +160,8 @@ def hide_padding(model: OFAPlus, side: PackedSide, lengths: Sequence[int]) -> No
     ends = side.offsets[:-1] + torch.tensor(lengths, dtype=torch.int32)
     visible = layout.visible.clone()
     visible[:, 1] = visible[:, 1].minimum(ends.repeat_interleave(side.offsets.diff()))
-    layout = AttentionLayout.build(visible, side.lengths_cpu, side.lengths_cpu, list(layout.terms))
+    lengths, sets = side.lengths_cpu, None if plan.sets is None else plan.sets.numbers
+    layout = AttentionLayout.build(visible, lengths, lengths, list(layout.terms), sets, sets)
     for key in [key for key, value in side.cache.items() if value is plan]:
         side.cache[key] = replace(plan, layout=layout)
 

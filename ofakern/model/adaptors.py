@@ -59,12 +59,13 @@ class AdaptorGroup(nn.Module):
         """The side's plan, built at the first call and kept in the side's cache."""
         routed = "ofasys" if self.config.compat == "ofasys" else "modality"
         experts = routed if self.config.modal_ffn else ""
-        key = ("plan", self.source, self.config.use_self_attn_bias, experts, self.config.adaptors)
+        factored = self.pos_q_linear is not None
+        key = ("plan", self.source, self.config.use_self_attn_bias, experts, self.config.adaptors, factored)
         plan = side.cache.get(key)
         if not isinstance(plan, SidePlan):
             relative = self.config.use_self_attn_bias
             causal = not self.source and self._is_ordered(side)
-            plan = plan_side(side, self.adaptors, causal=causal, relative=relative, experts=experts)
+            plan = plan_side(side, self.adaptors, causal=causal, relative=relative, experts=experts, factored=factored)
             side.cache[key] = plan
         return plan
 

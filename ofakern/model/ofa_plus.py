@@ -50,9 +50,8 @@ class OFAPlus(nn.Module):
 
     def prepare(self, batch: PackedBatch) -> PackedBatch:
         """Builds the batch's layouts now, e.g. before it moves to a device, instead of at its first use."""
-        self.encoder.adaptor.plan(batch.source)
-        self.decoder.adaptor.plan(batch.target)
-        self.decoder.cross_layout(batch.target, batch.source.lengths_cpu)
+        source = self.encoder.adaptor.plan(batch.source)
+        self.decoder.cross_layout(batch.target, batch.source.lengths_cpu, source.sets)
         return batch
 
     def encode(self, side: PackedSide) -> Memory:

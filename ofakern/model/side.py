@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,10 +14,28 @@ from ofakern.errors import OfakernValueError
 from ofakern.nn.adaptor import Adaptor
 from ofakern.nn.experts import Routing
 from ofakern.nn.relative import RelativeBlock
-from ofakern.ops.attention import AttentionLayout, RelativeTerm
+from ofakern.ops.attention import AttentionLayout, RelativeTerm, same_prefixes
 from ofakern.ops.attention.intervals import causal as causal_intervals
 from ofakern.ops.attention.intervals import cross as cross_intervals
 from ofakern.ops.attention.intervals import full as full_intervals
+
+
+@dataclass(frozen=True)
+class PositionSets:
+    """Samples whose tokens have the same position embeddings, as far as they go: images of one size, texts.
+
+    numbers: of each sample, its set. rows: int64 `[M]`, the packed tokens of each set's longest sample, set by set.
+    """
+
+    numbers: tuple[int, ...]
+    rows: Tensor
+
+    def take(self, positions: Tensor) -> Tensor:
+        """The sets' rows `[M, D]` of position embeddings `[N, D]`."""
+        return positions.index_select(0, self.rows)
+
+    def to(self, device: torch.device | str) -> PositionSets:
+        return replace(self, rows=self.rows.to(device))
 
 
 @dataclass(frozen=True)
@@ -24,13 +43,18 @@ class SidePlan:
     """layout: of self-attention. blocks: (adaptor's name, block) in table order, second_blocks: those of the second
     relative term. order: int64 `[N]`, the row of the
     concatenated adaptor outputs that each packed token takes; None when that is the identity. routing: of the tokens to
-    feed-forward experts, where the model has them."""
+    feed-forward experts, where the model has them. sets: samples that share their positions, where it pays."""
 
     layout: AttentionLayout
     blocks: tuple[tuple[str, RelativeBlock], ...]
     order: Tensor | None
     routing: Routing | None = None
     second_blocks: tuple[tuple[str, RelativeBlock], ...] = ()
+    sets: PositionSets | None = None
+
+    def factored_rows(self, positions: Tensor) -> Tensor:
+        """The rows of position embeddings `[N, D]` that the factored term is made of: as the layout counts them."""
+        return positions if self.sets is None else self.sets.take(positions)
 
     def to(self, device: torch.device | str) -> SidePlan:
         return replace(
@@ -40,14 +64,21 @@ class SidePlan:
             second_blocks=tuple((name, block.to(device)) for name, block in self.second_blocks),
             order=None if self.order is None else self.order.to(device),
             routing=None if self.routing is None else self.routing.to(device),
+            sets=None if self.sets is None else self.sets.to(device),
         )
 
 
 def plan_side(
-    side: PackedSide, adaptors: Mapping[str, Adaptor], causal: bool, relative: bool, experts: str = ""
+    side: PackedSide,
+    adaptors: Mapping[str, Adaptor],
+    causal: bool,
+    relative: bool,
+    experts: str = "",
+    factored: bool = True,
 ) -> SidePlan:
     """Builds a side's plan on the CPU and moves it to the side's device.
 
+    factored: there is a factored position term, which samples may share.
     experts: "": none; "modality": a token's expert is its modality; "ofasys": as that implementation routes.
     """
     first, second = _TermBuilder(side.tokens), _TermBuilder(side.tokens)
@@ -63,13 +94,36 @@ def plan_side(
     terms = [builder.term() for builder in (first, second) if builder.blocks]
     lengths = side.lengths_cpu
     visible = causal_intervals(lengths) if causal else full_intervals(lengths)
-    layout = AttentionLayout.build(visible, lengths, lengths, terms)
+    sets = position_sets(side) if factored else None
+    numbers = None if sets is None else sets.numbers
+    layout = AttentionLayout.build(visible, lengths, lengths, terms, numbers, numbers)
     routing = None
     if experts:
         modality = side.modality_id.cpu() if experts == "modality" else _misplaced_modality(side)
         routing = Routing.build(modality - 1)
     order = _packing_order(side)
-    return SidePlan(layout, tuple(first.blocks), order, routing, tuple(second.blocks)).to(side.device)
+    return SidePlan(layout, tuple(first.blocks), order, routing, tuple(second.blocks), sets).to(side.device)
+
+
+def position_sets(side: PackedSide) -> PositionSets | None:
+    """Samples that share positions; None where fewer than two do on the average, which is not worth it.
+
+    A token's position embedding is a function of its adaptor, the size of the value and its place (`positions`).
+    """
+    codes = np.zeros(side.tokens, dtype=np.int64)
+    for number, values in enumerate(side.segments):  # one for each adaptor and size
+        codes[values.rows.cpu().numpy()] = (number << 32) + values.positions.cpu().numpy()
+    counts = np.asarray(side.lengths_cpu, dtype=np.int64)
+    numbers, longest = same_prefixes(codes, counts)
+    if not _worth_sharing(len(longest), side.samples):
+        return None
+    starts = np.cumsum(counts) - counts
+    rows = np.concatenate([np.arange(starts[sample], starts[sample] + counts[sample]) for sample in longest])
+    return PositionSets(tuple(numbers), torch.from_numpy(rows))
+
+
+def _worth_sharing(sets: int, samples: int) -> bool:
+    return 0 < 2 * sets <= samples
 
 
 class _TermBuilder:
@@ -115,14 +169,25 @@ def _misplaced_modality(side: PackedSide) -> Tensor:
     return column[(t * samples + sample) % max(column.shape[0], 1)]
 
 
-def plan_cross(target: PackedSide, source_lengths: tuple[int, ...]) -> AttentionLayout:
-    """Every target token sees its sample's source tokens."""
+def plan_cross(
+    target: PackedSide,
+    source_lengths: tuple[int, ...],
+    target_sets: PositionSets | None = None,
+    source_sets: PositionSets | None = None,
+) -> AttentionLayout:
+    """Every target token sees its sample's source tokens. Positions are shared where both sides' are, if it pays."""
     if len(source_lengths) != target.samples:
         raise OfakernValueError(
             f"OFAPlus.decode: side must have as many samples as memory ({len(source_lengths)}), got {target.samples}"
         )
     visible = cross_intervals(target.lengths_cpu, source_lengths)
-    return AttentionLayout.build(visible, target.lengths_cpu, source_lengths).to(target.device)
+    sharing: tuple[Sequence[int], Sequence[int]] | tuple[None, None] = (None, None)
+    if target_sets is not None and source_sets is not None:
+        pairs = set(zip(target_sets.numbers, source_sets.numbers, strict=True))
+        if _worth_sharing(len(pairs), target.samples):
+            sharing = target_sets.numbers, source_sets.numbers
+    layout = AttentionLayout.build(visible, target.lengths_cpu, source_lengths, (), *sharing)
+    return layout.to(target.device)
 
 
 def find_adaptor(adaptors: Mapping[str, Adaptor], values: AdaptorInput) -> Adaptor:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ofakern.data.batch import PackedSide
 from ofakern.model.adaptors import AdaptorGroup
 from ofakern.model.config import OFAConfig
-from ofakern.model.side import plan_cross
+from ofakern.model.side import PositionSets, plan_cross
 from ofakern.nn.attention import Positions, split_heads
 from ofakern.nn.experts import Routing
 from ofakern.nn.layers import DecoderLayer, EncoderLayer, Samples
@@ -26,12 +26,13 @@ from ofakern.ops.attention import AttentionLayout
 class Memory:
     """The encoder's result. Its content is the model's own: nothing outside `ofakern.model` reads it.
 
-    samples: B.
+    samples: B. sets: samples that share positions, where the encoder made use of it.
     """
 
     states: Tensor
     positions: Tensor
     lengths: tuple[int, ...]
+    sets: PositionSets | None = None
 
     @property
     def samples(self) -> int:
@@ -62,7 +63,7 @@ class Encoder(nn.Module):
     def forward(self, side: PackedSide) -> Memory:
         x, positions = self.adaptor(side)
         plan = self.adaptor.plan(side)
-        q_pos, k_pos = self.adaptor.factored(positions)
+        q_pos, k_pos = self.adaptor.factored(plan.factored_rows(positions))
         prefixes, prefix_layout = prefixes_of(self.encoder_prompt_encoder, side.tokens, len(self.layers), x.device)
         shared = Positions(plan.layout, q_pos, k_pos, self.backend, prefix_layout)
         samples = dropped_together(side, self.config.compat)
@@ -72,7 +73,7 @@ class Encoder(nn.Module):
             x = run_layer(self, call, x, tables=own_tables)
         if self.layer_norm is not None:
             x = self.layer_norm(x)
-        return Memory(x, positions, side.lengths_cpu)
+        return Memory(x, positions, side.lengths_cpu, plan.sets)
 
 
 class Decoder(nn.Module):
@@ -94,12 +95,16 @@ class Decoder(nn.Module):
     def decoder_layers(self) -> list[DecoderLayer]:
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
-    def cross_layout(self, side: PackedSide, source_lengths: tuple[int, ...]) -> AttentionLayout:
+    def cross_layout(
+        self, side: PackedSide, source_lengths: tuple[int, ...], source_sets: PositionSets | None = None
+    ) -> AttentionLayout:
         """Of cross attention; kept in the target side's cache."""
-        key = ("cross", source_lengths)
+        sets = self.adaptor.plan(side).sets if self.cross_pos_q_linear is not None else None
+        numbers = None if sets is None or source_sets is None else (sets.numbers, source_sets.numbers)
+        key = ("cross", source_lengths, numbers)
         layout = side.cache.get(key)
         if not isinstance(layout, AttentionLayout):
-            layout = plan_cross(side, source_lengths)
+            layout = plan_cross(side, source_lengths, sets, source_sets)
             side.cache[key] = layout
         return layout
 
@@ -114,21 +119,23 @@ class Decoder(nn.Module):
     def forward(self, side: PackedSide, memory: Memory) -> Tensor:
         x, positions = self.adaptor(side)
         plan = self.adaptor.plan(side)
-        q_pos, k_pos = self.adaptor.factored(positions)
+        q_pos, k_pos = self.adaptor.factored(plan.factored_rows(positions))
         prefixes, prefix_layout = prefixes_of(self.decoder_prompt_encoder, side.tokens, len(self.layers), x.device)
         own = Positions(plan.layout, q_pos, k_pos, self.backend, prefix_layout)
-        cross = Positions(
-            self.cross_layout(side, memory.lengths),
-            self.cross_queries(positions),
-            self.cross_keys(memory),
-            self.backend,
-        )
+        cross = self._cross(side, positions, memory)
         samples = dropped_together(side, self.config.compat)
         tables = self.adaptor.tables(plan.blocks, plan.second_blocks)
         for layer, own_tables, prefix in zip(self.decoder_layers(), tables, prefixes, strict=True):
             call = partial(_decoder_layer, layer, own, cross, memory.states, samples, plan.routing, prefix)
             x = run_layer(self, call, x, tables=own_tables)
         return self.finish(x)
+
+    def _cross(self, side: PackedSide, positions: Tensor, memory: Memory) -> Positions:
+        layout, sources = self.cross_layout(side, memory.lengths, memory.sets), memory.positions
+        if layout.shared is not None and memory.sets is not None:
+            positions, sources = self.adaptor.plan(side).factored_rows(positions), memory.sets.take(sources)
+        k_pos = self._split(self.cross_pos_k_linear, sources)
+        return Positions(layout, self.cross_queries(positions), k_pos, self.backend)
 
     def finish(self, x: Tensor) -> Tensor:
         y: Tensor = x if self.layer_norm is None else self.layer_norm(x)

@@ -82,7 +82,10 @@ class Adaptor(nn.Module, ABC):
 
     @abstractmethod
     def position(self, values: SegmentValues) -> Tensor:
-        """The raw position embeddings `[n_tokens, D]`."""
+        """The raw position embeddings `[n_tokens, D]`: of a token's place (`positions`) and the value's size alone.
+
+        Samples whose tokens agree in these share what attention makes of them.
+        """
 
     @abstractmethod
     def block(self, values: SegmentValues, causal: bool) -> RelativeBlock | None:

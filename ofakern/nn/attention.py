@@ -19,7 +19,8 @@ from ofakern.ops.attention import AttentionLayout, attention
 class Positions:
     """What a stack's layers share: a layout and the factored position term.
 
-    layout: of this attention. q_pos `[Nq, H, P]`, k_pos `[Nk, H, P]`: both or neither. backend: of the op.
+    layout: of this attention. q_pos `[Nq, H, P]`, k_pos `[Nk, H, P]` (with rows as `layout.shared` counts them, where
+    samples share positions): both or neither. backend: of the op.
     prefix_layout: of the learned keys that all queries see, where there are any.
     """
 
@@ -121,8 +122,10 @@ def dense_probabilities(
     q = attention_layer.split(attention_layer.q_proj(x)).float()
     k = keys.float()
     if positions.q_pos is not None and positions.k_pos is not None:
-        q = torch.cat([q, positions.q_pos.float()], 2)
-        k = torch.cat([k, positions.k_pos.float()], 2)
+        q_pos, k_pos, shared = positions.q_pos, positions.k_pos, positions.layout.shared
+        if shared is not None:
+            q_pos, k_pos = shared.spelled_out(q_pos, k_pos)
+        q, k = torch.cat([q, q_pos.float()], 2), torch.cat([k, k_pos.float()], 2)
     found = []
     for own_q, own_k in zip(torch.split(q, list(q_lengths)), torch.split(k, list(k_lengths)), strict=True):
         scores = torch.einsum("ihp,jhp->hij", own_q, own_k) * attention_layer.scale

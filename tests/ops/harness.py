@@ -47,6 +47,13 @@ class Case:
         named |= {f"table{t}": table for t, table in enumerate(self.tables)} | {"head_scale": self.head_scale}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def token_positions(self) -> tuple[Tensor | None, Tensor | None]:
+        """q_pos and k_pos with a row for every token."""
+        shared = self.layout.shared
+        if shared is None or self.q_pos is None or self.k_pos is None:
+            return self.q_pos, self.k_pos
+        return self.q_pos[shared.q_index.long()], self.k_pos[shared.k_index.long()]
+
     def with_leaves(self, leaves: dict[str, Tensor], **changes: Any) -> Case:
         tables = tuple(leaves[f"table{t}"] for t in range(len(self.tables)))
         rest = {name: tensor for name, tensor in leaves.items() if not name.startswith("table")}
@@ -77,9 +84,11 @@ def make_case(
     empty_rows: bool = False,
     unread_nan: bool = True,
     strides: str = "contiguous",
+    sets: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Case:
-    """A random case. mask: full, causal, window, prefix, random; strides: contiguous, fused, transposed."""
+    """A random case. mask: full, causal, window, prefix, random; strides: contiguous, fused, transposed; sets: of each
+    sample the set of rows it takes of q_pos and of k_pos."""
     rng, gen = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     keys_of = q_lengths if k_lengths is None else k_lengths
     queries, keys = sum(q_lengths), sum(keys_of)
@@ -87,7 +96,9 @@ def make_case(
     if empty_rows:
         visible[torch.from_numpy(rng.random(queries) < 0.2)] = 0
     built = [_random_term(rng, visible, queries, keys, wild=unread_nan) for _ in range(terms)]
-    layout = AttentionLayout.build(visible, q_lengths, keys_of, built)
+    q_sets, k_sets = (None, None) if sets is None else sets
+    layout = AttentionLayout.build(visible, q_lengths, keys_of, built, q_sets, k_sets)
+    q_rows, k_rows = (queries, keys) if layout.shared is None else (layout.shared.q_rows, layout.shared.k_rows)
 
     def normal(*shape: int) -> Tensor:
         return _strided(torch.randn(shape, generator=gen).to(dtype), strides)
@@ -99,8 +110,8 @@ def make_case(
         q=normal(queries, heads, width),
         k=normal(keys, key_heads, width),
         v=normal(keys, key_heads, value_width),
-        q_pos=None if pos_width is None else normal(queries, heads, pos_width),
-        k_pos=None if pos_width is None else normal(keys, key_heads, pos_width),
+        q_pos=None if pos_width is None else normal(q_rows, heads, pos_width),
+        k_pos=None if pos_width is None else normal(k_rows, key_heads, pos_width),
         tables=tuple(torch.randn(heads, term.rows, generator=gen) for term in built),
         head_scale=1.0 + 0.5 * torch.randn(heads, generator=gen) if head_scale else None,
         dout=normal(queries, heads, value_width),
@@ -170,17 +181,27 @@ def _strided(x: Tensor, strides: str) -> Tensor:
 def _poison_unread(case: Case) -> None:
     unseen = case.layout.key_seen == 0
     alone = case.layout.visible[:, 0] >= case.layout.visible[:, 1]
+    shared = case.layout.shared
+    unseen_pos = unseen if shared is None else _unused(shared.k_index, ~unseen, shared.k_rows)
+    alone_pos = alone if shared is None else _unused(shared.q_index, ~alone, shared.q_rows)
     for tensor, rows in (
         (case.k, unseen),
         (case.v, unseen),
-        (case.k_pos, unseen),
+        (case.k_pos, unseen_pos),
         (case.q, alone),
-        (case.q_pos, alone),
+        (case.q_pos, alone_pos),
         (case.dout, alone),
         (case.dlse, alone),
     ):
         if tensor is not None:
             tensor[rows] = torch.nan
+
+
+def _unused(index: Tensor, used: Tensor, rows: int) -> Tensor:
+    """bool `[rows]`: those that no token which counts takes."""
+    unused = torch.ones(rows, dtype=torch.bool)
+    unused[index[used].long()] = False
+    return unused
 
 
 # ---- ways to compute a case -----------------------------------------------------------------------------------------
@@ -225,6 +246,8 @@ def oracle(case: Case) -> dict[str, Tensor]:
             layout.k_offsets,
             q_pos=leaves.q_pos,
             k_pos=leaves.k_pos,
+            q_index=None if layout.shared is None else layout.shared.q_index,
+            k_index=None if layout.shared is None else layout.shared.k_index,
             terms=[(table, t.q_coord, t.k_coord, t.same) for table, t in zip(leaves.tables, layout.terms, strict=True)],
             head_scale=leaves.head_scale,
             **({"scale": leaves.q.shape[2] ** -0.5} | leaves.options),
@@ -255,8 +278,9 @@ def dense_attention(case: Case) -> tuple[Tensor, Tensor]:
         return a.transpose(0, 1) @ b.repeat_interleave(group, 1).permute(1, 2, 0)
 
     scores = dots(case.q, case.k) * scale
-    if case.q_pos is not None and case.k_pos is not None:
-        scores = scores + dots(case.q_pos, case.k_pos) * scale
+    q_pos, k_pos = case.token_positions()
+    if q_pos is not None and k_pos is not None:
+        scores = scores + dots(q_pos, k_pos) * scale
     visible = inside(layout.visible)
     for table, term in zip(case.tables, layout.terms, strict=True):
         active = visible & inside(term.same)
@@ -310,7 +334,9 @@ def poisoned_empty() -> Iterator[None]:
 
 def magnitudes(case: Case) -> dict[str, Tensor]:
     """For every result the sum of the absolute values it adds up, in float64; shapes of the results."""
-    exact = case.to(torch.float64)
+    shared, exact = case.layout.shared, case.to(torch.float64)
+    q_pos, k_pos = exact.token_positions()
+    exact = replace(exact, q_pos=q_pos, k_pos=k_pos, layout=replace(exact.layout, shared=None))
     layout = exact.layout
     group = exact.q.shape[1] // exact.k.shape[1]
     _, lse = dense_attention(replace(exact, options={k: v for k, v in exact.options.items() if k == "scale"}))
@@ -344,6 +370,13 @@ def magnitudes(case: Case) -> dict[str, Tensor]:
     if "q_pos" in absolute:
         results["dq_pos"] = scale * torch.einsum("hij,jhk->ihk", ds_wobble, wide["k_pos"])
         results["dk_pos"] = fold(scale * torch.einsum("hij,ihk->jhk", ds_wobble, absolute["q_pos"]))
+        if shared is not None:
+            for name, index, rows in (
+                ("dq_pos", shared.q_index, shared.q_rows),
+                ("dk_pos", shared.k_index, shared.k_rows),
+            ):
+                summed = results[name].new_zeros((rows, *results[name].shape[1:]))
+                results[name] = summed.index_add_(0, index.long(), results[name])
     for t, (term, active) in enumerate(zip(layout.terms, actives, strict=True)):
         rows = (term.q_coord.long()[:, None] - term.k_coord.long())[active]
         results[f"dtable{t}"] = torch.zeros_like(exact.tables[t]).index_add_(1, rows, ds_wobble[:, active])

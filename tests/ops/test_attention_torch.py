@@ -27,7 +27,9 @@ def op_inputs(case: Case) -> list[Any]:
     scale, p = case.q.shape[2] ** -0.5, case.options.get("dropout_p", 0.0)
     return [
         *(case.q, case.k, case.v, case.q_pos, case.k_pos, *terms, case.head_scale, case.options.get("dropout_seed")),
-        *(layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range, scale, p),
+        *(layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range),
+        *((None, None) if layout.shared is None else (layout.shared.sets, layout.shared.members)),
+        *(scale, p),
     ]
 
 

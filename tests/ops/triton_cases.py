@@ -57,6 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "prefix": {"q_lengths": (33,), "terms": 1, "mask": "prefix", "pos_width": 16, "heads": 1},
     "cross": {"q_lengths": (5, 37), "k_lengths": (41, 3), "heads": 2, "key_heads": 2, "terms": 1},
     "any interval, dropout": {"q_lengths": (20, 17), "heads": 1, "mask": "random", "dropout_p": 0.5, "terms": 1},
+    "shared positions": {"q_lengths": (9, 20), "terms": 1, "pos_width": 8, "heads": 1, "sets": ((0, 0), (0, 0))},
     "wide": {"q_lengths": (18,), "heads": 1, "width": 8, "value_width": 256, "pos_width": 72},
     "no tokens": {"q_lengths": ()},
     "no keys": {"q_lengths": (3,), "k_lengths": (0,), "terms": 1},
@@ -170,7 +171,7 @@ def test_the_registered_op() -> None:
     layout = case.layout.to(DEVICE)
     leaves = [tensor.to(DEVICE).requires_grad_() for tensor in (case.q, case.k, case.v)]
     offsets = (layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range)
-    inputs = (*leaves, *[None] * 12, *offsets, 0.25, 0.0)
+    inputs = (*leaves, *[None] * 12, *offsets, None, None, 0.25, 0.0)
     torch.library.opcheck(torch.ops.ofakern.attention_fwd_triton.default, inputs)
     out, lse = torch.ops.ofakern.attention_fwd_triton(*inputs)
     grads = (torch.ones_like(out), torch.ones_like(lse))

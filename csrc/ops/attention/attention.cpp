@@ -1,8 +1,10 @@
 // Checks every argument against the contract in attention.h, then calls the active instruction set's kernel.
 #include "ops/attention/attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <string>
+#include <vector>
 
 #include "core/check.h"
 #include "core/isa.h"
@@ -66,6 +68,50 @@ void check_layout(const AttentionLayoutView& layout, std::int64_t queries, std::
                     std::to_string(s));
 }
 
+std::int64_t longest(const TensorView& offsets, const TensorView& members, std::int32_t from, std::int32_t to) {
+  const std::int32_t *o = offsets.as<const std::int32_t>(), *m = members.as<const std::int32_t>();
+  std::int64_t length = 0;
+  for (std::int32_t at = from; at < to; ++at) length = std::max<std::int64_t>(length, o[m[at] + 1] - o[m[at]]);
+  return length;
+}
+
+// Every sample stands in one set, every set's rows are there, and nobody sees another sample's keys.
+void check_shared(const AttentionLayoutView& layout, std::int64_t q_rows, std::int64_t k_rows) {
+  const std::int64_t samples = layout.q_offsets.shape[0] - 1;
+  const TensorView &sets = layout.shared.sets, &members = layout.shared.members;
+  kCheck.plain("layout.shared.sets", sets, "[U, 4]", {-1, 4}, DType::i32);
+  kCheck.given("layout.shared.members", members);
+  kCheck.plain("layout.shared.members", members, "[B]", {samples}, DType::i32);
+  std::vector<bool> found(static_cast<std::size_t>(samples));
+  bool once = true;
+  for (std::int64_t at = 0; at < samples; ++at) {
+    const std::int32_t sample = members.as<const std::int32_t>()[at];
+    once = once && 0 <= sample && sample < samples && !found[static_cast<std::size_t>(sample)];
+    if (once) found[static_cast<std::size_t>(sample)] = true;
+  }
+  kCheck.that(once, "layout.shared.members", "have every sample once", "others");
+  std::int64_t place = 0;
+  for (std::int64_t u = 0; u < sets.shape[0]; ++u) {
+    const std::int32_t* set = sets.as<const std::int32_t>() + 4 * u;
+    kCheck.that(set[0] == place && place <= set[1] && set[1] <= samples, "layout.shared.sets",
+                "take the members one after the other",
+                std::to_string(set[0]) + ", " + std::to_string(set[1]) + " for set " + std::to_string(u));
+    place = set[1];
+    kCheck.that(0 <= set[2] && set[2] + longest(layout.q_offsets, members, set[0], set[1]) <= q_rows, "q_pos",
+                "have the rows of every set of samples", std::to_string(q_rows));
+    kCheck.that(0 <= set[3] && set[3] + longest(layout.k_offsets, members, set[0], set[1]) <= k_rows, "k_pos",
+                "have the rows of every set of samples", std::to_string(k_rows));
+  }
+  kCheck.that(place == samples, "layout.shared.sets", "take every member", std::to_string(place));
+  const std::int32_t *range = layout.k_range.as<const std::int32_t>(),
+                     *keys = layout.k_offsets.as<const std::int32_t>();
+  for (std::int64_t s = 0; s < samples; ++s)
+    kCheck.that(range[2 * s] == range[2 * s + 1] || (keys[s] <= range[2 * s] && range[2 * s + 1] <= keys[s + 1]),
+                "layout.k_range", "lie inside the sample's keys where samples share positions",
+                "[" + std::to_string(range[2 * s]) + ", " + std::to_string(range[2 * s + 1]) + ") for sample " +
+                    std::to_string(s));
+}
+
 void check_inputs(const AttentionInputs& in) {
   kCheck.given("q", in.q);
   kCheck.dtype("q", in.q, {DType::f32, DType::bf16, DType::f16});
@@ -80,12 +126,13 @@ void check_inputs(const AttentionInputs& in) {
   kCheck.shape("k", in.k, "[Nk, Hk, K]", {keys, key_heads, in.q.shape[2]});
   kCheck.given("v", in.v);
   check_operand("v", in.v, "[Nk, Hk, V]", keys, key_heads, in.q);
+  const bool shared = in.layout.shared.sets.defined();
   if (in.q_pos.defined() || in.k_pos.defined()) {
     kCheck.given("q_pos", in.q_pos);
     kCheck.given("k_pos", in.k_pos);
-    check_operand("q_pos", in.q_pos, "[Nq, H, P]", queries, heads, in.q);
-    check_operand("k_pos", in.k_pos, "[Nk, Hk, P]", keys, key_heads, in.q);
-    kCheck.shape("k_pos", in.k_pos, "[Nk, Hk, P]", {keys, key_heads, in.q_pos.shape[2]});
+    check_operand("q_pos", in.q_pos, shared ? "[rows, H, P]" : "[Nq, H, P]", shared ? -1 : queries, heads, in.q);
+    check_operand("k_pos", in.k_pos, shared ? "[rows, Hk, P]" : "[Nk, Hk, P]", shared ? -1 : keys, key_heads, in.q);
+    kCheck.shape("k_pos", in.k_pos, "[Nk, Hk, P]", {-1, key_heads, in.q_pos.shape[2]});
   }
   static constexpr const char* kTables[2] = {"tables[0]", "tables[1]"};
   for (int t = 0; t < 2; ++t) {
@@ -101,6 +148,7 @@ void check_inputs(const AttentionInputs& in) {
   kCheck.that(in.dropout_p >= 0 && in.dropout_p < 1, "dropout_p", "be in [0, 1)", std::to_string(in.dropout_p));
   if (in.dropout_p > 0) kCheck.plain("dropout_seed", in.dropout_seed, "[2]", {2}, DType::i64);
   check_layout(in.layout, queries, keys);
+  if (shared && in.q_pos.defined()) check_shared(in.layout, in.q_pos.shape[0], in.k_pos.shape[0]);
 }
 
 void check_results(const AttentionInputs& in, const TensorView& out, const TensorView& lse) {

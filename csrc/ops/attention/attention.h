@@ -25,6 +25,13 @@ struct RelativeTermView {
   TensorView same;     // i32 [Nq, 2]
 };
 
+// Samples that take the same rows of q_pos and k_pos: a set. Token t of a sample takes row first + t, and a set has the
+// rows of its longest sample. Queries then see keys of their own sample only. Undefined: every token has its own row.
+struct SharedPositionsView {
+  TensorView sets;     // i32 [U, 4]: first and last + 1 of the set's samples in `members`, first row of q_pos, of k_pos
+  TensorView members;  // i32 [B], every sample once
+};
+
 // What does not change from layer to layer (built and validated once per batch by AttentionLayout).
 struct AttentionLayoutView {
   TensorView visible;    // i32 [Nq, 2]
@@ -32,14 +39,15 @@ struct AttentionLayoutView {
   TensorView k_offsets;  // i32 [B + 1]
   TensorView key_seen;   // u8 [Nk], 1 when some query sees the key
   TensorView k_range;    // i32 [B, 2], hull of the keys that the sample's queries see (lo = hi = 0 when none)
+  SharedPositionsView shared;
 };
 
 struct AttentionInputs {
   TensorView q;      // [Nq, H, K]   last dimension contiguous, as for all of the next five
   TensorView k;      // [Nk, Hk, K]
   TensorView v;      // [Nk, Hk, V]
-  TensorView q_pos;  // [Nq, H, P] or undefined
-  TensorView k_pos;  // [Nk, Hk, P] or undefined
+  TensorView q_pos;  // [Nq, H, P] or undefined; with shared positions [rows, H, P]
+  TensorView k_pos;  // [Nk, Hk, P] or undefined; with shared positions [rows, Hk, P]
   RelativeTermView terms[2];
   TensorView head_scale;    // f32 [H] or undefined
   TensorView dropout_seed;  // i64 [2]: seed, offset; undefined when dropout_p == 0

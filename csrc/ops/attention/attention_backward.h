@@ -5,18 +5,67 @@
 //   dV^T += dO^T (c M P)     dK^T += Q^T dS     dQ += dS K     dtable[., q - k] += dS
 //
 // with c the head scale, M the dropout factors. Gradients of keys are kept transposed so that P and dS are the B
-// operand of their product, which is the order in which a row's softmax writes them.
+// operand of their product, which is the order in which a row's softmax writes them. Samples that share their positions
+// (attention_shared.h) have their dS added up tile by tile: dq_pos and dk_pos are products of the sum.
 #pragma once
 
-#include "ops/attention/attention_tiles.h"
+#include "ops/attention/attention_shared.h"
 
 namespace ofakern::OFAKERN_ISA {
 namespace {
 
-// Samples whose queries see overlapping keys: their gradients of keys are summed by one task.
-struct Cluster {
-  std::int32_t begin, end;  // in the array of samples sorted by their keys
-  Interval keys;
+template <class T>
+struct BackwardMember : Member {
+  using Elem = Packed<T>;
+  KeySide<T> keys;
+  float* dk;                  // per tile [depth, kKeys]
+  float* dv;                  // per tile [columns, kKeys]
+  bool* touched;              // per tile: dk and dv hold sums
+  Elem *queries, *queries_t;  // [kQueries, depth], [depth, kQueries]
+  Elem *outputs, *outputs_t;  // dO: [kQueries, columns], [columns, kQueries]
+  float* dq;                  // [kQueries, depth]
+  float *lse2, *delta;        // [kQueries]
+  float* dtables[2];          // this sample's and head's reversed table gradients (borrowed)
+  float* dhead_scale;         // this sample's and head's (borrowed)
+  Vec head_scale_sum;         // of the block
+
+  static BackwardMember take(const Problem<T>& p, i64 span, Arena& arena) {
+    constexpr i64 kQueries = Tile<Elem>::kQueries;
+    BackwardMember m = {};
+    const i64 keys = KeySide<T>::tiles(span) * Tile<Elem>::kKeys;
+    m.keys = KeySide<T>::take(p, span, true, arena);
+    m.dk = arena.take<float>(keys * p.depth);
+    m.dv = arena.take<float>(keys * p.columns);
+    m.touched = arena.take<bool>(KeySide<T>::tiles(span));
+    m.queries = arena.take<Elem>(kQueries * p.depth);
+    m.queries_t = arena.take<Elem>(kQueries * p.depth);
+    m.outputs = arena.take<Elem>(kQueries * p.columns);
+    m.outputs_t = arena.take<Elem>(kQueries * p.columns);
+    m.dq = arena.take<float>(kQueries * p.depth);
+    m.lse2 = arena.take<float>(kQueries);
+    m.delta = arena.take<float>(kQueries);
+    return m;
+  }
+};
+
+// The gradients of the positions that a task's samples share.
+template <class T>
+struct PositionGradients {
+  using Elem = Packed<T>;
+  Elem* queries_t;  // [pos_depth, kQueries]
+  float* dk;        // per tile [pos_depth, kKeys]
+  bool* touched;    // per tile: dk holds sums
+  float* dq;        // [kQueries, pos_depth]
+
+  static PositionGradients take(const Problem<T>& p, i64 span, Arena& arena) {
+    PositionGradients g = {};
+    if (!p.shared()) return g;
+    g.queries_t = arena.take<Elem>(Tile<Elem>::kQueries * p.pos_depth);
+    g.dk = arena.take<float>(KeySide<T>::tiles(span) * Tile<Elem>::kKeys * p.pos_depth);
+    g.touched = arena.take<bool>(KeySide<T>::tiles(span));
+    g.dq = arena.take<float>(Tile<Elem>::kQueries * p.pos_depth);
+    return g;
+  }
 };
 
 template <class T>
@@ -25,43 +74,28 @@ struct BackwardScratch {
   static constexpr i64 kQueries = Tile<Elem>::kQueries, kStep = Tile<Elem>::kStep, kKeys = Tile<Elem>::kKeys;
   static constexpr int kPair = Gemm<Elem>::kPair;
 
-  KeySide<T> keys;
-  float* dk;                  // per tile [depth, kKeys]
-  float* dv;                  // per tile [columns, kKeys]
-  bool* touched;              // per tile: dk and dv hold sums
-  Elem *queries, *queries_t;  // [kQueries, depth], [depth, kQueries]
-  Elem *outputs, *outputs_t;  // dO: [kQueries, columns], [columns, kQueries]
-  std::uint32_t* units;       // interleaved rows on their way to being transposed
-  float *scores, *dscores;    // [kQueries, kKeys]: S then c M P;  dP then dS
-  Elem *p_pairs, *ds_pairs;   // [kQueries / kPair, kKeys] pairs; for f32 scores and dscores themselves
-  Elem* ds_rows;              // [kQueries, kKeys]; likewise
-  float* dq;                  // [kQueries, depth]
-  float *lse2, *delta;        // [kQueries]
-  float* dropout;             // [kKeys]
-  float* dtables[2];          // this sample's and head's reversed table gradients (borrowed)
-  float* dhead_scale;         // this sample's and head's (borrowed)
+  BackwardMember<T> members[kTogether];
+  i64 member_count;
+  PositionSide<T> positions;
+  PositionGradients<T> dpositions;
+  std::uint32_t* units;      // interleaved rows on their way to being transposed
+  float *scores, *dscores;   // [kQueries, kKeys]: S then c M P;  dP then dS
+  Elem *p_pairs, *ds_pairs;  // [kQueries / kPair, kKeys] pairs; for f32 scores and dscores themselves
+  Elem* ds_rows;             // [kQueries, kKeys]; likewise
+  float* dropout;            // [kKeys]
 
   static BackwardScratch take(const Problem<T>& p, i64 span, Arena& arena) {
     constexpr bool kSame = sizeof(Elem) == sizeof(float);
     BackwardScratch s = {};
-    const i64 keys = KeySide<T>::tiles(span) * kKeys;
-    s.keys = KeySide<T>::take(p, span, true, arena);
-    s.dk = arena.take<float>(keys * p.depth);
-    s.dv = arena.take<float>(keys * p.columns);
-    s.touched = arena.take<bool>(KeySide<T>::tiles(span));
-    s.queries = arena.take<Elem>(kQueries * p.depth);
-    s.queries_t = arena.take<Elem>(kQueries * p.depth);
-    s.outputs = arena.take<Elem>(kQueries * p.columns);
-    s.outputs_t = arena.take<Elem>(kQueries * p.columns);
-    s.units = arena.take<std::uint32_t>(kQueries / kPair * max_of(p.depth, p.columns));
+    for (i64 m = 0; m < p.together; ++m) s.members[m] = BackwardMember<T>::take(p, span, arena);
+    s.positions = PositionSide<T>::take(p, span, true, arena);
+    s.dpositions = PositionGradients<T>::take(p, span, arena);
+    s.units = arena.take<std::uint32_t>(kQueries / kPair * max_of(max_of(p.depth, p.columns), p.pos_depth));
     s.scores = arena.take<float>(kQueries * kKeys);
     s.dscores = arena.take<float>(kQueries * kKeys);
     s.p_pairs = kSame ? reinterpret_cast<Elem*>(s.scores) : arena.take<Elem>(kQueries * kKeys);
     s.ds_pairs = kSame ? reinterpret_cast<Elem*>(s.dscores) : arena.take<Elem>(kQueries * kKeys);
     s.ds_rows = kSame ? reinterpret_cast<Elem*>(s.dscores) : arena.take<Elem>(kQueries * kKeys);
-    s.dq = arena.take<float>(kQueries * p.depth);
-    s.lse2 = arena.take<float>(kQueries);
-    s.delta = arena.take<float>(kQueries);
     s.dropout = arena.take<float>(kKeys);
     return s;
   }
@@ -80,8 +114,9 @@ struct BackwardTensors {
   const float* dlse;  // or null
   T *dq, *dk, *dv, *dq_pos, *dk_pos;
   float *dtables[2], *dhead_scale;
-  float* partial_tables[2];   // [samples, heads, rows], reversed
-  float* partial_head_scale;  // [samples, heads]
+  float* partial_tables[2];              // [samples, heads, rows], reversed
+  float* partial_head_scale;             // [samples, heads]
+  float *partial_q_pos, *partial_k_pos;  // [rows of all chunks, H or Hk, P], not scaled
 };
 
 // Adds dS of vector v to the term's (reversed) gradient table, wherever the row's term applies.
@@ -101,26 +136,26 @@ OFAKERN_HOT void scatter_lanes(const Entries& entries, float* table, Vec ds, int
     vstore_masked(second, vadd(vload_masked(second, entries.second[v]), ds), entries.second[v]);
 }
 
-// One row of S and dP becomes c M P and dS, in place; everything outside the row's keys becomes 0.
+// One row of S and dP becomes c M P and dS, in place; everything outside the row's keys becomes 0. `sums`, if any, has
+// the row's dS added.
 template <int TERMS, class T>
 OFAKERN_LOCAL void backward_row(const Problem<T>& p, const TilePlan<T>& plan, const RowTables& row,
-                                const RowTables& gradient, BackwardScratch<T>& s, i64 r, int padded, float head_scale,
-                                const float* dropout, Vec& head_scale_sum) {
-  float* scores = s.scores + r * s.kKeys;
-  float* dscores = s.dscores + r * s.kKeys;
+                                const RowTables& gradient, float* scores, float* dscores, float* sums,
+                                BackwardMember<T>& member, i64 r, int padded, float head_scale, const float* dropout) {
   if (plan.empty()) {
     zero_row(scores, padded * kWidth);
     zero_row(dscores, padded * kWidth);
     return;
   }
-  const Vec scale = vset(p.scale * kLog2e), lse2 = vset(s.lse2[r]), delta = vset(s.delta[r]), c = vset(head_scale);
+  const Vec scale = vset(p.scale * kLog2e), lse2 = vset(member.lse2[r]), delta = vset(member.delta[r]),
+            c = vset(head_scale);
   const int begin = plan.begin, end = plan.end;
   zero_row(scores, begin * kWidth);
   zero_row(dscores, begin * kWidth);
-  Vec sum = head_scale_sum;
+  Vec sum = member.head_scale_sum;
   for (int v = begin; v < end; ++v) {
     const i64 x = v * kWidth;
-    Vec probability = vexp2_for(score_lanes<TERMS>(plan, row, scores, scale, lse2, v), s.queries);
+    Vec probability = vexp2_for(score_lanes<TERMS>(plan, row, scores, scale, lse2, v), member.queries);
     Vec dp = vload(dscores + x);
     if (!plan.whole) {
       const Mask lanes = mask_range(plan.lo - v * kWidth, plan.hi - v * kWidth);
@@ -137,11 +172,12 @@ OFAKERN_LOCAL void backward_row(const Problem<T>& p, const TilePlan<T>& plan, co
     const Vec ds = vmul(probability, vsub(vmul(c, dp), delta));
     vstore(scores + x, vmul(c, kept));
     vstore(dscores + x, ds);
+    if (sums != nullptr) vstore(sums + x, vadd(vload(sums + x), ds));
     for (int t = 0; t < TERMS; ++t)
       if (v >= plan.terms[t].begin && v < plan.terms[t].end)
         scatter_lanes(plan.terms[t], const_cast<float*>(gradient.table[t]), ds, v);
   }
-  head_scale_sum = sum;
+  member.head_scale_sum = sum;
   zero_row(scores + end * kWidth, (padded - end) * kWidth);
   zero_row(dscores + end * kWidth, (padded - end) * kWidth);
 }
@@ -165,6 +201,30 @@ OFAKERN_LOCAL void round_rows(BackwardScratch<bf16>& s, i64 first, i64 rows, i64
 OFAKERN_HOT void round_rows(BackwardScratch<bf16>&, i64, i64, i64) {}
 #endif
 
+// The sums of the samples' dS as operands: f32 ones are the sums themselves, bf16 ones are rounded to where a sample's
+// dS was.
+template <class Elem>
+struct SumOperands {
+  const Elem *pairs, *rows;
+};
+template <class T>
+OFAKERN_HOT SumOperands<float> round_sums(BackwardScratch<T>& s, i64, i64) {
+  return {s.positions.dscores, s.positions.dscores};
+}
+#if defined(OFAKERN_NATIVE_BF16)
+OFAKERN_LOCAL SumOperands<bf16> round_sums(BackwardScratch<bf16>& s, i64 rows, i64 padded_keys) {
+  for (i64 r = 0; r < rows; r += 2)
+    for (i64 x = 0; x < padded_keys; x += kWidth) {
+      const i64 even = r * s.kKeys + x, odd = even + s.kKeys;
+      const Vec ds0 = vload(s.positions.dscores + even), ds1 = vload(s.positions.dscores + odd);
+      vstore_pairs(s.ds_pairs + r * s.kKeys + 2 * x, ds0, ds1);
+      vstore_as(s.ds_rows + even, ds0);
+      vstore_as(s.ds_rows + odd, ds1);
+    }
+  return {s.ds_pairs, s.ds_rows};
+}
+#endif
+
 // dst [width, kQueries] = the transpose of the first `rows` rows of src [kQueries, width], by way of `units`.
 template <class T>
 OFAKERN_LOCAL void transpose_rows(BackwardScratch<T>& s, const Packed<T>* src, i64 rows, i64 width, Packed<T>* dst) {
@@ -172,16 +232,17 @@ OFAKERN_LOCAL void transpose_rows(BackwardScratch<T>& s, const Packed<T>* src, i
   transpose_units(s.units, width, rows / s.kPair, width, as_units(dst), s.kQueries / s.kPair);
 }
 
-// Packs queries and dO of rows [first, first + rows), and what of a row does not change from tile to tile.
+// Packs queries and dO of the member's block, and what of a row does not change from tile to tile.
 template <class T>
-OFAKERN_LOCAL void open_rows(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 head,
-                             i64 first, i64 rows) {
-  pack_queries(p, head, first, rows, s.queries);
-  const i64 padded = round_up(rows, kRowMultiple);
-  transpose_rows(s, s.queries, padded, p.depth, s.queries_t);
+OFAKERN_LOCAL void open_block(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s,
+                              BackwardMember<T>& member, i64 head, i64 first, i64 count) {
+  member.set_block(p, first, count, member.keys.first);
+  const i64 rows = member.block_rows, padded = round_up(rows, kRowMultiple);
+  pack_queries(p, head, member.block_first, rows, member.queries);
+  transpose_rows(s, member.queries, padded, p.depth, member.queries_t);
   for (i64 r = 0; r < padded; ++r) {
-    const i64 i = first + r;
-    Packed<T>* packed = s.outputs + r * p.columns;
+    const i64 i = member.block_first + r;
+    Packed<T>* packed = member.outputs + r * p.columns;
     if (r >= rows || p.visible[i].empty()) {
       zero_row(packed, p.columns);
       continue;
@@ -193,11 +254,12 @@ OFAKERN_LOCAL void open_rows(const Problem<T>& p, const BackwardTensors<T>& g, B
     for (i64 x = 0; x < p.value_width; x += kWidth)
       delta = vfma(vload_n(out + x, p.value_width - x), vload_n(dout + x, p.value_width - x), delta);
     const float dlse = g.dlse == nullptr ? 0.0f : g.dlse[i * p.heads + head];
-    s.delta[r] = hsum(delta) - dlse;
-    s.lse2[r] = g.lse[i * p.heads + head] * kLog2e;
+    member.delta[r] = hsum(delta) - dlse;
+    member.lse2[r] = g.lse[i * p.heads + head] * kLog2e;
   }
-  transpose_rows(s, s.outputs, padded, p.columns, s.outputs_t);
-  zero_row(s.dq, round_up(rows, Gemm<Packed<T>>::kRows) * p.depth);
+  transpose_rows(s, member.outputs, padded, p.columns, member.outputs_t);
+  zero_row(member.dq, round_up(rows, Gemm<Packed<T>>::kRows) * p.depth);
+  member.head_scale_sum = vzero();
 }
 
 // Writes `count` numbers times `factor` as T.
@@ -207,272 +269,125 @@ OFAKERN_HOT void store_scaled(const float* src, i64 count, float factor, T* dst)
   for (i64 x = 0; x < count; x += kWidth) vstore_n(dst + x, vmul(vload_n(src + x, count - x), f), count - x);
 }
 
-// S, dP and from them c M P and dS of query rows [q, q + rows) of the block, for one tile of keys.
+// Writes dq (and a joined dq_pos) of the member's block, and adds its part of dhead_scale.
+template <class T>
+OFAKERN_LOCAL void close_block(const Problem<T>& p, const BackwardTensors<T>& g, const BackwardMember<T>& member,
+                               i64 head) {
+  *member.dhead_scale += hsum(member.head_scale_sum);
+  for (i64 r = 0; r < member.block_rows; ++r) {
+    const i64 token = (member.block_first + r) * p.heads + head;
+    const float* dq = member.dq + r * p.depth;
+    store_scaled(dq, p.width, p.scale, g.dq + token * p.width);
+    if (p.joined > 0) store_scaled(dq + p.width, p.joined, p.scale, g.dq_pos + token * p.joined);
+  }
+}
+
+// S, dP and from them c M P and dS of query rows [q, q + rows) of a member's block, for one tile of keys.
 template <int TERMS, class T>
-OFAKERN_LOCAL void backward_step(const Problem<T>& p, BackwardScratch<T>& s, TilePlan<T>& plan, i64 tile, i64 sample,
-                                 i64 head, i64 first, i64 q, i64 rows, Vec& head_scale_sum) {
+OFAKERN_LOCAL void backward_step(const Problem<T>& p, BackwardScratch<T>& s, BackwardMember<T>& member,
+                                 TilePlan<T>& plan, i64 tile, i64 head, i64 q, i64 rows) {
   using Elem = Packed<T>;
   constexpr i64 kKeys = BackwardScratch<T>::kKeys;
-  const i64 keys = s.keys.tile_keys(tile), columns = round_up(keys, Gemm<Elem>::kColumns);
+  const i64 keys = member.keys.tile_keys(tile), columns = round_up(keys, Gemm<Elem>::kColumns);
   const i64 padded_keys = round_up(keys, max_of<i64>(Gemm<Elem>::kDepth, kWidth));
   const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows), depth_rows = round_up(rows, Gemm<Elem>::kDepth);
-  gemm(gemm_rows, columns, p.depth, s.queries + q * p.depth, p.depth,
-       s.keys.transposed(s.keys.k_transposed, tile, p.depth), s.scores + q * kKeys, kKeys, false);
-  gemm(gemm_rows, columns, p.columns, s.outputs + q * p.columns, p.columns,
-       s.keys.transposed(s.keys.v_transposed, tile, p.columns), s.dscores + q * kKeys, kKeys, false);
+  gemm(gemm_rows, columns, p.depth, member.queries + q * p.depth, p.depth,
+       member.keys.transposed(member.keys.k_transposed, tile, p.depth), s.scores + q * kKeys, kKeys,
+       s.positions.onto(q));
+  gemm(gemm_rows, columns, p.columns, member.outputs + q * p.columns, p.columns,
+       member.keys.transposed(member.keys.v_transposed, tile, p.columns), s.dscores + q * kKeys, kKeys, false);
   const float head_scale = p.head_scale == nullptr ? 1.0f : p.head_scale[head];
   for (i64 r = q; r < q + rows; ++r) {
-    const i64 i = first + r;
-    plan.set(p, s.keys, tile, i);
+    const i64 i = member.block_first + r;
+    plan.set(p, member.keys, tile, i);
     const float* dropout = nullptr;
     if (p.dropout && !plan.empty()) {
-      dropout_factors(p, sample, head, i, s.keys.first + tile * kKeys, padded_keys, s.dropout);
+      dropout_factors(p, member.sample, head, i, member.keys.first + tile * kKeys, padded_keys, s.dropout);
       dropout = s.dropout;
     }
     RowTables gradient = {};
-    for (int t = 0; t < TERMS; ++t) gradient.table[t] = s.dtables[t] + (p.terms[t].rows - 1 - p.terms[t].q_coord[i]);
-    backward_row<TERMS>(p, plan, row_tables(p, head, i), gradient, s, r, static_cast<int>(padded_keys / kWidth),
-                        head_scale, dropout, head_scale_sum);
+    for (int t = 0; t < TERMS; ++t)
+      gradient.table[t] = member.dtables[t] + (p.terms[t].rows - 1 - p.terms[t].q_coord[i]);
+    float* sums = p.shared() ? s.positions.dscores + r * kKeys : nullptr;
+    backward_row<TERMS>(p, plan, row_tables(p, head, i), gradient, s.scores + r * kKeys, s.dscores + r * kKeys, sums,
+                        member, r, static_cast<int>(padded_keys / kWidth), head_scale, dropout);
   }
   zero_row(s.scores + (q + rows) * kKeys, (depth_rows - rows) * kKeys);
   zero_row(s.dscores + (q + rows) * kKeys, (depth_rows - rows) * kKeys);
   round_rows(s, q, depth_rows, padded_keys);
 }
 
-// A block of at most kQueries rows of one head against all keys they see.
+// A member's block against one tile of keys.
 template <int TERMS, class T>
-OFAKERN_LOCAL void backward_rows(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 sample,
-                                 i64 head, i64 first, i64 rows) {
+OFAKERN_LOCAL void backward_tile(const Problem<T>& p, BackwardScratch<T>& s, BackwardMember<T>& member,
+                                 TilePlan<T>& plan, i64 tile, i64 head) {
   using Elem = Packed<T>;
   constexpr i64 kQueries = BackwardScratch<T>::kQueries, kStep = BackwardScratch<T>::kStep,
                 kKeys = BackwardScratch<T>::kKeys;
-  const Interval hull = hull_of(p, first, rows);
-  open_rows(p, g, s, head, first, rows);
+  const i64 rows = member.block_rows, keys = member.keys.tile_keys(tile);
   const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows), depth_rows = round_up(rows, Gemm<Elem>::kDepth);
-  const i64 last = hull.empty() ? 0 : ceil_div(hull.hi - s.keys.first, kKeys);
-  Vec head_scale_sum = vzero();
-  TilePlan<T> plan;
-  for (i64 tile = hull.empty() ? 0 : (hull.lo - s.keys.first) / kKeys; tile < last; ++tile) {
-    const i64 columns = round_up(s.keys.tile_keys(tile), Gemm<Elem>::kColumns);
-    const i64 padded_keys = round_up(s.keys.tile_keys(tile), max_of<i64>(Gemm<Elem>::kDepth, kWidth));
-    for (i64 q = 0; q < rows; q += kStep)
-      backward_step<TERMS>(p, s, plan, tile, sample, head, first, q, min_of(kStep, rows - q), head_scale_sum);
-    gemm(round_up(p.value_width, Gemm<Elem>::kRows), columns, depth_rows, s.outputs_t, kQueries, s.pairs(s.p_pairs),
-         s.dv + tile * kKeys * p.columns, kKeys, s.touched[tile]);
-    gemm(round_up(p.width + p.pos_width, Gemm<Elem>::kRows), columns, depth_rows, s.queries_t, kQueries,
-         s.pairs(s.ds_pairs), s.dk + tile * kKeys * p.depth, kKeys, s.touched[tile]);
-    s.touched[tile] = true;
-    gemm(gemm_rows, p.depth, padded_keys, s.ds_rows, kKeys, s.keys.rows(s.keys.k_rows, tile, p.depth), s.dq, p.depth,
-         true);
-  }
-  *s.dhead_scale += hsum(head_scale_sum);
-  for (i64 r = 0; r < rows; ++r) {
-    const i64 token = (first + r) * p.heads + head;
-    store_scaled(s.dq + r * p.depth, p.width, p.scale, g.dq + token * p.width);
-    if (g.dq_pos != nullptr)
-      store_scaled(s.dq + r * p.depth + p.width, p.pos_width, p.scale, g.dq_pos + token * p.pos_width);
-  }
+  const i64 columns = round_up(keys, Gemm<Elem>::kColumns);
+  const i64 padded_keys = round_up(keys, max_of<i64>(Gemm<Elem>::kDepth, kWidth));
+  for (i64 q = 0; q < rows; q += kStep)
+    backward_step<TERMS>(p, s, member, plan, tile, head, q, min_of(kStep, rows - q));
+  gemm(round_up(p.value_width, Gemm<Elem>::kRows), columns, depth_rows, member.outputs_t, kQueries, s.pairs(s.p_pairs),
+       member.dv + tile * kKeys * p.columns, kKeys, member.touched[tile]);
+  gemm(round_up(p.width + p.joined, Gemm<Elem>::kRows), columns, depth_rows, member.queries_t, kQueries,
+       s.pairs(s.ds_pairs), member.dk + tile * kKeys * p.depth, kKeys, member.touched[tile]);
+  member.touched[tile] = true;
+  gemm(gemm_rows, p.depth, padded_keys, s.ds_rows, kKeys, member.keys.rows(member.keys.k_rows, tile, p.depth),
+       member.dq, p.depth, true);
 }
 
-// Gradients of keys [begin, end), which no query sees.
+// dq_pos and dk_pos of the block and one tile of keys, from the sum of the samples' dS.
 template <class T>
-OFAKERN_LOCAL void zero_keys(const Problem<T>& p, const BackwardTensors<T>& g, i64 key_head, i64 begin, i64 end) {
-  for (i64 j = begin; j < end; ++j) {
-    const i64 token = j * p.key_heads + key_head;
-    zero_row(g.dk + token * p.width, p.width);
-    zero_row(g.dv + token * p.value_width, p.value_width);
-    if (g.dk_pos != nullptr) zero_row(g.dk_pos + token * p.pos_width, p.pos_width);
-  }
+OFAKERN_LOCAL void backward_positions(const Problem<T>& p, BackwardScratch<T>& s, i64 rows, i64 tile) {
+  using Elem = Packed<T>;
+  constexpr i64 kQueries = BackwardScratch<T>::kQueries, kKeys = BackwardScratch<T>::kKeys;
+  PositionGradients<T>& g = s.dpositions;
+  const i64 keys = s.positions.tile_keys(tile), depth_rows = round_up(rows, Gemm<Elem>::kDepth);
+  const i64 padded_keys = round_up(keys, max_of<i64>(Gemm<Elem>::kDepth, kWidth));
+  const SumOperands<Elem> sums = round_sums(s, depth_rows, padded_keys);
+  gemm(round_up(p.pos_width, Gemm<Elem>::kRows), round_up(keys, Gemm<Elem>::kColumns), depth_rows, g.queries_t,
+       kQueries, s.pairs(sums.pairs), g.dk + tile * kKeys * p.pos_depth, kKeys, g.touched[tile]);
+  g.touched[tile] = true;
+  gemm(round_up(rows, Gemm<Elem>::kRows), p.pos_depth, padded_keys, sums.rows, kKeys,
+       KeySide<T>::rows(s.positions.k_rows, tile, p.pos_depth), g.dq, p.pos_depth, true);
 }
 
-// Writes dk, dv, dk_pos of the task's keys from their transposed sums.
-template <class T>
-OFAKERN_LOCAL void close_keys(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 key_head) {
-  constexpr i64 kKeys = BackwardScratch<T>::kKeys;
-  const i64 width = max_of(p.depth, p.columns);
-  float* rows = reinterpret_cast<float*>(s.units);  // kKeys x width floats do not fit: go by 16 keys
-  constexpr i64 kStep = 16;
-  for (i64 tile = 0; tile < s.keys.tile_count(); ++tile) {
-    if (!s.touched[tile]) {
-      const i64 begin = s.keys.first + tile * kKeys;
-      zero_keys(p, g, key_head, begin, begin + s.keys.tile_keys(tile));
-      continue;
-    }
-    for (i64 j0 = 0; j0 < s.keys.tile_keys(tile); j0 += kStep) {
-      const i64 keys = min_of(kStep, s.keys.tile_keys(tile) - j0);
-      const i64 token = (s.keys.first + tile * kKeys + j0) * p.key_heads + key_head;
-      transpose_units(as_units(s.dk + tile * kKeys * p.depth + j0), kKeys, p.depth, kStep, as_units(rows), width);
-      for (i64 j = 0; j < keys; ++j) {
-        store_scaled(rows + j * width, p.width, p.scale, g.dk + (token + j * p.key_heads) * p.width);
-        if (g.dk_pos != nullptr)
-          store_scaled(rows + j * width + p.width, p.pos_width, p.scale,
-                       g.dk_pos + (token + j * p.key_heads) * p.pos_width);
-      }
-      transpose_units(as_units(s.dv + tile * kKeys * p.columns + j0), kKeys, p.columns, kStep, as_units(rows), width);
-      for (i64 j = 0; j < keys; ++j)
-        store_scaled(rows + j * width, p.value_width, 1.0f, g.dv + (token + j * p.key_heads) * p.value_width);
-    }
-  }
-}
-
-// Sorts samples by their keys and joins those that overlap. Samples that see nothing stand in the first cluster.
-template <class T>
-OFAKERN_LOCAL i64 make_clusters(const Problem<T>& p, std::int32_t* order, Cluster* clusters) {
-  for (i64 s = 0; s < p.samples; ++s) {
-    const Interval range = p.k_range[s].empty() ? Interval{-1, -1} : p.k_range[s];
-    i64 at = s;  // insertion: batches come sorted, or nearly so
-    for (; at > 0; --at) {
-      const Interval other = p.k_range[order[at - 1]];
-      if ((other.empty() ? -1 : other.lo) <= range.lo) break;
-      order[at] = order[at - 1];
-    }
-    order[at] = static_cast<std::int32_t>(s);
-  }
-  i64 count = 0;
-  for (std::int32_t at = 0; at < p.samples; ++at) {
-    const Interval range = p.k_range[order[at]];
-    if (count > 0 && (range.empty() || clusters[count - 1].keys.empty() || range.lo < clusters[count - 1].keys.hi)) {
-      Cluster& open = clusters[count - 1];
-      open.end = at + 1;
-      if (open.keys.empty()) open.keys = range;
-      if (!range.empty()) open.keys.hi = max_of(open.keys.hi, range.hi);
-    } else {
-      clusters[count++] = {at, at + 1, range.empty() ? Interval{0, 0} : range};
-    }
-  }
-  return count;
-}
-
-template <class T>
-struct BackwardMemory {
-  std::int32_t* order;
-  Cluster* clusters;
-  i64 cluster_count;
-  float* partial_tables[2];
-  float* partial_head_scale;
-  char* threads;
-  i64 bytes_per_thread, span;
-
-  // Longest hull over clusters, without memory to sort in: chains of overlapping samples end to end.
-  static i64 longest_cluster(const Problem<T>& p) {
-    i64 lo = p.keys, hi = 0, longest = 0;
-    bool sorted = true;
-    Interval open = {0, 0};
-    std::int32_t previous = -1;
-    for (i64 s = 0; s < p.samples; ++s) {
-      const Interval range = p.k_range[s];
-      if (range.empty()) continue;
-      sorted = sorted && range.lo >= previous;
-      previous = range.lo;
-      lo = min_of<i64>(lo, range.lo);
-      hi = max_of<i64>(hi, range.hi);
-      open = open.empty() || range.lo >= open.hi ? range : Interval{open.lo, max_of(open.hi, range.hi)};
-      longest = max_of<i64>(longest, open.hi - open.lo);
-    }
-    return sorted ? longest : max_of<i64>(0, hi - lo);
-  }
-
-  static BackwardMemory take(Problem<T>& p, int threads, Arena& arena) {
-    BackwardMemory memory = {};
-    take_reversed_tables(p, arena);
-    memory.order = arena.take<std::int32_t>(p.samples);
-    memory.clusters = arena.take<Cluster>(p.samples);
-    for (int t = 0; t < p.term_count; ++t)
-      memory.partial_tables[t] = arena.take<float>(p.samples * p.heads * p.terms[t].rows);
-    memory.partial_head_scale = arena.take<float>(p.samples * p.heads);
-    memory.span = longest_cluster(p);
-    Arena one(nullptr);
-    BackwardScratch<T>::take(p, memory.span, one);
-    memory.bytes_per_thread = round_up(one.used(), 4096) + 64;
-    memory.threads = arena.take<char>(memory.bytes_per_thread * threads);
-    return memory;
-  }
+// The chunk's rows in the partial gradients of the positions.
+struct PositionRows {
+  i64 q, k;
 };
 
-template <class T>
-OFAKERN_LOCAL void backward_sample(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s, i64 sample,
-                                   i64 key_head) {
-  const i64 begin = p.q_offsets[sample], end = p.q_offsets[sample + 1];
-  const auto run = p.term_count == 0   ? backward_rows<0, T>
-                   : p.term_count == 1 ? backward_rows<1, T>
-                                       : backward_rows<2, T>;
-  for (i64 head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head) {
-    const i64 slot = sample * p.heads + head;
-    for (int t = 0; t < p.term_count; ++t) {
-      s.dtables[t] = g.partial_tables[t] + slot * p.terms[t].rows;
-      zero_row(s.dtables[t], p.terms[t].rows);
-    }
-    s.dhead_scale = g.partial_head_scale + slot;
-    *s.dhead_scale = 0.0f;
-    for (i64 first = begin; first < end; first += s.kQueries)
-      run(p, g, s, sample, head, first, min_of(s.kQueries, end - first));
+// Rows [first, first + rows) of the samples, at most kQueries, of one head against all keys they see.
+template <int TERMS, class T>
+OFAKERN_LOCAL void backward_block(const Problem<T>& p, const BackwardTensors<T>& g, BackwardScratch<T>& s,
+                                  const Chunk& chunk, PositionRows at, i64 head, i64 first, i64 rows) {
+  constexpr i64 kKeys = BackwardScratch<T>::kKeys;
+  const i64 depth_rows = round_up(rows, kRowMultiple);
+  for (i64 m = 0; m < s.member_count; ++m) open_block(p, g, s, s.members[m], head, first, rows);
+  if (p.shared()) {
+    s.positions.pack_queries(p, chunk, head, first, rows);
+    transpose_rows(s, s.positions.queries, depth_rows, p.pos_depth, s.dpositions.queries_t);
+    zero_row(s.dpositions.dq, depth_rows * p.pos_depth);
   }
-}
-
-// Sums the samples' partial gradients, in their order.
-template <class T>
-OFAKERN_LOCAL void reduce_partials(const Problem<T>& p, const BackwardTensors<T>& g, int threads) {
-  parallel_for(p.heads, threads, [&](i64 head, int) {
-    for (int t = 0; t < p.term_count; ++t) {
-      const i64 rows = p.terms[t].rows;
-      float* gradient = g.dtables[t] + head * rows;
-      zero_row(gradient, rows);
-      for (i64 sample = 0; sample < p.samples; ++sample) {
-        const float* partial = g.partial_tables[t] + (sample * p.heads + head) * rows;
-        for (i64 r = 0; r < rows; ++r) gradient[r] += partial[rows - 1 - r];
-      }
+  const TileRange tiles = tiles_of(s.members, s.member_count);
+  TilePlan<T> plan;
+  for (i64 tile = tiles.begin; tile < tiles.end; ++tile) {
+    if (p.shared()) {
+      s.positions.multiply(p, rows, tile);
+      zero_row(s.positions.dscores, depth_rows * kKeys);
     }
-    if (g.dhead_scale == nullptr) return;
-    g.dhead_scale[head] = 0.0f;
-    for (i64 sample = 0; sample < p.samples; ++sample)
-      g.dhead_scale[head] += g.partial_head_scale[sample * p.heads + head];
-  });
-}
-
-template <class T>
-OFAKERN_LOCAL void backward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
-                            const TensorView& dout, const TensorView& dlse, const AttentionGradients& gradients,
-                            void* workspace, int threads) {
-  Problem<T> p = make_problem<T>(in);
-  Arena arena(workspace);
-  const BackwardMemory<T> memory = BackwardMemory<T>::take(p, threads, arena);
-  BackwardTensors<T> g = {};
-  g.out = out.as<const T>();
-  g.lse = lse.as<const float>();
-  take_strides(dout, &g.dout, g.dout_stride);
-  g.dlse = dlse.defined() ? dlse.as<const float>() : nullptr;
-  g.dq = gradients.dq.as<T>();
-  g.dk = gradients.dk.as<T>();
-  g.dv = gradients.dv.as<T>();
-  g.dq_pos = gradients.dq_pos.defined() ? gradients.dq_pos.as<T>() : nullptr;
-  g.dk_pos = gradients.dk_pos.defined() ? gradients.dk_pos.as<T>() : nullptr;
-  for (int t = 0, slot = 0; slot < 2; ++slot)
-    if (in.terms[slot].table.defined()) {
-      g.dtables[t] = gradients.dtables[slot].as<float>();
-      g.partial_tables[t] = memory.partial_tables[t];
-      ++t;
-    }
-  g.dhead_scale = gradients.dhead_scale.defined() ? gradients.dhead_scale.as<float>() : nullptr;
-  g.partial_head_scale = memory.partial_head_scale;
-
-  const i64 clusters = make_clusters(p, memory.order, memory.clusters);
-  reverse_tables(p, threads);
-  parallel_for(clusters * p.key_heads, threads, [&](i64 index, int thread) {
-    const i64 c = index / p.key_heads, key_head = index % p.key_heads;
-    const Cluster& cluster = memory.clusters[c];
-    Arena own(memory.threads + memory.bytes_per_thread * thread);
-    BackwardScratch<T> scratch = BackwardScratch<T>::take(p, memory.span, own);
-    const AmxTiles tiles;
-    scratch.keys.pack(p, key_head, cluster.keys, true);
-    for (i64 tile = 0; tile < scratch.keys.tile_count(); ++tile) scratch.touched[tile] = false;
-    for (i64 at = cluster.begin; at < cluster.end; ++at) backward_sample(p, g, scratch, memory.order[at], key_head);
-    close_keys(p, g, scratch, key_head);
-    zero_keys(p, g, key_head, c == 0 ? 0 : memory.clusters[c - 1].keys.hi, cluster.keys.lo);
-    if (c == clusters - 1) zero_keys(p, g, key_head, cluster.keys.hi, p.keys);
-  });
-  if (clusters == 0)
-    for (i64 key_head = 0; key_head < p.key_heads; ++key_head) zero_keys(p, g, key_head, 0, p.keys);
-  reduce_partials(p, g, threads);
+    for (i64 m = 0; m < s.member_count; ++m)
+      if (s.members[m].sees(tile)) backward_tile<TERMS>(p, s, s.members[m], plan, tile, head);
+    if (p.shared()) backward_positions(p, s, rows, tile);
+  }
+  for (i64 m = 0; m < s.member_count; ++m) close_block(p, g, s.members[m], head);
+  if (p.shared())
+    for (i64 r = 0; r < rows; ++r)
+      store_scaled(s.dpositions.dq + r * p.pos_depth, p.pos_width, 1.0f,
+                   g.partial_q_pos + ((at.q + first + r) * p.heads + head) * p.pos_width);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Compiled once per instruction set; see core/isa.h.
 #include "core/with_type.h"
-#include "ops/attention/attention_backward.h"
+#include "ops/attention/attention_backward_tasks.h"
 #include "ops/attention/attention_forward.h"
 
 namespace ofakern::OFAKERN_ISA {

@@ -2,7 +2,7 @@
 // softmax).
 #pragma once
 
-#include "ops/attention/attention_tiles.h"
+#include "ops/attention/attention_shared.h"
 
 namespace ofakern::OFAKERN_ISA {
 namespace {
@@ -14,32 +14,44 @@ constexpr i64 kForwardRows = 1024;
 constexpr float kRowLimit = 4294967296.0f;
 
 template <class T>
+struct ForwardMember : Member {
+  using Elem = Packed<T>;
+  KeySide<T> keys;
+  Elem* queries;     // [kQueries, depth]
+  float* output;     // [kQueries, columns]
+  float* reference;  // [kQueries]: what probabilities are relative to, in units of log2(e)
+  float* sum;        // [kQueries, kWidth]: lane by lane
+};
+
+template <class T>
 struct ForwardScratch {
   using Elem = Packed<T>;
   static constexpr i64 kQueries = Tile<Elem>::kQueries, kStep = Tile<Elem>::kStep, kKeys = Tile<Elem>::kKeys;
   // Probabilities take the place of their scores: a row of them, with a row of scores as its stride.
   static constexpr i64 kRowStride = kKeys * static_cast<i64>(sizeof(float) / sizeof(Elem));
 
-  KeySide<T> keys;
-  Elem* queries;     // [kQueries, depth]
-  float* scores;     // [kStep, kKeys]
-  float* again;      // [Gemm::kRows, kKeys]: scores of a row that has to be done twice
-  float* output;     // [kQueries, columns]
-  float* reference;  // [kQueries]: what probabilities are relative to, in units of log2(e)
-  float* sum;        // [kQueries, kWidth]: lane by lane
-  float* dropout;    // [kKeys]
+  ForwardMember<T> members[kTogether];
+  i64 member_count;
+  PositionSide<T> positions;
+  float* scores;   // [kStep, kKeys]
+  float* again;    // [Gemm::kRows, kKeys]: scores of a row that has to be done twice
+  float* dropout;  // [kKeys]
 
   Elem* probabilities(i64 row) const { return reinterpret_cast<Elem*>(scores) + row * kRowStride; }
 
   static ForwardScratch take(const Problem<T>& p, i64 span, Arena& arena) {
     ForwardScratch s = {};
-    s.keys = KeySide<T>::take(p, span, false, arena);
-    s.queries = arena.take<Elem>(kQueries * p.depth);
+    for (i64 m = 0; m < p.together; ++m) {
+      ForwardMember<T>& member = s.members[m];
+      member.keys = KeySide<T>::take(p, span, false, arena);
+      member.queries = arena.take<Elem>(kQueries * p.depth);
+      member.output = arena.take<float>(kQueries * p.columns);
+      member.reference = arena.take<float>(kQueries);
+      member.sum = arena.take<float>(kQueries * kWidth);
+    }
+    s.positions = PositionSide<T>::take(p, span, false, arena);
     s.scores = arena.take<float>(kStep * kKeys);
     s.again = arena.take<float>(Gemm<Elem>::kRows * kKeys);
-    s.output = arena.take<float>(kQueries * p.columns);
-    s.reference = arena.take<float>(kQueries);
-    s.sum = arena.take<float>(kQueries * kWidth);
     s.dropout = arena.take<float>(kKeys);
     return s;
   }
@@ -115,11 +127,21 @@ OFAKERN_HOT Vec exponentiate(const ForwardRow<T>& row, const float* products, fl
 
 // Multiplies what row q has accumulated by 2^growth.
 template <class T>
-OFAKERN_LOCAL void rescale_row(const Problem<T>& p, ForwardScratch<T>& s, i64 q, float growth) {
+OFAKERN_LOCAL void rescale_row(const Problem<T>& p, ForwardMember<T>& s, i64 q, float growth) {
   const Vec factor = vexp2(vset(growth));
   float *output = s.output + q * p.columns, *sum = s.sum + q * kWidth;
   vstore(sum, vmul(vload(sum), factor));
   for (i64 x = 0; x < p.columns; x += kWidth) vstore(output + x, vmul(vload(output + x), factor));
+}
+
+// q.k of `rows` rows from row q of the member's block on, with one tile of keys; onto the positions' products where
+// they are made apart.
+template <class T>
+OFAKERN_HOT void multiply_queries(const Problem<T>& p, const ForwardScratch<T>& s, const ForwardMember<T>& member,
+                                  i64 tile, i64 q, i64 rows, float* scores) {
+  using Elem = Packed<T>;
+  gemm(rows, round_up(member.keys.tile_keys(tile), Gemm<Elem>::kColumns), p.depth, member.queries + q * p.depth,
+       p.depth, member.keys.transposed(member.keys.k_transposed, tile, p.depth), scores, s.kKeys, s.positions.onto(q));
 }
 
 // Row r of the step, row q of the block: dot products become probabilities, and their sum is added to the row's.
@@ -128,99 +150,110 @@ OFAKERN_LOCAL void rescale_row(const Problem<T>& p, ForwardScratch<T>& s, i64 q,
 // and one that stays spares a pass over the scores. It moves, as in an online softmax, only when a sum grows beyond
 // kRowLimit; the dot products, gone by then, are computed again.
 template <int TERMS, class T>
-OFAKERN_HOT void softmax_row(const ForwardRow<T>& row, ForwardScratch<T>& s, i64 r, i64 q) {
-  using Elem = Packed<T>;
-  constexpr i64 kRows = Gemm<Elem>::kRows;
+OFAKERN_HOT void softmax_row(const ForwardRow<T>& row, ForwardScratch<T>& s, ForwardMember<T>& member, i64 r, i64 q) {
+  constexpr i64 kRows = Gemm<Packed<T>>::kRows;
   const float* products = s.scores + r * s.kKeys;
-  float* sum = s.sum + q * kWidth;
-  if (s.reference[q] != -kInfinity) {
-    const Vec total = exponentiate<TERMS>(row, products, s.reference[q]);
+  float* sum = member.sum + q * kWidth;
+  if (member.reference[q] != -kInfinity) {
+    const Vec total = exponentiate<TERMS>(row, products, member.reference[q]);
     if (!vany_above(total, kRowLimit)) {
       vstore(sum, vadd(vload(sum), total));
       return;
     }
     const i64 first = q / kRows * kRows;
-    gemm(kRows, round_up(s.keys.tile_keys(row.plan.tile), Gemm<Elem>::kColumns), row.p.depth,
-         s.queries + first * row.p.depth, row.p.depth,
-         s.keys.transposed(s.keys.k_transposed, row.plan.tile, row.p.depth), s.again, s.kKeys, false);
+    multiply_queries(row.p, s, member, row.plan.tile, first, kRows, s.again);
     products = s.again + (q - first) * s.kKeys;
   }
-  const float before = s.reference[q], top = max_of(before, row_maximum<TERMS>(row, products));
-  if (before != -kInfinity) rescale_row(row.p, s, q, before - top);
-  s.reference[q] = top;
+  const float before = member.reference[q], top = max_of(before, row_maximum<TERMS>(row, products));
+  if (before != -kInfinity) rescale_row(row.p, member, q, before - top);
+  member.reference[q] = top;
   // Scores that are all -inf leave no reference; they count for nothing.
   const Vec total = exponentiate<TERMS>(row, products, top == -kInfinity ? 0.0f : top);
   vstore(sum, vadd(vload(sum), total));
 }
 
-// Writes out = head_scale * output / sum and lse for one row.
+// Writes out = head_scale * output / sum and lse for row r of the block.
 template <class T>
-OFAKERN_LOCAL void finish_row(const Problem<T>& p, const ForwardScratch<T>& s, i64 head, i64 i, i64 r, T* out,
+OFAKERN_LOCAL void finish_row(const Problem<T>& p, const ForwardMember<T>& member, i64 head, i64 r, T* out,
                               float* lse) {
+  const i64 i = member.block_first + r;
   const bool empty = p.visible[i].empty();
   const float head_scale = p.head_scale == nullptr ? 1.0f : p.head_scale[head];
-  const float sum = hsum(vload(s.sum + r * kWidth));
+  const float sum = hsum(vload(member.sum + r * kWidth));
   const Vec factor = vset(empty ? 0.0f : head_scale / sum);
-  const float* output = s.output + r * p.columns;
+  const float* output = member.output + r * p.columns;
   T* row = out + (i * p.heads + head) * p.value_width;
   for (i64 x = 0; x < p.value_width; x += kWidth)
     vstore_n(row + x, empty ? vzero() : vmul(vload(output + x), factor), p.value_width - x);
-  lse[i * p.heads + head] = empty ? -kInfinity : s.reference[r] * kLn2 + __builtin_logf(sum);
+  lse[i * p.heads + head] = empty ? -kInfinity : member.reference[r] * kLn2 + __builtin_logf(sum);
 }
 
-// Query rows [q, q + rows) of the block against one tile of keys.
+// Query rows [q, q + rows) of a member's block against one tile of keys.
 template <int TERMS, class T>
-OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, TilePlan<T>& plan, i64 tile, i64 sample,
-                                i64 head, i64 first, i64 q, i64 rows) {
+OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, ForwardMember<T>& member, TilePlan<T>& plan,
+                                i64 tile, i64 head, i64 q, i64 rows) {
   using Elem = Packed<T>;
   constexpr i64 kKeys = ForwardScratch<T>::kKeys, kRowStride = ForwardScratch<T>::kRowStride;
-  const i64 keys = s.keys.tile_keys(tile), gemm_rows = round_up(rows, Gemm<Elem>::kRows);
-  const i64 padded_keys = round_up(keys, max_of<i64>(Gemm<Elem>::kDepth, kWidth));
-  gemm(gemm_rows, round_up(keys, Gemm<Elem>::kColumns), p.depth, s.queries + q * p.depth, p.depth,
-       s.keys.transposed(s.keys.k_transposed, tile, p.depth), s.scores, kKeys, false);
+  const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows);
+  const i64 padded_keys = round_up(member.keys.tile_keys(tile), max_of<i64>(Gemm<Elem>::kDepth, kWidth));
+  multiply_queries(p, s, member, tile, q, gemm_rows, s.scores);
   for (i64 r = 0; r < rows; ++r) {
-    const i64 i = first + q + r;
-    plan.set(p, s.keys, tile, i);
+    const i64 i = member.block_first + q + r;
+    plan.set(p, member.keys, tile, i);
     if (plan.empty()) {
       zero_row(s.probabilities(r), padded_keys);
       continue;
     }
-    if (p.dropout) dropout_factors(p, sample, head, i, s.keys.first + tile * kKeys, padded_keys, s.dropout);
+    if (p.dropout) dropout_factors(p, member.sample, head, i, member.keys.first + tile * kKeys, padded_keys, s.dropout);
     const ForwardRow<T> row = {p,
                                plan,
                                row_tables(p, head, i),
                                p.dropout ? s.dropout : nullptr,
                                s.probabilities(r),
                                static_cast<int>(padded_keys / kWidth)};
-    softmax_row<TERMS>(row, s, r, q + r);
+    softmax_row<TERMS>(row, s, member, r, q + r);
   }
   for (i64 r = rows; r < gemm_rows; ++r) zero_row(s.probabilities(r), padded_keys);
-  gemm(gemm_rows, p.columns, padded_keys, s.probabilities(0), kRowStride, s.keys.rows(s.keys.v_rows, tile, p.columns),
-       s.output + q * p.columns, p.columns, true);
+  gemm(gemm_rows, p.columns, padded_keys, s.probabilities(0), kRowStride,
+       member.keys.rows(member.keys.v_rows, tile, p.columns), member.output + q * p.columns, p.columns, true);
 }
 
-// A block of at most kQueries rows of one head against all keys they see.
+template <class T>
+OFAKERN_LOCAL void open_block(const Problem<T>& p, ForwardMember<T>& member, i64 head, i64 first, i64 count) {
+  member.set_block(p, first, count, member.keys.first);
+  for (i64 r = 0; r < member.block_rows; ++r) member.reference[r] = -kInfinity;
+  zero_row(member.sum, member.block_rows * kWidth);
+  if (member.tile_begin == member.tile_end) return;
+  pack_queries(p, head, member.block_first, member.block_rows, member.queries);
+  zero_row(member.output, round_up(member.block_rows, Gemm<Packed<T>>::kRows) * p.columns);
+}
+
+// Rows [first, first + rows) of the task, at most kQueries, of one head against all keys they see.
 template <int TERMS, class T>
-OFAKERN_LOCAL void forward_rows(const Problem<T>& p, ForwardScratch<T>& s, i64 sample, i64 head, i64 first, i64 rows,
-                                T* out, float* lse) {
-  constexpr i64 kKeys = ForwardScratch<T>::kKeys, kStep = ForwardScratch<T>::kStep;
-  const Interval hull = hull_of(p, first, rows);
-  for (i64 r = 0; r < rows; ++r) s.reference[r] = -kInfinity;
-  zero_row(s.sum, rows * kWidth);
-  if (!hull.empty()) {
-    pack_queries(p, head, first, rows, s.queries);
-    zero_row(s.output, round_up(rows, Gemm<Packed<T>>::kRows) * p.columns);
-    TilePlan<T> plan;
-    for (i64 tile = (hull.lo - s.keys.first) / kKeys; tile * kKeys < hull.hi - s.keys.first; ++tile)
-      for (i64 q = 0; q < rows; q += kStep)
-        forward_step<TERMS>(p, s, plan, tile, sample, head, first, q, min_of(kStep, rows - q));
+OFAKERN_LOCAL void forward_block(const Problem<T>& p, ForwardScratch<T>& s, const Chunk& chunk, i64 chunk_row, i64 head,
+                                 i64 first, i64 rows, T* out, float* lse) {
+  constexpr i64 kStep = ForwardScratch<T>::kStep;
+  for (i64 m = 0; m < s.member_count; ++m) open_block(p, s.members[m], head, first, rows);
+  const TileRange tiles = tiles_of(s.members, s.member_count);
+  if (p.shared() && tiles.begin < tiles.end) s.positions.pack_queries(p, chunk, head, chunk_row + first, rows);
+  TilePlan<T> plan;
+  for (i64 tile = tiles.begin; tile < tiles.end; ++tile) {
+    if (p.shared()) s.positions.multiply(p, rows, tile);
+    for (i64 m = 0; m < s.member_count; ++m) {
+      ForwardMember<T>& member = s.members[m];
+      if (!member.sees(tile)) continue;
+      for (i64 q = 0; q < member.block_rows; q += kStep)
+        forward_step<TERMS>(p, s, member, plan, tile, head, q, min_of(kStep, member.block_rows - q));
+    }
   }
-  for (i64 r = 0; r < rows; ++r) finish_row(p, s, head, first + r, r, out, lse);
+  for (i64 m = 0; m < s.member_count; ++m)
+    for (i64 r = 0; r < s.members[m].block_rows; ++r) finish_row(p, s.members[m], head, r, out, lse);
 }
 
-// A task: some consecutive queries of one sample, for the heads that share one key head.
+// A task: some consecutive query rows of a chunk's samples, for the heads that share one key head.
 struct ForwardTask {
-  std::int32_t sample, first, count;
+  Chunk chunk;
+  i64 first, count;
 };
 
 template <class T>
@@ -234,15 +267,12 @@ OFAKERN_LOCAL i64 forward_chunk_rows(const Problem<T>& p, i64 queries) {
 template <class T>
 OFAKERN_LOCAL i64 forward_tasks(const Problem<T>& p, ForwardTask* tasks) {
   i64 count = 0;
-  for (i64 s = 0; s < p.samples; ++s) {
-    const i64 begin = p.q_offsets[s], end = p.q_offsets[s + 1];
-    if (begin == end) continue;
-    const i64 rows = forward_chunk_rows(p, end - begin);
-    for (i64 first = begin; first < end; first += rows, ++count)
-      if (tasks != nullptr)
-        tasks[count] = {static_cast<std::int32_t>(s), static_cast<std::int32_t>(first),
-                        static_cast<std::int32_t>(min_of(rows, end - first))};
-  }
+  for_chunks(p, [&](const Chunk& chunk) {
+    if (chunk.q_rows == 0) return;
+    const i64 rows = forward_chunk_rows(p, chunk.q_rows);
+    for (i64 first = 0; first < chunk.q_rows; first += rows, ++count)
+      if (tasks != nullptr) tasks[count] = {chunk, first, min_of(rows, chunk.q_rows - first)};
+  });
   return count;
 }
 
@@ -267,13 +297,21 @@ struct ForwardMemory {
 };
 
 template <int TERMS, class T>
-OFAKERN_LOCAL void forward_task(const Problem<T>& p, ForwardScratch<T>& s, ForwardTask task, i64 key_head, T* out,
-                                float* lse) {
+OFAKERN_LOCAL void forward_task(const Problem<T>& p, ForwardScratch<T>& s, const ForwardTask& task, i64 key_head,
+                                T* out, float* lse) {
   constexpr i64 kQueries = ForwardScratch<T>::kQueries;
-  s.keys.pack(p, key_head, hull_of(p, task.first, task.count), false);
+  s.member_count = task.chunk.to - task.chunk.from;
+  for (i64 m = 0; m < s.member_count; ++m) {
+    ForwardMember<T>& member = s.members[m];
+    member.set(p, sample_at(p, task.chunk.from + m), task.first, task.count);
+    Interval keys = hull_of(p, member.first, member.rows);
+    if (p.shared() && !keys.empty()) keys.lo = p.keys_of(member.sample).lo;
+    member.keys.pack(p, key_head, keys, false);
+  }
+  if (p.shared()) s.positions.pack(p, task.chunk, key_head, false);
   for (i64 head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head)
     for (i64 r = 0; r < task.count; r += kQueries)
-      forward_rows<TERMS>(p, s, task.sample, head, task.first + r, min_of(kQueries, task.count - r), out, lse);
+      forward_block<TERMS>(p, s, task.chunk, task.first, head, r, min_of(kQueries, task.count - r), out, lse);
 }
 
 template <class T>
@@ -286,7 +324,7 @@ OFAKERN_LOCAL void forward(const AttentionInputs& in, const TensorView& out, con
   reverse_tables(p, threads);
   const i64 span = p.max_span();
   parallel_for(memory.task_count * p.key_heads, threads, [&](i64 index, int thread) {
-    const ForwardTask task = memory.tasks[index / p.key_heads];
+    const ForwardTask& task = memory.tasks[index / p.key_heads];
     const i64 key_head = index % p.key_heads;
     Arena own(memory.threads + memory.bytes_per_thread * thread);
     ForwardScratch<T> scratch = ForwardScratch<T>::take(p, span, own);

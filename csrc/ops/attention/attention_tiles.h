@@ -60,17 +60,30 @@ struct KeyGroup {
   Kind kind;
 };
 
+// Samples members[from, to) take rows of q_pos from q_first on, of k_pos from k_first on.
+struct PositionSet {
+  std::int32_t from, to, q_first, k_first;
+};
+
+// At most this many samples of a set go through a task together.
+constexpr i64 kTogether = 8;
+
 template <class T>
 struct Problem {
   i64 samples, queries, keys, heads, key_heads, width, pos_width, value_width;
-  i64 depth;    // packed width of (q, q_pos): a multiple of what both roles in gemm need
-  i64 columns;  // packed width of v
+  i64 joined;     // width of q_pos where it stands beside q in one product
+  i64 depth;      // packed width of (q, joined q_pos): a multiple of what both roles in gemm need
+  i64 columns;    // packed width of v
+  i64 pos_depth;  // packed width of a q_pos that is multiplied once for several samples, else 0
   const T *q, *k, *v, *q_pos, *k_pos;
   i64 q_stride[2], k_stride[2], v_stride[2], q_pos_stride[2], k_pos_stride[2];  // of tokens, of heads
   const Interval* visible;
   const std::int32_t *q_offsets, *k_offsets;
   const std::uint8_t* key_seen;
   const Interval* k_range;
+  const PositionSet* sets;  // or null: no samples share positions
+  const std::int32_t* members;
+  i64 set_count, together;
   const float* head_scale;
   Term terms[2];
   int term_count;
@@ -81,9 +94,17 @@ struct Problem {
   bool dropout;
 
   i64 group() const { return heads / key_heads; }
-  i64 max_span() const {  // longest hull of keys over the samples
+  bool shared() const { return sets != nullptr; }
+  i64 queries_of(i64 sample) const { return q_offsets[sample + 1] - q_offsets[sample]; }
+  // Keys that are packed for a sample: those it sees; with shared positions all before them, so that tiles line up.
+  Interval keys_of(i64 sample) const {
+    const Interval range = k_range[sample];
+    return shared() && !range.empty() ? Interval{k_offsets[sample], range.hi} : range;
+  }
+  i64 span_of(i64 sample) const { return keys_of(sample).hi - keys_of(sample).lo; }
+  i64 max_span() const {  // longest run of keys over the samples
     i64 span = 0;
-    for (i64 s = 0; s < samples; ++s) span = max_of<i64>(span, k_range[s].hi - k_range[s].lo);
+    for (i64 s = 0; s < samples; ++s) span = max_of(span, span_of(s));
     return span;
   }
 };
@@ -93,6 +114,17 @@ OFAKERN_HOT void take_strides(const TensorView& view, const T** data, i64 stride
   *data = view.defined() ? view.as<const T>() : nullptr;
   stride[0] = view.defined() ? view.stride[0] : 0;
   stride[1] = view.defined() ? view.stride[1] : 0;
+}
+
+// Many samples of a set share its position products; fewer make more tasks (12 are enough for a few threads) and need
+// less memory (that of 8192 packed keys). A matter of shapes alone.
+template <class T>
+OFAKERN_LOCAL i64 samples_together(const Problem<T>& p) {
+  constexpr i64 kTasks = 12, kKeys = 8192;
+  i64 largest = 1;
+  for (i64 u = 0; u < p.set_count; ++u) largest = max_of<i64>(largest, p.sets[u].to - p.sets[u].from);
+  const i64 wanted = min_of(min_of(kTogether, p.samples * p.key_heads / kTasks), kKeys / max_of<i64>(p.max_span(), 1));
+  return max_of<i64>(1, min_of(wanted, largest));
 }
 
 template <class T>
@@ -109,7 +141,11 @@ OFAKERN_LOCAL Problem<T> make_problem(const AttentionInputs& in) {
   p.width = in.q.shape[2];
   p.pos_width = in.q_pos.defined() ? in.q_pos.shape[2] : 0;
   p.value_width = in.v.shape[2];
-  p.depth = round_up(p.width + p.pos_width, kMultiple);
+  const SharedPositionsView& shared = layout.shared;
+  const bool apart = shared.sets.defined() && p.pos_width > 0;
+  p.joined = apart ? 0 : p.pos_width;
+  p.pos_depth = apart ? round_up(p.pos_width, kMultiple) : 0;
+  p.depth = round_up(p.width + p.joined, kMultiple);
   p.columns = round_up(p.value_width, kMultiple);
   take_strides(in.q, &p.q, p.q_stride);
   take_strides(in.k, &p.k, p.k_stride);
@@ -121,6 +157,13 @@ OFAKERN_LOCAL Problem<T> make_problem(const AttentionInputs& in) {
   p.k_offsets = layout.k_offsets.as<const std::int32_t>();
   p.key_seen = layout.key_seen.as<const std::uint8_t>();
   p.k_range = layout.k_range.as<const Interval>();
+  p.together = 1;
+  if (apart) {
+    p.sets = shared.sets.as<const PositionSet>();
+    p.set_count = shared.sets.shape[0];
+    p.members = shared.members.as<const std::int32_t>();
+    p.together = samples_together(p);
+  }
   p.head_scale = in.head_scale.defined() ? in.head_scale.as<const float>() : nullptr;
   for (const RelativeTermView& term : in.terms) {
     if (!term.table.defined()) continue;
@@ -170,6 +213,27 @@ OFAKERN_LOCAL KeyGroup describe_keys(const std::int32_t* coord, i64 count) {
   for (; l < count; ++l)
     if (coord[l] != group.base[1] + l) group.kind = KeyGroup::scattered;
   return group;
+}
+
+// Rows [at, at + rows) of one tensor, or of two side by side, `padded` wide. Rows that are not `wanted`, and pads from
+// `last` on, become zero.
+template <class T, class Wanted>
+OFAKERN_HOT void stage_rows(Rows<T> a, Rows<T> b, i64 at, i64 rows, i64 last, i64 padded, Packed<T>* dst,
+                            const Wanted& wanted) {
+  for (i64 r = 0; r < rows; ++r) {
+    Packed<T>* row = dst + r * padded;
+    const i64 j = at + r;
+    if (j + kRowsAhead < last) {
+      prefetch_row(a.data + (j + kRowsAhead) * a.stride, a.width);
+      if (b.data != nullptr) prefetch_row(b.data + (j + kRowsAhead) * b.stride, b.width);
+    }
+    if (j >= last || !wanted(j)) {
+      zero_row(row, padded);
+      continue;
+    }
+    copy_row(a.data + j * a.stride, a.width, row, b.data == nullptr ? padded : a.width);
+    if (b.data != nullptr) copy_row(b.data + j * b.stride, b.width, row + a.width, padded - a.width);
+  }
 }
 
 // Keys [first, first + count) of one key head, packed tile by tile.
@@ -227,51 +291,33 @@ struct KeySide {
     first = range.lo;
     count = range.hi - range.lo;
     const Source k = {p.k + key_head * p.k_stride[1], p.k_stride[0], p.width};
-    const Source k_pos = {p.pos_width == 0 ? nullptr : p.k_pos + key_head * p.k_pos_stride[1], p.k_pos_stride[0],
-                          p.pos_width};
+    const Source k_pos = {p.joined == 0 ? nullptr : p.k_pos + key_head * p.k_pos_stride[1], p.k_pos_stride[0],
+                          p.joined};
     const Source v = {p.v + key_head * p.v_stride[1], p.v_stride[0], p.value_width};
+    const auto seen = [&](i64 j) { return p.key_seen[j] != 0; };
     for (i64 tile = 0; tile < tile_count(); ++tile)
       for (i64 key = 0; key < padded_tile_keys(tile); key += kStage) {
-        const i64 keys = min_of(kStage, padded_tile_keys(tile) - key);
-        stage(p, tile, key, keys, k, k_pos, p.depth);
-        pack_transposed(k_transposed, tile, key, keys, p.depth);
-        if (backward) pack_rows(k_rows, tile, key, keys, p.depth);
-        stage(p, tile, key, keys, v, Source{}, p.columns);
+        const i64 keys = min_of(kStage, padded_tile_keys(tile) - key), at = first + tile * kKeys + key;
+        stage_rows(k, k_pos, at, keys, first + count, p.depth, staging, seen);
+        pack_transposed(staging, k_transposed, tile, key, keys, p.depth);
+        if (backward) pack_rows(staging, k_rows, tile, key, keys, p.depth);
+        stage_rows(v, Source{}, at, keys, first + count, p.columns, staging, seen);
         if (backward)
-          pack_transposed(v_transposed, tile, key, keys, p.columns);
+          pack_transposed(staging, v_transposed, tile, key, keys, p.columns);
         else
-          pack_rows(v_rows, tile, key, keys, p.columns);
+          pack_rows(staging, v_rows, tile, key, keys, p.columns);
       }
     for (int t = 0; t < p.term_count; ++t)
       for (i64 j = 0; j < count; j += kWidth)
         groups[t][j / kWidth] = describe_keys(p.terms[t].k_coord + first + j, min_of<i64>(kWidth, count - j));
   }
 
- private:
-  // Keys [key, key + keys) of a tile, two tensors side by side; keys that no query sees, and pads, become zero.
-  void stage(const Problem<T>& p, i64 tile, i64 key, i64 keys, Source a, Source b, i64 padded) {
-    const i64 last = first + count;
-    for (i64 r = 0; r < keys; ++r) {
-      Elem* row = staging + r * padded;
-      const i64 j = first + tile * kKeys + key + r;
-      if (j + kRowsAhead < last) {
-        prefetch_row(a.data + (j + kRowsAhead) * a.stride, a.width);
-        if (b.data != nullptr) prefetch_row(b.data + (j + kRowsAhead) * b.stride, b.width);
-      }
-      if (j >= last || p.key_seen[j] == 0) {
-        zero_row(row, padded);
-        continue;
-      }
-      copy_row(a.data + j * a.stride, a.width, row, b.data == nullptr ? padded : a.width);
-      if (b.data != nullptr) copy_row(b.data + j * b.stride, b.width, row + a.width, padded - a.width);
-    }
-  }
-  void pack_transposed(Elem* data, i64 tile, i64 key, i64 keys, i64 width) {
+  static void pack_transposed(const Elem* staging, Elem* data, i64 tile, i64 key, i64 keys, i64 width) {
     for (i64 x = 0; x < keys; x += kPanel)
       transpose_units(as_units(staging + x * width), width / kPair, kPanel, width / kPair,
                       as_units(data + (tile * kKeys + key + x) * width), kPanel);
   }
-  void pack_rows(Elem* data, i64 tile, i64 key, i64 keys, i64 width) {
+  static void pack_rows(const Elem* staging, Elem* data, i64 tile, i64 key, i64 keys, i64 width) {
     for (i64 c = 0; c < width; c += kPanel)
       interleave(staging + c, width, keys, min_of<i64>(kPanel, width - c),
                  as_units(data + tile * kKeys * panel_columns(width) + c * kKeys + key * kPanel), kPanel);
@@ -282,22 +328,10 @@ struct KeySide {
 // Rows without keys, and pads, are zero: their scores are never used, but 0 * NaN must not reach a gradient.
 template <class T>
 OFAKERN_LOCAL void pack_queries(const Problem<T>& p, i64 head, i64 first, i64 count, Packed<T>* rows) {
-  const T* q = p.q + head * p.q_stride[1];
-  const T* q_pos = p.pos_width == 0 ? nullptr : p.q_pos + head * p.q_pos_stride[1];
-  for (i64 r = 0; r < round_up(count, kRowMultiple); ++r) {
-    Packed<T>* row = rows + r * p.depth;
-    const i64 i = first + r;
-    if (r + kRowsAhead < count) {
-      prefetch_row(q + (i + kRowsAhead) * p.q_stride[0], p.width);
-      if (q_pos != nullptr) prefetch_row(q_pos + (i + kRowsAhead) * p.q_pos_stride[0], p.pos_width);
-    }
-    if (r >= count || p.visible[i].empty()) {
-      zero_row(row, p.depth);
-      continue;
-    }
-    copy_row(q + i * p.q_stride[0], p.width, row, q_pos == nullptr ? p.depth : p.width);
-    if (q_pos != nullptr) copy_row(q_pos + i * p.q_pos_stride[0], p.pos_width, row + p.width, p.depth - p.width);
-  }
+  const Rows<T> q = {p.q + head * p.q_stride[1], p.q_stride[0], p.width};
+  const Rows<T> q_pos = {p.joined == 0 ? nullptr : p.q_pos + head * p.q_pos_stride[1], p.q_pos_stride[0], p.joined};
+  stage_rows(q, q_pos, first, round_up(count, kRowMultiple), first + count, p.depth, rows,
+             [&](i64 i) { return !p.visible[i].empty(); });
 }
 
 // Hull of the keys that rows [first, first + count) see.

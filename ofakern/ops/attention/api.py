@@ -88,7 +88,8 @@ def attention(
         q: `[Nq,H,K]`; all samples' queries end to end. float32, bfloat16, float16 (float64 on the reference).
         k: `[Nk,Hk,K]`, v: `[Nk,Hk,V]`; Hk divides H. A key that no query sees is never read.
         layout: intervals, coordinates and samples of the batch; on q's device.
-        q_pos: `[Nq,H,P]`, k_pos: `[Nk,Hk,P]`: the factored absolute term, both or neither, in q's dtype.
+        q_pos: `[Nq,H,P]`, k_pos: `[Nk,Hk,P]`: the factored absolute term, both or neither, in q's dtype. Where the
+            layout says that samples share positions (`layout.shared`), they have its q_rows and k_rows instead.
         tables: one `[H,R]` per term of the layout, R its `rows`; taken to float32 (float64 beside float64 q).
         head_scale: `[H]`; taken to float32 like the tables.
         scale: of both dot products; `K**-0.5` when None.
@@ -242,8 +243,11 @@ def _check_shapes(
     _check_shape("k", k, (keys, key_heads, width), "[Nk={},Hk={},K={}]")
     _check_shape("v", v, (keys, key_heads, v.shape[2]), "[Nk={},Hk={},V={}]")
     if q_pos is not None and k_pos is not None:
-        _check_shape("q_pos", q_pos, (queries, heads, q_pos.shape[2]), "[Nq={},H={},P={}]")
-        _check_shape("k_pos", k_pos, (keys, key_heads, q_pos.shape[2]), "[Nk={},Hk={},P={}]")
+        shared = layout.shared
+        q_rows, k_rows = (queries, keys) if shared is None else (shared.q_rows, shared.k_rows)
+        names = ("Nq", "Nk") if shared is None else ("shared.q_rows", "shared.k_rows")
+        _check_shape("q_pos", q_pos, (q_rows, heads, q_pos.shape[2]), f"[{names[0]}={{}},H={{}},P={{}}]")
+        _check_shape("k_pos", k_pos, (k_rows, key_heads, q_pos.shape[2]), f"[{names[1]}={{}},Hk={{}},P={{}}]")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], template: str) -> None:
@@ -286,6 +290,8 @@ def _run_reference(call: _Call) -> tuple[Tensor, Tensor]:
         layout.k_offsets,
         q_pos=call.q_pos,
         k_pos=call.k_pos,
+        q_index=None if layout.shared is None else layout.shared.q_index,
+        k_index=None if layout.shared is None else layout.shared.k_index,
         terms=[(table, t.q_coord, t.k_coord, t.same) for table, t in zip(call.tables, layout.terms, strict=True)],
         head_scale=call.head_scale,
         scale=call.scale,
@@ -297,7 +303,11 @@ def _run_reference(call: _Call) -> tuple[Tensor, Tensor]:
 def _run_op(backend: str, call: _Call) -> tuple[Tensor, Tensor]:
     q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed = call
     terms = _terms(tables, layout)
-    fixed = layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range
+    fixed = _fixed(layout)
+    if backend != "cpu" and layout.shared is not None:  # the other kernels have a row per token
+        if q_pos is not None and k_pos is not None:
+            q_pos, k_pos = layout.shared.spelled_out(q_pos, k_pos)
+        fixed = (*fixed[:5], None, None)
     return op.run(backend, q, k, v, q_pos, k_pos, *terms, head_scale, dropout_seed, *fixed, scale, dropout_p)
 
 
@@ -309,6 +319,12 @@ def _terms(tables: Sequence[Tensor], layout: AttentionLayout) -> Sequence[Tensor
         terms += (table, term.q_coord, term.k_coord, term.same)
     terms += _NO_TERMS[len(terms) :]
     return terms
+
+
+def _fixed(layout: AttentionLayout) -> tuple[Tensor | None, ...]:
+    shared = layout.shared
+    sharing = (None, None) if shared is None else (shared.sets, shared.members)
+    return layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range, *sharing
 
 
 def _run_straight(
@@ -328,6 +344,8 @@ def _run_straight(
     fits = type(layout) is AttentionLayout and len(tables) == len(layout.terms) and q.ndim == 3
     for n in range(len(tables) if fits else 0):
         fits = fits and tables[n].shape[-1:] == (layout.terms[n].rows,)
+    if fits and layout.shared is not None and q_pos is not None and k_pos is not None:
+        fits = (q_pos.shape[0], k_pos.shape[0]) == (layout.shared.q_rows, layout.shared.k_rows)
     if not fits:
         raise OfakernValueError(f"{_WHERE}: layout and tables must fit each other, got others")
     scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -336,7 +354,7 @@ def _run_straight(
     elif dropout_seed is None:
         dropout_seed = draw_seed(q.device)
     terms = _terms(tables, layout)
-    fixed = layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range
+    fixed = _fixed(layout)
     return op.run(STRAIGHT, q, k, v, q_pos, k_pos, *terms, head_scale, dropout_seed, *fixed, scale, dropout_p)
 
 

@@ -16,6 +16,7 @@ from torch.utils import _pytree
 
 from ofakern.errors import OfakernTypeError, OfakernValueError
 from ofakern.ops.attention.intervals import Lengths, as_lengths, check_intervals, starts
+from ofakern.ops.attention.shared import SharedPositions, share_rows
 
 _WHERE = "AttentionLayout"
 
@@ -43,6 +44,7 @@ class AttentionLayout:
 
     visible int32 `[Nq,2]`; q_offsets, k_offsets int32 `[B+1]`; key_seen uint8 `[Nk]`, 1 when some query sees the key;
     k_range int32 `[B,2]`, hull of the keys that the sample's queries see (0,0 when none); at most two terms.
+    shared: which samples take the same rows of q_pos and k_pos, where some do.
     """
 
     visible: Tensor
@@ -51,6 +53,7 @@ class AttentionLayout:
     key_seen: Tensor
     k_range: Tensor
     terms: tuple[RelativeTerm, ...] = ()
+    shared: SharedPositions | None = None
 
     @property
     def queries(self) -> int:
@@ -70,13 +73,22 @@ class AttentionLayout:
 
     @classmethod
     def build(
-        cls, visible: Tensor, q_lengths: Lengths, k_lengths: Lengths, terms: Sequence[RelativeTerm] = ()
+        cls,
+        visible: Tensor,
+        q_lengths: Lengths,
+        k_lengths: Lengths,
+        terms: Sequence[RelativeTerm] = (),
+        q_sets: Sequence[int] | None = None,
+        k_sets: Sequence[int] | None = None,
     ) -> AttentionLayout:
         """Validates a batch's intervals and coordinates and derives what kernels need; O(N log N), vectorised.
 
         visible int32 `[Nq,2]`: query i sees keys `visible[i,0] <= j < visible[i,1]`, numbered over the whole batch
         (`ofakern.ops.attention.intervals` builds them). q_lengths, k_lengths: tokens of each of the B samples, summing
         to Nq and Nk. terms: at most two. All tensors on the CPU; `to(device)` moves the result.
+        q_sets, k_sets (both or neither): of each sample, the number of the set of rows it takes of q_pos and of k_pos.
+        Sets 0, 1, ... stand end to end, each as long as its longest sample, and token t of a sample takes row t of its
+        set: samples whose tokens have the same positions share them. Their queries see keys of their own sample only.
         Raises OfakernTypeError and OfakernValueError: wrong dtypes and shapes, intervals outside the keys or reversed,
         and tables too short (or coordinates too small) for a pair that reads them.
         """
@@ -89,13 +101,15 @@ class AttentionLayout:
         window = visible.numpy()
         for number, term in enumerate(terms):
             _check_term(f"terms[{number}]", term, window, queries, keys)
+        k_range = _k_range(window, q_counts)
         return cls(
             visible=visible.contiguous(),
             q_offsets=_offsets(q_counts),
             k_offsets=_offsets(k_counts),
             key_seen=torch.from_numpy(_key_seen(window, keys)),
-            k_range=torch.from_numpy(_k_range(window, q_counts)),
+            k_range=torch.from_numpy(k_range),
             terms=tuple(term.map(Tensor.contiguous) for term in terms),
+            shared=share_rows(_WHERE, q_sets, k_sets, q_counts, k_counts, k_range),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionLayout:
@@ -116,6 +130,7 @@ class AttentionLayout:
             convert(self.key_seen),
             convert(self.k_range),
             tuple(term.map(convert) for term in self.terms),
+            None if self.shared is None else self.shared.map(convert),
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ofakern.errors import OfakernValueError
 from ofakern.ops import native
 from ofakern.ops.library import (
     apply_function,
@@ -28,11 +29,13 @@ _INPUTS = (
     "Tensor? table1, Tensor? q_coord1, Tensor? k_coord1, Tensor? same1, "
     "Tensor? head_scale, Tensor? dropout_seed, "
     "Tensor visible, Tensor q_offsets, Tensor k_offsets, Tensor key_seen, Tensor k_range, "
+    "Tensor? shared_sets, Tensor? shared_members, "
     "float scale, float dropout_p"
 )
 _Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE = 0, 1, 2, 3, 4, 5, 9, 13
 _DIFFERENTIABLE = (_Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE)
-_TENSORS = 20  # how many of the inputs are tensors; scale and dropout_p follow
+_SHARED = slice(20, 22)
+_TENSORS = 22  # how many of the inputs are tensors; scale and dropout_p follow
 
 
 def run(backend: str, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -82,11 +85,15 @@ def _kernel_ready(tensor: Tensor) -> Tensor:
 
 
 def _prepare(inputs: tuple[Any, ...]) -> list[Any]:
+    """What the Triton kernels take: every token has its own row of q_pos and k_pos (api.py spells them out)."""
     ready = list(inputs)
+    if any(tensor is not None for tensor in ready[_SHARED]):
+        raise OfakernValueError("attention: layout.shared must be None for this backend, got shared positions")
+    del ready[_SHARED]
     for n in (_Q, _K, _V, _Q_POS, _K_POS):
         if ready[n] is not None:
             ready[n] = _kernel_ready(ready[n])
-    for n in (*range(_TABLE0, _TENSORS),):
+    for n in range(_TABLE0, _SHARED.start):
         if ready[n] is not None:
             ready[n] = ready[n].resolve_neg().contiguous()
     return ready

@@ -25,6 +25,8 @@ def attention_reference(
     *,
     q_pos: Tensor | None = None,
     k_pos: Tensor | None = None,
+    q_index: Tensor | None = None,
+    k_index: Tensor | None = None,
     terms: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]] = (),
     head_scale: Tensor | None = None,
     scale: float,
@@ -34,6 +36,7 @@ def attention_reference(
     """Attention over packed tokens with position bias.
 
     q `[Nq,H,K]`, k `[Nk,Hk,K]`, v `[Nk,Hk,V]`, q_pos `[Nq,H,P]`, k_pos `[Nk,Hk,P]`, visible int `[Nq,2]`,
+    q_index int `[Nq]`, k_index int `[Nk]`: the rows that tokens take of q_pos and k_pos, where not each its own,
     terms `(table [H,R], q_coord int [Nq], k_coord int [Nk], same int [Nq,2])`, head_scale `[H]`,
     dropout_seed int64 `[2]` (seed, offset). Returns out `[Nq,H,V]` in q's dtype and lse `[Nq,H]` in the dtype of
     the statistics.
@@ -47,6 +50,8 @@ def attention_reference(
 
         scores = scale * _dots(q, k, has_key, seen, group, stat)  # [H,Nq,Nk]
         if q_pos is not None and k_pos is not None:
+            q_pos = q_pos if q_index is None else q_pos[q_index.long()]
+            k_pos = k_pos if k_index is None else k_pos[k_index.long()]
             scores = scores + scale * _dots(q_pos, k_pos, has_key, seen, group, stat)
         for table, q_coord, k_coord, same in terms:
             scores = scores + _relative(table.to(stat), q_coord, k_coord, allowed & _inside(same, k.shape[0]))
