@@ -73,7 +73,6 @@ def test_which_samples_share() -> None:
     assert numbers([*examples, *text_only]) == (0, 0, 0, 0, 1, 1, 1, 1)
     assert numbers([*examples[:1], *text_only[:1]]) is None
     assert numbers(examples[:1]) is None
-    assert numbers([]) is None
     swapped = replace(examples[0], source=examples[0].source[::-1])
     assert numbers([examples[0], swapped]) is None
 
