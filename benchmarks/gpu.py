@@ -1,7 +1,11 @@
-"""`ofakern bench --device cuda`: the same cases and peers on a GPU, our side in Triton, timed by CUDA events.
+"""`ofakern bench --device cuda`: the same cases and peers on a GPU, timed by CUDA events.
 
-Records are those of benchmarks/run.py with device "cuda". A wrong kernel is not timed and a peer that fails is left out
-with its reason, but neither ends the run: a visit to a GPU is short. `results["wrong"]` names what was wrong.
+Ours are the op's CUDA C++ and Triton kernels, each where it has one, and its reference: what `auto` takes without them.
+
+Records are those of benchmarks/run.py with device "cuda". Those of our kernels have a "size", for benchmarks/dispatch.py:
+width (last dimension) and length (all others) of the tensor that the choice among backends looks at. A wrong kernel is
+not timed and a peer that fails is left out with its reason, but neither ends the run: a visit to a GPU is short.
+`results["wrong"]` names what was wrong.
 
 A sample is one call between two events; before it a kernel overwrites the second-level cache and another one spins, so
 that the call's launches are queued before the first of them starts.
@@ -11,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,9 +28,11 @@ from benchmarks.core import DTYPES, PHASES, Contender, OpBench, Output, Unavaila
 from benchmarks.cutoff import Keep, keep_nothing, terminable
 from benchmarks.moved import moved
 from benchmarks.timing import quantiles
-from ofakern.errors import OfakernError, OfakernRuntimeError, OfakernValueError
+from ofakern.errors import BackendError, OfakernError, OfakernRuntimeError, OfakernValueError
+from ofakern.ops.selection import Backends
 
-BACKEND = "triton"
+BACKENDS = ("cuda", "triton")
+REFERENCE = "reference"
 _DEVICE = "cuda"
 _ROUNDS, _QUICK_ROUNDS = 30, 10
 _SPIN = 4_000_000  # clock cycles, about 2 ms
@@ -119,14 +127,10 @@ def _specs(op: OpBench, options: Any) -> list[Any]:
 
 
 def _case(session: _Session, op: OpBench, spec: Any, dtype: str, harness: ModuleType) -> None:
-    try:
-        op.verify(spec, dtype, harness, BACKEND)
-    except (AssertionError, OfakernError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        session.wrong.append(f"{op.name} {spec.name} {dtype}: {line}")
-        session.skip(op, spec.name, dtype, "fwd", BACKEND, f"wrong, so not timed: {line}")
+    right = [backend for backend in BACKENDS if _verified(session, op, spec, dtype, harness, backend)]
+    if not right:
         return
-    entries = _agreeing(session, op, spec, dtype, _contenders(session, op, spec, dtype))
+    entries = _agreeing(session, op, spec, dtype, _contenders(session, op, spec, dtype, right))
     for phase in PHASES:
         calls = {}
         for name, entry in entries.items():
@@ -138,18 +142,35 @@ def _case(session: _Session, op: OpBench, spec: Any, dtype: str, harness: Module
     torch.cuda.empty_cache()
 
 
-def _contenders(session: _Session, op: OpBench, spec: Any, dtype: str) -> dict[str, Contender]:
+def _verified(session: _Session, op: OpBench, spec: Any, dtype: str, harness: ModuleType, backend: str) -> bool:
+    """Whether a kernel may be timed: it can run the case and keeps the rule."""
+    try:
+        op.verify(spec, dtype, harness, backend)
+    except BackendError as reason:
+        session.skip(op, spec.name, dtype, "fwd", backend, str(reason).splitlines()[0])
+        return False
+    except (AssertionError, OfakernError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        session.wrong.append(f"{op.name} {spec.name} {dtype} {backend}: {line}")
+        session.skip(op, spec.name, dtype, "fwd", backend, f"wrong, so not timed: {line}")
+        return False
+    return True
+
+
+def _contenders(session: _Session, op: OpBench, spec: Any, dtype: str, right: list[str]) -> dict[str, Contender]:
     """Ours first. Peers make their own tensors (masks, rows) on the device."""
     problem, made = moved(op.make(spec, dtype), _DEVICE), {}
+    ours = op.contenders[op.ours]
+    builders: dict[str, Callable[[], Contender]] = {b: partial(ours, problem, b) for b in (*right, REFERENCE)}
+    builders |= {name: partial(build, problem) for name, build in op.contenders.items() if name != op.ours}
     with torch.device(_DEVICE):
-        for name, build in op.contenders.items():
-            ours = name == op.ours
+        for name, build in builders.items():
             try:
                 if session.quick and name in op.slow:
-                    raise Unavailable("left out by --quick: making it takes many seconds")
-                made[BACKEND if ours else name] = build(problem, BACKEND) if ours else build(problem)
+                    raise Unavailable("left out by --quick: it compiles for many seconds")
+                made[name] = build()
             except (Unavailable, RuntimeError) as reason:
-                session.skip(op, spec.name, dtype, "fwd", BACKEND if ours else name, str(reason).splitlines()[0])
+                session.skip(op, spec.name, dtype, "fwd", name, str(reason).splitlines()[0])
     return made
 
 
@@ -201,7 +222,8 @@ def _phase(
     times = {name: quantiles(found) for name, found in samples.items()}
     for name, seconds in times.items():
         record = _record(session, op, spec.name, phase, dtype, name, seconds, work, peaks[name])
-        if name == BACKEND:
+        if name in BACKENDS:
+            record["size"] = _size(calls[name])
             record["versus"] = {peer: other["p50"] / seconds["p50"] for peer, other in times.items() if peer != name}
         session.records.append(record)
         print(f"{op.name} {spec.name} {dtype} {phase} {name}: {seconds['p50'] * 1e3:.3f} ms", flush=True)
@@ -234,6 +256,21 @@ def _record(
         "bound": bound,
         "roofline_pct": 100 * bounds[bound] / p50,
     }
+
+
+def _size(call: Callable[[], object]) -> list[int]:
+    """Width and length of the tensor that the op's choice among backends sees."""
+    seen: list[Tensor] = []
+    select = Backends.select
+
+    def watched(self: Backends, backend: str, tensor: Tensor, limit: str | None = None) -> str:
+        seen.append(tensor)
+        return select(self, backend, tensor, limit)
+
+    with patch.object(Backends, "select", watched):
+        call()
+    width = seen[0].shape[-1] if seen[0].ndim else 1
+    return [width, seen[0].numel() // max(width, 1)]
 
 
 def _sample(call: Callable[[], object], flush: Tensor) -> float:

@@ -14,6 +14,7 @@ __all__ = [
     "OfakernRuntimeError",
     "OfakernTypeError",
     "OfakernValueError",
+    "OfakernWarning",
 ]
 
 
@@ -47,3 +48,7 @@ class CheckpointError(OfakernValueError):
 
 class BackendError(OfakernRuntimeError):
     """The backend that was asked for cannot run this call; the message gives each backend's reason."""
+
+
+class OfakernWarning(UserWarning):
+    """The call is done, and slower than its caller may expect."""

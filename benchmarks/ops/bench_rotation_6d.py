@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.core import DTYPES, Contender, Phase, Work
+from benchmarks.moved import runner
 from ofakern.ops.rotation_6d import rotation_6d
 from ofakern.ops.rotation_6d.reference import rotation_6d_reference
 
 OP = "rotation_6d"
 OURS = "cpu"
+DEVICES = ("cpu", "cuda")
 ABOUT = {"torch": "normalize, a dot product, normalize, cross, stack: separate ops of torch"}
 
 
@@ -55,17 +57,18 @@ def work(spec: Spec, dtype: str, phase: Phase) -> Work:
     return Work(0.0, float(moved), {"vector": float(spec.rotations * operations)})
 
 
-def verify(spec: Spec, dtype: str, harness: Any) -> None:
+def verify(spec: Spec, dtype: str, harness: Any, backend: str = OURS) -> None:
     """Raises AssertionError when our kernel breaks the rule."""
     x = make(spec, dtype).x.detach()
     exact = rotation_6d_reference(x.double())
     growth = 1 + x.double()[:, 3:].norm(dim=1) / torch.linalg.cross(exact[..., 0], x.double()[:, 3:]).norm(dim=1)
     size = growth[:, None, None] * torch.ones_like(exact)
-    harness.assert_kept("out", rotation_6d(x, backend=OURS), exact, _plain(x), size, x.dtype)
+    out = runner(backend, lambda x: {"out": rotation_6d(x, backend=backend)})(x)["out"]
+    harness.assert_kept("out", out, exact, _plain(x), size, x.dtype)
 
 
-def ours(problem: Problem) -> Contender:
-    return Contender(OURS, lambda: rotation_6d(problem.x, backend=OURS), (problem.x,), problem.dout)
+def ours(problem: Problem, backend: str = OURS) -> Contender:
+    return Contender(backend, lambda: rotation_6d(problem.x, backend=backend), (problem.x,), problem.dout)
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NoReturn
 
-import torch
-
 from ofakern.errors import BackendError
+from ofakern.ops import gpu
 
 _BUILD = "Try: pip install . (it needs g++ only)"
 
@@ -37,14 +35,13 @@ kernels: Any = _Missing("cpu", cpu_reason) if cpu is None else cpu
 
 
 def _load_cuda() -> tuple[ModuleType | None, str | None]:
-    """The CUDA kernels, where torch sees a GPU: nobody else waits for a module they cannot use."""
-    if find_spec("ofakern._cuda") is None:
-        return None, "this build has no CUDA kernels (no nvcc when it was installed). Try: pip install . with it"
-    if torch.version.cuda is None:
-        return None, "this torch was built without CUDA"
-    if not torch.cuda.is_available():
-        return None, "torch sees no GPU here"
-    return _load("ofakern._cuda")
+    reason = gpu.unavailable()
+    if reason is not None:
+        return None, reason
+    module, reason = _load("ofakern._cuda")
+    if module is not None and (reason := gpu.driver_refusal(module)) is not None:
+        module = None
+    return module, reason
 
 
 cuda, cuda_reason = _load_cuda()

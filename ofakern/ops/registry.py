@@ -72,7 +72,11 @@ def explain(op: str, *args: object, **kwargs: object) -> str:
         f"{op}: runs on {wanted!r}" if reasons[wanted] is None else f"{op}: {wanted!r} was asked for and cannot run"
     ]
     for name, reason in reasons.items():
-        state = "chosen" if name == wanted and reason is None else "can run, not chosen" if reason is None else reason
+        state = reason
+        if reason is None:
+            state = "chosen" if name == wanted else "can run, not chosen"
+            if name in ("cuda", "triton") and name != wanted:
+                state += ": 'auto' takes it only where a kept GPU result shows it faster (ofakern/ops/dispatch.py)"
         lines.append(f"  {name:<10} {state}")
     text = "\n".join(lines)
     print(text)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from ofakern.errors import BackendError, OfakernValueError
-from ofakern.ops import native
+from ofakern.errors import BackendError, OfakernValueError, OfakernWarning
+from ofakern.ops import dispatch, gpu, native
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Read once, as triton itself reads it when the kernels are imported.
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_warned: set[str] = set()
 
 
 def triton_unavailable() -> str | None:
@@ -34,6 +36,14 @@ def triton_refusal(tensor: Tensor) -> str | None:
         name = torch.cuda.get_device_name(tensor.device)
         return f"takes GPUs of compute capability 8.0 and newer, got {name}"
     return None
+
+
+def cuda_refusal(tensor: Tensor) -> str | None:
+    """Why the CUDA C++ kernels cannot take tensors on this one's device, beyond their dtypes; or None."""
+    if native.cuda is None or not tensor.is_cuda:  # emulated
+        return None
+    capability = torch.cuda.get_device_capability(tensor.device)
+    return gpu.architecture_refusal(native.cuda.architectures, capability, torch.cuda.get_device_name(tensor.device))
 
 
 class Backends:
@@ -95,6 +105,8 @@ class Backends:
             return f"takes {', '.join(names)}{' and ' if names else ''}{last}, got {tensor.dtype}"
         if backend == "triton" and (reason := triton_refusal(tensor)) is not None:
             return reason
+        if backend == "cuda" and (reason := cuda_refusal(tensor)) is not None:
+            return reason
         return limit
 
     def _device(self, backend: str) -> str:
@@ -104,10 +116,31 @@ class Backends:
         return "cpu" if backend == "cpu" or TRITON_INTERPRETED else "cuda"
 
     def automatic(self, tensor: Tensor) -> str:
-        """The static table behind `auto`: no kernel has float64, so the reference is its backend everywhere."""
+        """The static table behind `auto`: no kernel has float64, so the reference is its backend everywhere.
+
+        On a GPU it takes what `ofakern.ops.dispatch` names, else the reference, as on devices that no kernel knows.
+        """
         if tensor.dtype == torch.float64:
             return "reference"
-        return "cpu" if tensor.device.type == "cpu" else "cuda"
+        if tensor.device.type == "cpu":
+            return "cpu"
+        return (dispatch.choice(self.op, tensor) if tensor.is_cuda else None) or "reference"
+
+    def _warn_of_reference(self, tensor: Tensor) -> None:
+        """Once per op: what runs is right, and kernels that may be faster are there to be named."""
+        if self.op in _warned or tensor.device.type != "cuda" or torch.compiler.is_compiling():
+            return
+        ready = [name for name in ("cuda", "triton") if self.refusal(name, tensor) is None]
+        if not ready:
+            return
+        _warned.add(self.op)
+        names = " or ".join(f"backend={name!r}" for name in ready)
+        warnings.warn(
+            f"{self.op}: 'auto' takes the reference (plain torch) for this call on {tensor.device}: no kept result "
+            f"shows a kernel of ours right and faster there\nTry: {names}; ofakern.explain gives all reasons.",
+            OfakernWarning,
+            stacklevel=4,
+        )
 
     def select(self, backend: str, tensor: Tensor, limit: str | None = None) -> str:
         """The backend that runs the call. Raises BackendError with the reason when it cannot; takes no other one."""
@@ -122,6 +155,8 @@ class Backends:
                 f"{self.op}: {named} cannot run this call: {reason}\n"
                 "Try: backend='reference' (plain torch); ofakern.explain gives all reasons."
             )
+        if backend == "auto" and chosen == "reference" and tensor.dtype != torch.float64:
+            self._warn_of_reference(tensor)
         return chosen
 
     def reasons(self, backend: str, tensor: Tensor, limit: str | None = None) -> tuple[str, dict[str, str | None]]:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from harness import make_case, run_backend
-from torch import Tensor
 
 from ofakern.errors import BackendError, OfakernError, OfakernTypeError, OfakernValueError
 from ofakern.ops import backends, explain, ops
@@ -100,10 +99,6 @@ def test_named_backends_never_fall_back(cpu: object) -> None:
             attention(**arguments(v=torch.ones(5, 2, 12), backend=name))
     with pytest.raises(BackendError, match="got P = 264"):
         attention(**arguments(q_pos=torch.ones(5, 2, 264), k_pos=torch.ones(5, 2, 264), backend="cpu"))
-    meta = arguments(backend="auto")
-    meta = {k: v.to("meta") if isinstance(v, (Tensor, AttentionLayout)) else v for k, v in meta.items()}
-    with pytest.raises(BackendError, match=r"backend 'cuda' \(chosen by 'auto'\) cannot run"):
-        attention(**meta | {"tables": [torch.ones(2, 9, device="meta")]})
 
 
 def test_auto_takes_the_kernel_and_float64_the_reference(cpu: object) -> None:

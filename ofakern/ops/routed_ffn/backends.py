@@ -10,8 +10,8 @@ from ofakern.ops.selection import Backends
 
 class _RoutedBackends(Backends):
     def automatic(self, tensor: Tensor) -> str:
-        """The kernel for a CPU's bf16 and f16; torch's products for f32, where they are faster, and on a GPU."""
-        if tensor.device.type != "cpu" or tensor.dtype == torch.float32:
+        """The kernel for a CPU's bf16 and f16; torch's products for f32, where they are faster."""
+        if tensor.device.type == "cpu" and tensor.dtype == torch.float32:
             return "reference"
         return super().automatic(tensor)
 
