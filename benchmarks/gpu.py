@@ -2,7 +2,7 @@
 
 Ours are the op's CUDA C++ and Triton kernels, each where it has one, and its reference: what `auto` takes without them.
 
-Records are those of benchmarks/run.py with device "cuda". Those of our kernels have a "size", for benchmarks/dispatch.py:
+Records are those of benchmarks/run.py with device "cuda". Our kernels' have a "size" for benchmarks/dispatch.py:
 width (last dimension) and length (all others) of the tensor that the choice among backends looks at. A wrong kernel is
 not timed and a peer that fails is left out with its reason, but neither ends the run: a visit to a GPU is short.
 `results["wrong"]` names what was wrong.
