@@ -1,5 +1,7 @@
 """The CPU kernels. Arguments are positional; C++ checks every tensor again (csrc/ops/<op>/<op>.h has the contract)."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 def isa() -> str: ...
@@ -544,7 +546,7 @@ def routed_linear_forward(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
-    counts: Tensor,
+    counts: Sequence[int],
     source: Tensor | None,
     target: Tensor | None,
     threads: int,
@@ -559,7 +561,7 @@ def routed_linear_backward(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
-    counts: Tensor,
+    counts: Sequence[int],
     source: Tensor | None,
     target: Tensor | None,
     threads: int,
@@ -569,7 +571,7 @@ def routed_linear_forward_workspace(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
-    counts: Tensor,
+    counts: Sequence[int],
     source: Tensor | None,
     target: Tensor | None,
     threads: int,
@@ -582,7 +584,7 @@ def routed_linear_backward_workspace(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
-    counts: Tensor,
+    counts: Sequence[int],
     source: Tensor | None,
     target: Tensor | None,
     threads: int,
@@ -599,8 +601,8 @@ def sample_step_workspace(*arguments: Tensor | int | None) -> int: ...
 def sample_step_forward(*arguments: Tensor | int | None) -> int: ...
 
 # With results and a workspace that torch makes, and copies of tensors that are not row-major. Arguments: those of
-# <name>_forward or <name>_backward that follow the workspace; cross_entropy's flags: what is wanted of best and the
-# three gradients.
+# <name>_forward or <name>_backward that follow the workspace; cross_entropy's flags: what is wanted of best and, of the
+# sums, the three gradients; patch_embed and log_mel: the registered op's arguments in its order, then threads.
 def attention(*inputs: Tensor | float | None) -> tuple[Tensor, Tensor]: ...
 def attention_gradients(
     out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, /, *inputs: Tensor | float | None
@@ -614,9 +616,37 @@ def head_scale_layer_norm_gradients(*inputs: Tensor | float) -> tuple[Tensor, ..
 def embed_layer_norm(*inputs: Tensor | float | None) -> tuple[Tensor, Tensor]: ...
 def embed_layer_norm_gradients(*inputs: Tensor | float | None) -> tuple[Tensor | None, ...]: ...
 def cross_entropy(*inputs_and_flags: Tensor | float | None) -> tuple[Tensor, ...]: ...
+def cross_entropy_sums(threads: int, /, *inputs_and_flags: Tensor | float | None) -> tuple[Tensor | None, ...]: ...
 def cross_entropy_gradients(
     dloss: Tensor, lse: Tensor, /, *inputs_and_flags: Tensor | float | None
 ) -> tuple[Tensor, ...]: ...
+def routed_linear(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    counts: Sequence[int],
+    source: Tensor | None,
+    target: Tensor | None,
+    threads: int,
+    /,
+) -> Tensor: ...
+def routed_linear_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    counts: Sequence[int],
+    source: Tensor | None,
+    target: Tensor | None,
+    threads: int,
+    wants_x: bool,
+    wants_weights: bool,
+    with_bias: bool,
+    /,
+) -> tuple[Tensor, ...]: ...
+def patch_embed(*arguments: object) -> Tensor: ...
+def patch_embed_gradients(*arguments: object) -> tuple[Tensor, ...]: ...
+def log_mel(*arguments: object) -> Tensor: ...
 def rotation_6d(x: Tensor, threads: int, /) -> Tensor: ...
 def rotation_6d_gradient(dout: Tensor, x: Tensor, threads: int, /) -> Tensor: ...
 def decode_linear(

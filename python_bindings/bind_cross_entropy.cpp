@@ -17,9 +17,8 @@ struct Call {
   int threads;
 };
 
-Call read_inputs(Arguments& args) {
-  Call call;
-  CrossEntropyInputs& in = call.inputs;
+CrossEntropyInputs read_tensors(Arguments& args) {
+  CrossEntropyInputs in;
   in.hidden = args.rows("hidden");
   in.weight = args.rows("weight");
   in.bias = args.tensor("bias");
@@ -29,8 +28,12 @@ Call read_inputs(Arguments& args) {
   in.range = args.tensor("allowed_range");
   in.always = args.integer("always_allowed");
   in.epsilon = args.real("epsilon");
-  call.threads = args.threads();
-  return call;
+  return in;
+}
+
+Call read_inputs(Arguments& args) {
+  const CrossEntropyInputs inputs = read_tensors(args);
+  return {inputs, args.threads()};
 }
 
 CrossEntropyGradients read_gradients(Arguments& args) {
@@ -86,12 +89,11 @@ CrossEntropyGradients make_gradients(Made& made, const CrossEntropyInputs& in, c
   return gradients;
 }
 
-// loss, nll, lse, best and the three gradients; the flags say which of the last four are wanted.
+// Per token: loss, nll, lse and best, without elements where it is not wanted.
 py::object make_forward(const py::args& values) {
-  Arguments args("cross_entropy", values, 4 + kInputs, Unready::copied);
+  Arguments args("cross_entropy", values, 1 + kInputs, Unready::copied);
   const Call call = read_inputs(args);
   const bool with_best = args.flag("best");
-  const bool wanted[3] = {args.flag("wants_hidden"), args.flag("wants_weight"), args.flag("wants_bias")};
   const std::int64_t tokens = call.inputs.hidden.ndim > 0 ? call.inputs.hidden.shape[0] : 0;
   Made made;
   CrossEntropyLosses losses;
@@ -100,12 +102,43 @@ py::object make_forward(const py::args& values) {
   losses.lse = made.empty(DType::f32, {tokens});
   const TensorView best = made.empty(DType::i64, {with_best ? tokens : 0});
   if (with_best) losses.best = best;
-  const CrossEntropyGradients gradients = make_gradients(made, call.inputs, wanted);
-  const TensorView workspace =
-      made.workspace(cross_entropy_forward_workspace(call.inputs, losses, gradients, call.threads));
+  const TensorView workspace = made.workspace(cross_entropy_forward_workspace(call.inputs, losses, {}, call.threads));
   {
     const py::gil_scoped_release release;
-    cross_entropy_forward_cpu(call.inputs, losses, gradients, workspace, call.threads);
+    cross_entropy_forward_cpu(call.inputs, losses, {}, workspace, call.threads);
+  }
+  return made.results();
+}
+
+// The sums of loss and nll, the count of tokens; lse and best per token; the gradients of the sum. None: what is not
+// wanted, and lse where no gradient is. Losses of each token are scratch, behind the kernel's own.
+py::object make_sums(const py::args& values) {
+  Arguments args("cross_entropy", values, 4 + kInputs, Unready::copied);
+  const int threads = args.threads();
+  const CrossEntropyInputs in = read_tensors(args);
+  const bool with_best = args.flag("best");
+  const bool wanted[3] = {args.flag("wants_hidden"), args.flag("wants_weight"), args.flag("wants_bias")};
+  const bool any = wanted[0] || wanted[1] || wanted[2];
+  const std::int64_t tokens = in.hidden.ndim > 0 ? in.hidden.shape[0] : 0;
+  Made made;
+  const CrossEntropySums sums = {made.empty(DType::f32, {}), made.empty(DType::f32, {}), made.empty(DType::i64, {})};
+  CrossEntropyLosses losses;
+  losses.lse = any ? made.empty(DType::f32, {tokens}) : made.none();
+  losses.best = with_best ? made.empty(DType::i64, {tokens}) : made.none();
+  CrossEntropyGradients gradients;
+  gradients.dhidden = wanted[0] ? made.like(in.hidden) : made.none();
+  gradients.dweight = wanted[1] ? made.like(in.weight) : made.none();
+  gradients.dbias = wanted[2] && in.bias.defined() ? made.like(in.bias) : made.none();
+  const std::int64_t bytes = cross_entropy_forward_workspace(in, losses, gradients, threads);
+  const TensorView workspace = made.workspace(bytes + 3 * tokens * static_cast<std::int64_t>(sizeof(float)));
+  float* const each = reinterpret_cast<float*>(workspace.as<char>() + bytes);
+  losses.loss = row_major_view(each, DType::f32, {tokens});
+  losses.nll = row_major_view(each + tokens, DType::f32, {tokens});
+  if (!any) losses.lse = row_major_view(each + 2 * tokens, DType::f32, {tokens});
+  {
+    const py::gil_scoped_release release;
+    cross_entropy_forward_cpu(in, losses, gradients, workspace, threads);
+    cross_entropy_sum(in.labels, losses, sums);
   }
   return made.results();
 }
@@ -145,6 +178,7 @@ std::int64_t backward_workspace(const py::args& values) {
 
 void bind_cross_entropy(py::module_& m) {
   m.def("cross_entropy", &make_forward);
+  m.def("cross_entropy_sums", &make_sums);
   m.def("cross_entropy_gradients", &make_backward);
   m.def("cross_entropy_forward", &forward);
   m.def("cross_entropy_backward", &backward);

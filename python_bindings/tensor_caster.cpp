@@ -65,6 +65,30 @@ bool is_negated(py::handle tensor) {
   return negated;
 }
 
+double to_real(const char* where, const char* argument, py::handle object) {
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1.0 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    Checker(where).fail_type(argument, "be a float", type_name(object));
+  }
+  return value;
+}
+
+std::int64_t to_integer(const char* where, const char* argument, py::handle object) {
+  const long long value = PyLong_AsLongLong(object.ptr());
+  if (value == -1 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    Checker(where).fail_type(argument, "be an int of 64 bits", type_name(object));
+  }
+  return value;
+}
+
+py::sequence sequence(const char* where, const char* argument, py::handle object) {
+  const bool fits = PyList_Check(object.ptr()) || PyTuple_Check(object.ptr());
+  if (!fits) Checker(where).fail_type(argument, "be a list or tuple of numbers", type_name(object));
+  return py::reinterpret_borrow<py::sequence>(object);
+}
+
 }  // namespace
 
 const dlpack::ExchangeApi& exchange_api(const char* where, const char* argument, py::handle object) {
@@ -145,7 +169,13 @@ Arguments::Arguments(const char* where, const py::args& args, std::size_t count,
   }
 }
 
-py::handle Arguments::next() { return PyTuple_GET_ITEM(args_.ptr(), static_cast<py::ssize_t>(position_++)); }
+py::handle Arguments::peek() const { return PyTuple_GET_ITEM(args_.ptr(), static_cast<py::ssize_t>(position_)); }
+
+py::handle Arguments::next() {
+  const py::handle object = peek();
+  ++position_;
+  return object;
+}
 
 TensorView Arguments::read(const char* argument, py::handle object, bool (*ready)(const TensorView&)) {
   if (unready_ == Unready::refused) return view_of(where_, argument, object);
@@ -160,37 +190,50 @@ TensorView Arguments::tensor(const char* argument) { return read(argument, next(
 
 TensorView Arguments::rows(const char* argument) { return read(argument, next(), &is_last_contiguous); }
 
-std::vector<TensorView> Arguments::tensors(const char* argument) {
+std::vector<TensorView> Arguments::tensors(const char* argument) { return tensors(argument, &is_contiguous); }
+
+std::vector<TensorView> Arguments::tensors(const char* argument, bool (*ready)(const TensorView&)) {
   const py::handle object = next();
   const Checker check(where_);
   if (!PyList_Check(object.ptr())) check.fail_type(argument, "be a list of tensors", type_name(object));
   std::vector<TensorView> views;
   for (const py::handle item : py::reinterpret_borrow<py::list>(object)) {
     const std::string name = argument + ("[" + std::to_string(views.size()) + "]");
-    views.push_back(read(name.c_str(), item, &is_contiguous));
+    views.push_back(read(name.c_str(), item, ready));
     check.given(name.c_str(), views.back());
   }
   return views;
 }
 
-double Arguments::real(const char* argument) {
-  const py::handle object = next();
-  const double value = PyFloat_AsDouble(object.ptr());
-  if (value == -1.0 && PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    Checker(where_).fail_type(argument, "be a float", type_name(object));
+std::vector<TensorView> Arguments::row_major(const char* argument, py::handle list) {
+  std::vector<TensorView> views;
+  for (const py::handle item : py::reinterpret_borrow<py::list>(list)) {
+    copies_.push_back(item.attr("resolve_neg")().attr("contiguous")());
+    views.push_back(memory_of(where_, argument, copies_.back()));
   }
-  return value;
+  return views;
 }
 
-std::int64_t Arguments::integer(const char* argument) {
+double Arguments::real(const char* argument) { return to_real(where_, argument, next()); }
+
+std::int64_t Arguments::integer(const char* argument) { return to_integer(where_, argument, next()); }
+
+std::vector<double> Arguments::reals(const char* argument) {
+  std::vector<double> values;
+  for (const py::handle item : sequence(where_, argument, next())) values.push_back(to_real(where_, argument, item));
+  return values;
+}
+
+std::vector<std::int64_t> Arguments::integers(const char* argument) {
+  std::vector<std::int64_t> values;
+  for (const py::handle item : sequence(where_, argument, next())) values.push_back(to_integer(where_, argument, item));
+  return values;
+}
+
+std::string Arguments::text(const char* argument) {
   const py::handle object = next();
-  const long long value = PyLong_AsLongLong(object.ptr());
-  if (value == -1 && PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    Checker(where_).fail_type(argument, "be an int of 64 bits", type_name(object));
-  }
-  return value;
+  if (!PyUnicode_Check(object.ptr())) Checker(where_).fail_type(argument, "be a str", type_name(object));
+  return py::reinterpret_borrow<py::str>(object);
 }
 
 int Arguments::threads() {

@@ -7,6 +7,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
 #include <vector>
 
 #include "core/check.h"
@@ -41,13 +42,28 @@ class Arguments {
   TensorView tensor(const char* argument);                // row-major, where it may be copied
   TensorView rows(const char* argument);                  // of any strides but the last one
   std::vector<TensorView> tensors(const char* argument);  // a list, none of it None
+  // The same where what a kernel reads is a property of all together: all are copied unless `ready(all)`.
+  template <class Ready>
+  std::vector<TensorView> tensors(const char* argument, const Ready& ready) {
+    const pybind11::handle list = peek();
+    std::vector<TensorView> views = tensors(argument, &any_strides);
+    if (unready_ == Unready::refused || ready(views)) return views;
+    return row_major(argument, list);
+  }
   double real(const char* argument);
   std::int64_t integer(const char* argument);
+  std::vector<double> reals(const char* argument);           // a list or tuple
+  std::vector<std::int64_t> integers(const char* argument);  // the same
+  std::string text(const char* argument);
   bool flag(const char* argument) { return integer(argument) != 0; }
   int threads();  // how many a kernel may use: 1..4096
 
  private:
+  static bool any_strides(const TensorView&) { return true; }
+  pybind11::handle peek() const;
   pybind11::handle next();
+  std::vector<TensorView> tensors(const char* argument, bool (*ready)(const TensorView&));
+  std::vector<TensorView> row_major(const char* argument, pybind11::handle list);
   TensorView read(const char* argument, pybind11::handle object, bool (*ready)(const TensorView&));
 
   const char* where_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/huge_pages.h"
 #include "tensor_caster.h"
 
 namespace py = pybind11;
@@ -16,6 +17,7 @@ constexpr int kMaxDevices = 64;
 struct Torch {
   PyObject *empty_strided, *keywords, *cpu, *dtypes[7];
   PyObject* gpus[kMaxDevices] = {};
+  PyObject* quick;  // inductor's own allocator, which takes half as long: past the dispatcher, CPU only; or null
 
   Torch() {
     static constexpr const char* kNames[7] = {"float32", "float16", "bfloat16", "float64", "int32", "int64", "uint8"};
@@ -24,6 +26,10 @@ struct Torch {
     keywords = py::make_tuple("dtype", "device").release().ptr();
     cpu = py::object(torch.attr("device")("cpu")).release().ptr();
     for (int n = 0; n < 7; ++n) dtypes[n] = py::object(torch.attr(kNames[n])).release().ptr();
+    py::object found = torch;
+    for (const char* name : {"_C", "_dynamo", "guards", "_empty_strided_cpu"})
+      found = py::getattr(found, name, py::none());  // no part of torch's public interface
+    quick = found.is_none() ? nullptr : found.release().ptr();
   }
 
   PyObject* device(Device kind, int index) {
@@ -47,16 +53,35 @@ py::object Made::make(DType dtype, const std::int64_t* shape, int ndim) const {
     stride *= std::max<std::int64_t>(shape[d], 1);
   }
   // Not torch.empty: with a tuple of sizes its arguments take half as long again to read.
+  const bool quick = torch->quick != nullptr && device_ == Device::cpu;
   PyObject* const arguments[] = {sizes.ptr(), strides.ptr(), torch->dtypes[static_cast<int>(dtype)],
                                  torch->device(device_, device_index_)};
-  PyObject* const tensor = PyObject_Vectorcall(torch->empty_strided, arguments, 2, torch->keywords);
+  PyObject* const tensor = quick ? PyObject_Vectorcall(torch->quick, arguments, 3, nullptr)
+                                 : PyObject_Vectorcall(torch->empty_strided, arguments, 2, torch->keywords);
   if (tensor == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(tensor);
 }
 
+TensorView row_major_view(void* data, DType dtype, std::initializer_list<std::int64_t> shape) {
+  TensorView view;
+  view.data = data;
+  view.dtype = dtype;
+  view.ndim = static_cast<int>(shape.size());
+  std::copy(shape.begin(), shape.end(), view.shape);
+  std::int64_t stride = 1;
+  for (int d = view.ndim - 1; d >= 0; --d) {
+    view.stride[d] = stride;
+    stride *= std::max<std::int64_t>(view.shape[d], 1);
+  }
+  return view;
+}
+
 TensorView Made::empty(DType dtype, const std::int64_t* shape, int ndim) {
   results_.push_back(make(dtype, shape, ndim));
-  return memory_of("torch.empty_strided", "its result", results_.back());
+  const TensorView view = memory_of("torch.empty_strided", "its result", results_.back());
+  // Large results are fresh memory, whose pages cost as much as a kernel's pass over them unless they are large too.
+  if (device_ == Device::cpu) prefer_huge_pages(view.data, view.numel() * size_of(dtype));
+  return view;
 }
 
 TensorView Made::empty(DType dtype, std::initializer_list<std::int64_t> shape) {

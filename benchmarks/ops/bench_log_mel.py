@@ -78,7 +78,7 @@ def work(spec: Spec, dtype: str, phase: Phase) -> Work:
     c = spec.convention
     framing = c.frame * (1 + 2 * c.remove_dc + 2 * (c.preemphasis > 0))
     transform = 2.5 * c.n_fft * log2(c.n_fft)
-    rest = 3 * (c.n_fft // 2 + 1) + 2 * len(c.tables.weights) + 10 * c.n_mels
+    rest = 3 * (c.n_fft // 2 + 1) + 2 * len(c.tables.kernel[-1]) + 10 * c.n_mels
     moved = 4 * (sum(spec.lengths) + spec.frames * c.n_mels)
     return Work(0.0, float(moved), {"vector": float(spec.frames * (framing + transform + rest))})
 

@@ -219,7 +219,7 @@ def test_views_without_copies() -> None:
 def op_inputs(case: Case) -> list[Any]:
     leaves = case.leaves
     return [
-        *([case.images.unsqueeze(1)], leaves["weight"].unsqueeze(2), [0.01] * 3, [0.1] * 3, leaves.get("bias")),
+        *("chw", [case.images], leaves["weight"], [0.01] * 3, [0.1] * 3, leaves.get("bias")),
         *(leaves.get("type_embedding"), leaves.get("position"), None, leaves.get("ln_weight"), leaves.get("ln_bias")),
         1e-5,
     ]

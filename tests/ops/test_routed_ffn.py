@@ -127,7 +127,7 @@ def test_results_are_written_whole(isa: str) -> None:
     """Into memory full of NaN, experts without tokens included."""
     case = make_case(3)
     assert native.cpu is not None
-    inputs = (case.x, case.weights, case.biases, torch.tensor(case.counts), case.source, case.target, 1)
+    inputs = (case.x, case.weights, case.biases, list(case.counts), case.source, case.target, 1)
     y = torch.full_like(case.dy, torch.nan)
     size = native.cpu.routed_linear_forward_workspace(*inputs)
     native.cpu.routed_linear_forward(y, torch.full((size,), 255, dtype=torch.uint8), *inputs)

@@ -14,11 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ofakern.errors import OfakernTypeError, OfakernValueError
 from ofakern.ops.attention import AttentionLayout, RelativeTerm, attention, intervals
 from ofakern.ops.attention import op as attention_op
+from ofakern.ops.cross_entropy import cross_entropy
+from ofakern.ops.cross_entropy import op as cross_entropy_op
 from ofakern.ops.decode_linear import decode_linear, prepack_weight
 from ofakern.ops.layer_norm import add_layer_norm, embed_layer_norm, gelu_layer_norm, head_scale_layer_norm
 from ofakern.ops.layer_norm import op as layer_norm_op
+from ofakern.ops.log_mel import kaldi, log_mel
+from ofakern.ops.log_mel import op as log_mel_op
+from ofakern.ops.patch_embed import op as patch_op
+from ofakern.ops.patch_embed import patch_embed
 from ofakern.ops.rotation_6d import op as rotation_op
 from ofakern.ops.rotation_6d import rotation_6d
+from ofakern.ops.routed_ffn import op as routed_op
+from ofakern.ops.routed_ffn import routed_linear
 
 pytestmark = pytest.mark.usefixtures("cpu")
 GENERATOR = torch.Generator().manual_seed(5)
@@ -27,6 +35,8 @@ LAYOUT = AttentionLayout.build(
     intervals.causal([4, 2]), [4, 2], [4, 2], [RelativeTerm(POSITION + 5, POSITION, intervals.full([4, 2]), 11)]
 )
 TOKENS = torch.tensor([3, 0, 3, 1])
+PIXELS = torch.arange(2 * 3 * 8 * 4).view(2, 3, 8, 4).to(torch.uint8)
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)
 
 
 def randn(*shape: int) -> Tensor:
@@ -47,11 +57,35 @@ OPS: dict[str, Op] = {
     "head_scale_layer_norm": (head_scale_layer_norm, (randn(3, 2, 4), randn(2), randn(8), randn(8))),
     "embed_layer_norm": (lambda *inputs: embed_layer_norm(TOKENS, *inputs), (randn(5, 8), randn(8), randn(8))),
     "rotation_6d": (rotation_6d, (randn(3, 6),)),
+    "cross_entropy": (
+        lambda hidden, weight, bias: cross_entropy(hidden, weight, TOKENS, bias, epsilon=0.1, backend="cpu").loss,
+        (randn(4, 8), randn(5, 8), randn(5)),
+    ),
+    "routed_linear": (
+        lambda x, a, b, c, d: routed_linear(x, [a, b], [c, d], [1, 2], torch.tensor([2, 0, 1]), backend="cpu"),
+        (randn(3, 8), randn(6, 8), randn(6, 8), randn(6), randn(6)),
+    ),
+    "patch_embed": (
+        lambda weight, bias, kind, position, ln_weight, ln_bias: patch_embed(
+            *(PIXELS, weight, bias),
+            mean=MEAN,
+            std=STD,
+            type_embedding=kind,
+            position=position,
+            ln_weight=ln_weight,
+            ln_bias=ln_bias,
+        ),
+        (randn(6, 3, 4, 4), randn(6), randn(6), randn(2, 6), randn(6), randn(6)),
+    ),
 }
 FORWARD: dict[str, dict[str, object]] = layer_norm_op._FORWARD | {
     "attention": attention_op._FORWARD,
     "rotation_6d": rotation_op._FORWARD,
+    "cross_entropy": cross_entropy_op._SUM,
+    "routed_linear": routed_op._FORWARD,
+    "patch_embed": patch_op._FORWARD,
 }
+REGISTERED = {name: f"{name}_fwd" for name in OPS} | {"cross_entropy": "cross_entropy_sum"}
 NAMES = pytest.mark.parametrize("name", OPS)
 
 
@@ -79,7 +113,7 @@ def test_the_same_bits_with_and_without_the_dispatcher(name: str) -> None:
     straight = gradients(name)
     with Seen() as seen:
         dispatched = gradients(name)
-    assert f"ofakern.{name}_fwd.default" in seen.names
+    assert f"ofakern.{REGISTERED[name]}.default" in seen.names
     assert all(torch.equal(a, b) for a, b in zip(straight, dispatched, strict=True))
 
 
@@ -88,7 +122,7 @@ def test_a_profiler_sees_the_op(name: str) -> None:
     function, inputs = OPS[name]
     with torch.profiler.profile() as profile, torch.no_grad():
         function(*inputs)
-    assert f"ofakern::{name}_fwd" in {event.key for event in profile.key_averages()}
+    assert f"ofakern::{REGISTERED[name]}" in {event.key for event in profile.key_averages()}
 
 
 @NAMES
@@ -150,6 +184,18 @@ def test_what_only_python_checked_before_is_still_refused() -> None:
         attention(q, q, q, AttentionLayout.build(intervals.full([6]), [6], [6]))
     with pytest.raises(OfakernTypeError, match="x must be a tensor, got list"):
         gelu_layer_norm([1.0], weight, bias)  # type: ignore[arg-type]
+    with pytest.raises(OfakernTypeError, match="hidden must be a tensor, got NoneType"):
+        cross_entropy(None, table, TOKENS)  # type: ignore[arg-type]
+    with pytest.raises(OfakernValueError, match="always_allowed must be an int of at least 0, got -1"):
+        cross_entropy(randn(4, 8), table, TOKENS, always_allowed=-1)
+    with pytest.raises(OfakernTypeError, match="images must be uint8, .* got torch.bool"):
+        patch_embed(PIXELS.bool(), randn(6, 3, 4, 4))
+    with pytest.raises(OfakernValueError, match=r"images\[0\] must have shape \[C,H,W\], got \[2, 3, 8, 4\]"):
+        patch_embed([PIXELS], randn(6, 3, 4, 4))
+    with pytest.raises(OfakernValueError, match="std must be positive"):
+        patch_embed(PIXELS, randn(6, 3, 4, 4), std=(1.0, -1.0, 1.0))
+    with pytest.raises(OfakernValueError, match=r"wave must be \[N\], all waveforms end to end, got \[\]"):
+        log_mel(torch.tensor(1.0), convention=kaldi())
 
 
 def test_decode_linear_gives_no_gradient_and_the_same_bits() -> None:
@@ -159,6 +205,43 @@ def test_decode_linear_gives_no_gradient_and_the_same_bits() -> None:
         dispatched = decode_linear(x, weight)
     assert "ofakern.decode_linear_fwd.default" in seen.names
     assert all(torch.equal(a, b) for a, b in zip(straight, dispatched, strict=True))
+
+
+def test_log_mel_gives_no_gradient_and_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    wave, convention = randn(3000), kaldi()
+    straight = log_mel(wave, [2000, 1000], convention=convention)
+    with Seen() as seen:
+        dispatched = log_mel(wave, [2000, 1000], convention=convention)
+    assert "ofakern.log_mel_fwd.default" in seen.names
+    assert torch.equal(straight, dispatched)
+    monkeypatch.delitem(log_mel_op._FORWARD, "cpu")
+    log_mel(wave, convention=convention)
+
+
+def test_images_as_users_have_them() -> None:
+    """Every layout, batched, listed and strided, past the dispatcher and through it."""
+    weight = {4: randn(6, 3, 4, 4), 5: randn(6, 3, 2, 4, 4)}
+    for layout, shape in (("chw", "nchw"), ("hwc", "nhwc"), ("cthw", "ncthw"), ("tchw", "ntchw"), ("thwc", "nthwc")):
+        sizes = dict(n=2, c=3, t=4, h=8, w=4)
+        images = torch.randint(0, 256, [sizes[x] for x in shape], generator=GENERATOR).to(torch.uint8)
+        kernel = weight[images.ndim]
+        want = patch_embed(images, kernel, layout=layout, mean=MEAN, std=STD, backend="reference")
+        wide = torch.stack([images, images], -1)[..., 1]
+        for given in (images, list(images), wide, [images[0], wide[1]]):
+            straight = patch_embed(given, kernel, layout=layout, mean=MEAN, std=STD)
+            with Seen():
+                dispatched = patch_embed(given, kernel, layout=layout, mean=MEAN, std=STD)
+            assert torch.equal(straight, dispatched)
+            torch.testing.assert_close(straight, want, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_goes_the_other_way() -> None:
+    hidden, weight = randn(4, 8), randn(5, 8)
+    want = cross_entropy(hidden.bfloat16(), weight.bfloat16(), TOKENS, backend="cpu").loss
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cross_entropy(hidden, weight, TOKENS, backend="cpu").loss, want)
+        assert routed_linear(hidden, [weight], [], [4], backend="cpu").dtype == torch.bfloat16
+        assert patch_embed(PIXELS, randn(6, 3, 4, 4)).dtype == torch.bfloat16
 
 
 def test_threads_do_not_share_their_workspace() -> None:

@@ -94,7 +94,7 @@ def test_the_registered_ops() -> None:
     ops, checks = torch.ops.ofakern, ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.cross_entropy_fwd_triton.default, (*inputs, True), test_utils=checks)
     wanted = (False, True, True, True)
-    torch.library.opcheck(ops.cross_entropy_fwd_grad_triton.default, (*inputs, *wanted), test_utils=checks)
+    torch.library.opcheck(ops.cross_entropy_sum_triton.default, (*inputs, *wanted), test_utils=checks)
     loss, _, lse, _ = ops.cross_entropy_fwd_triton(*inputs, False)
     torch.library.opcheck(
         ops.cross_entropy_bwd_triton.default, (torch.ones_like(loss), lse, *inputs, *wanted[1:]), test_utils=checks

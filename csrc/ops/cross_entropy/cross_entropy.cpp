@@ -21,6 +21,7 @@ namespace {
 
 constexpr std::int64_t kIgnored = -100;
 
+// Text is made only where a rule is broken: small calls would notice.
 constexpr Checker kCheck("cross_entropy");
 
 void check_ids(const char* argument, const TensorView& ids, std::int64_t vocabulary, bool may_be_ignored) {
@@ -49,7 +50,6 @@ void check_allowed(const CrossEntropyInputs& in, std::int64_t tokens, std::int64
   kCheck.given("allowed_range", in.range);
   kCheck.ndim("allowed_range", in.range, 2, "[N, 2] or [1, 2]");
   kCheck.plain("allowed_range", in.range, "[N, 2] or [1, 2]", {in.range.shape[0] == 1 ? 1 : tokens, 2}, DType::i32);
-  kCheck.that(in.always >= 0, "always_allowed", "be at least 0", std::to_string(in.always));
 }
 
 void check_inputs(const CrossEntropyInputs& in) {
@@ -64,13 +64,14 @@ void check_inputs(const CrossEntropyInputs& in) {
   kCheck.device("weight", in.weight, Device::cpu);
   kCheck.last_contiguous("weight", in.weight);
   const std::int64_t vocabulary = in.weight.shape[0];
-  kCheck.that(vocabulary >= 1 && vocabulary < (std::int64_t{1} << 31), "V", "be in [1, 2^31)",
-              std::to_string(vocabulary));
+  if (vocabulary < 1 || vocabulary >= std::int64_t{1} << 31)
+    kCheck.fail_value("V", "be in [1, 2^31)", std::to_string(vocabulary));
   if (in.bias.defined()) kCheck.plain("bias", in.bias, "[V]", {vocabulary}, in.hidden.dtype);
   kCheck.plain("labels", in.labels, "[N]", {tokens}, DType::i64);
   check_ids("labels", in.labels, vocabulary, true);
+  if (in.always < 0) kCheck.fail_value("always_allowed", "be at least 0", std::to_string(in.always));
   check_allowed(in, tokens, vocabulary);
-  kCheck.that(in.epsilon >= 0 && in.epsilon < 1, "epsilon", "be in [0, 1)", std::to_string(in.epsilon));
+  if (!(in.epsilon >= 0 && in.epsilon < 1)) kCheck.fail_value("epsilon", "be in [0, 1)", std::to_string(in.epsilon));
 }
 
 void check_gradients(const CrossEntropyInputs& in, const CrossEntropyGradients& gradients) {
@@ -117,6 +118,23 @@ void cross_entropy_forward_cpu(const CrossEntropyInputs& inputs, const CrossEntr
                    OFAKERN_DISPATCH(cross_entropy_workspace, inputs, true, losses.best.defined(), gradients, threads));
   prepare_memory(gradients, workspace);
   OFAKERN_DISPATCH(cross_entropy_forward, inputs, losses, gradients, workspace, threads);
+}
+
+void cross_entropy_sum(const TensorView& labels, const CrossEntropyLosses& losses, const CrossEntropySums& sums) {
+  const std::int64_t count = labels.numel();
+  kCheck.plain("labels", labels, "[N]", {-1}, DType::i64);
+  kCheck.plain("loss", losses.loss, "[N]", {count}, DType::f32);
+  kCheck.plain("nll", losses.nll, "[N]", {count}, DType::f32);
+  double loss = 0.0, nll = 0.0;
+  std::int64_t tokens = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    loss += losses.loss.as<const float>()[i];
+    nll += losses.nll.as<const float>()[i];
+    tokens += labels.as<const std::int64_t>()[i] != kIgnored;
+  }
+  *sums.loss.as<float>() = static_cast<float>(loss);
+  *sums.nll.as<float>() = static_cast<float>(nll);
+  *sums.tokens.as<std::int64_t>() = tokens;
 }
 
 void cross_entropy_backward_cpu(const CrossEntropyInputs& inputs, const TensorView& dloss, const TensorView& lse,

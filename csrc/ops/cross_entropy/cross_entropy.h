@@ -37,6 +37,11 @@ struct CrossEntropyLosses {
   TensorView best;  // i64 [N]: the first allowed id of the largest score; -100 where there is no label; or undefined
 };
 
+// The same summed over tokens, f32 []; tokens i64 []: how many have a label.
+struct CrossEntropySums {
+  TensorView loss, nll, tokens;
+};
+
 // Contiguous, like their inputs; undefined where not wanted.
 struct CrossEntropyGradients {
   TensorView dhidden, dweight, dbias;
@@ -51,6 +56,9 @@ std::int64_t cross_entropy_backward_workspace(const CrossEntropyInputs& inputs, 
 // Losses, and where wanted the gradients of their sum: one product less than forward and backward apart.
 void cross_entropy_forward_cpu(const CrossEntropyInputs& inputs, const CrossEntropyLosses& losses,
                                const CrossEntropyGradients& gradients, const TensorView& workspace, int threads);
+
+// The sums in the order of tokens.
+void cross_entropy_sum(const TensorView& labels, const CrossEntropyLosses& losses, const CrossEntropySums& sums);
 
 // Gradients for dloss f32 [N], from the forward's lse; scores are computed again. Tokens with dloss = 0 cost nothing.
 void cross_entropy_backward_cpu(const CrossEntropyInputs& inputs, const TensorView& dloss, const TensorView& lse,

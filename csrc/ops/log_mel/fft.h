@@ -1,7 +1,7 @@
 // A complex transform of M = 2^a 3^b 5^c points over kWidth signals at once: lane l of every vector is signal l, so
 // that no shuffle is needed and a twiddle factor is one number for all.
 //
-// In place, decimation in frequency: the result of frequency k stands at `place_of(k)`.
+// In place, decimation in frequency: `fill_places` says where the result of a frequency stands.
 #pragma once
 
 #include "core/vec.h"
@@ -26,14 +26,16 @@ OFAKERN_LOCAL FftPlan make_fft_plan(i64 size) {
   return plan;
 }
 
-OFAKERN_LOCAL i64 place_of(const FftPlan& plan, i64 frequency) {
-  i64 length = plan.size, place = 0;
+// places[k]: where the result of frequency k stands. A factor's digit of k counts places of what is left of the length.
+OFAKERN_LOCAL void fill_places(const FftPlan& plan, std::int32_t* places) {
+  i64 known = 1, length = plan.size;
+  places[0] = 0;
   for (int f = 0; f < plan.factors; ++f) {
     length /= plan.radix[f];
-    place += frequency % plan.radix[f] * length;
-    frequency /= plan.radix[f];
+    for (i64 k = known; k < known * plan.radix[f]; ++k)
+      places[k] = places[k - known] + static_cast<std::int32_t>(length);
+    known *= plan.radix[f];
   }
-  return place;
 }
 
 struct Complex {

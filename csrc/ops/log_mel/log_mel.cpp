@@ -36,7 +36,7 @@ void check_waveforms(const LogMelInputs& in) {
   kCheck.plain("wave", in.wave, "[N]", {-1}, DType::f32);
   kCheck.plain("bounds", in.bounds, "[2, B + 1]", {2, -1}, DType::i64);
   const std::int64_t waveforms = in.bounds.shape[1] - 1;
-  kCheck.that(waveforms >= 0, "bounds", "have B + 1 columns", "none");
+  if (waveforms < 0) kCheck.fail_value("bounds", "have B + 1 columns", "none");
   const std::int64_t *samples = in.bounds.as<const std::int64_t>(), *frames = samples + waveforms + 1;
   check_rising("bounds[0]", samples, waveforms);
   check_rising("bounds[1]", frames, waveforms);
@@ -53,15 +53,16 @@ void check_transform(const LogMelInputs& in) {
   std::int64_t rest = n_fft / 2;
   for (const std::int64_t factor : {2, 3, 5})
     while (rest > 0 && rest % factor == 0) rest /= factor;
-  kCheck.that(n_fft % 2 == 0 && rest == 1 && n_fft <= kLargestFft, "n_fft",
-              "be twice a product of 2, 3 and 5, at most " + std::to_string(kLargestFft), std::to_string(n_fft));
+  if (n_fft % 2 != 0 || rest != 1 || n_fft > kLargestFft)
+    kCheck.fail_value("n_fft", "be twice a product of 2, 3 and 5, at most " + std::to_string(kLargestFft),
+                      std::to_string(n_fft));
   kCheck.plain("window", in.window, "[frame]", {-1}, DType::f32);
   kCheck.that(in.window.shape[0] >= 1 && in.window.shape[0] <= n_fft, "frame", "lie in 1..n_fft",
               std::to_string(in.window.shape[0]));
-  kCheck.that(in.hop >= 1 && in.hop <= kLargestFft, "hop", "lie in 1.." + std::to_string(kLargestFft),
-              std::to_string(in.hop));
-  kCheck.that(in.first_sample >= -n_fft && in.first_sample <= in.hop, "first_sample", "lie in -n_fft..hop",
-              std::to_string(in.first_sample));
+  if (in.hop < 1 || in.hop > kLargestFft)
+    kCheck.fail_value("hop", "lie in 1.." + std::to_string(kLargestFft), std::to_string(in.hop));
+  if (in.first_sample < -n_fft || in.first_sample > in.hop)
+    kCheck.fail_value("first_sample", "lie in -n_fft..hop", std::to_string(in.first_sample));
   kCheck.that(in.power == 1 || in.power == 2, "power", "be 1 or 2", std::to_string(in.power));
 }
 

@@ -245,7 +245,7 @@ void log_mel(const LogMelInputs& in, const TensorView& result, const TensorView&
   const Mel p = read(in);
   const Memory m = lay_out(p, threads, workspace.data);
   float* out = result.as<float>();
-  for (i64 k = 0; k < p.plan.size; ++k) m.places[k] = static_cast<std::int32_t>(place_of(p.plan, k));
+  fill_places(p.plan, m.places);
   m.tasks[0] = 0;
   for (i64 w = 0; w < p.waveforms; ++w)
     m.tasks[w + 1] = m.tasks[w] + ceil_div(p.frames[w + 1] - p.frames[w], kFramesPerTask);

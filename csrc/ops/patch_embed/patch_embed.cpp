@@ -18,32 +18,30 @@ OFAKERN_DECLARE_FOR_EACH_ISA(std::int64_t patch_embed_forward_workspace(const Pa
 
 namespace {
 
+// Text is made only where a rule is broken: small calls would notice.
 constexpr Checker kCheck("patch_embed");
+constexpr int kSides[3] = {1, 3, 4};  // T, H, W of [n, T, C, H, W]
 
 void check_vector(const char* argument, const TensorView& x, std::int64_t width) {
   if (x.defined()) kCheck.plain(argument, x, "[D]", {width}, DType::f32);
 }
 
-// Tokens of one images tensor.
-std::int64_t check_images(const std::string& argument, const TensorView& x, const TensorView& first,
-                          const TensorView& weight) {
+void check_images(const std::string& argument, const TensorView& x, const TensorView& first, const TensorView& weight) {
   kCheck.dtype(argument.c_str(), x, {DType::u8, DType::f32, DType::bf16, DType::f16});
   kCheck.same_dtype(argument.c_str(), x, "images[0]", first);
   kCheck.device(argument.c_str(), x, Device::cpu);
   kCheck.shape(argument.c_str(), x, "[n, T, C, H, W]", {-1, -1, weight.shape[1], -1, -1});
   const bool planar = x.stride[4] == 1, interleaved = x.stride[2] == 1 && x.stride[4] == x.shape[2];
   const bool ordered = first.stride[4] == 1 ? planar : interleaved;
-  kCheck.that(ordered, argument.c_str(), "have contiguous rows of W, or of (W, C), as images[0]",
-              "strides " + std::to_string(x.stride[4]) + " of W, " + std::to_string(x.stride[2]) + " of C");
-  std::int64_t tokens = x.shape[0];
-  static constexpr int kSides[3] = {1, 3, 4};
+  if (!ordered)
+    kCheck.fail_value(argument, "have contiguous rows of W, or of (W, C), as images[0]",
+                      "strides " + std::to_string(x.stride[4]) + " of W, " + std::to_string(x.stride[2]) + " of C");
   for (int s = 0; s < 3; ++s) {
     const std::int64_t side = x.shape[kSides[s]], patch = weight.shape[2 + s];
-    kCheck.that(side % patch == 0, argument.c_str(),
-                "have sides that are multiples of the patch's (" + std::to_string(patch) + ")", std::to_string(side));
-    tokens *= side / patch;
+    if (side % patch != 0)
+      kCheck.fail_value(argument, "have sides that are multiples of the patch's (" + std::to_string(patch) + ")",
+                        std::to_string(side));
   }
-  return tokens;
 }
 
 void check_positions(const PatchEmbedInputs& in, std::int64_t tokens) {
@@ -80,22 +78,23 @@ std::int64_t check_inputs(const PatchEmbedInputs& in) {
   kCheck.shape("weight", in.weight, "[D, C, kt, ph, pw]", {-1, -1, -1, -1, -1});
   kCheck.device("weight", in.weight, Device::cpu);
   kCheck.contiguous("weight", in.weight);
-  kCheck.that(in.weight.numel() > 0, "weight", "not be empty", describe(in.weight));
+  if (in.weight.numel() <= 0) kCheck.fail_value("weight", "not be empty", describe(in.weight));
   kCheck.plain("normalise", in.normalise, "[2, C]", {2, in.weight.shape[1]}, DType::f64);
   const double* scale = in.normalise.as<const double>();
   for (std::int64_t c = 0; c < in.weight.shape[1]; ++c)
-    kCheck.that(scale[c] != 0, "normalise", "have no scale of 0", "channel " + std::to_string(c));
-  std::int64_t tokens = 0;
+    if (scale[c] == 0) kCheck.fail_value("normalise", "have no scale of 0", "channel " + std::to_string(c));
   for (std::int64_t i = 0; i < in.image_count; ++i)
-    tokens += check_images("images[" + std::to_string(i) + "]", in.images[i], in.images[0], in.weight);
+    check_images("images[" + std::to_string(i) + "]", in.images[i], in.images[0], in.weight);
+  const std::int64_t tokens = patch_embed_tokens(in);
   const std::int64_t width = in.weight.shape[0];
   check_vector("bias", in.bias, width);
   check_vector("type_embedding", in.type_embedding, width);
   check_vector("ln_weight", in.ln_weight, width);
   check_vector("ln_bias", in.ln_bias, width);
-  kCheck.that(in.ln_weight.defined() == in.ln_bias.defined(), "ln_bias", "be given exactly when ln_weight is",
-              in.ln_bias.defined() ? "only ln_bias" : "only ln_weight");
-  kCheck.that(in.eps >= 0, "eps", "be at least 0", std::to_string(in.eps));
+  if (in.ln_weight.defined() != in.ln_bias.defined())
+    kCheck.fail_value("ln_bias", "be given exactly when ln_weight is",
+                      in.ln_bias.defined() ? "only ln_bias" : "only ln_weight");
+  if (!(in.eps >= 0)) kCheck.fail_value("eps", "be at least 0", std::to_string(in.eps));
   check_positions(in, tokens);
   return tokens;
 }
@@ -126,6 +125,16 @@ void check_gradients(const PatchEmbedInputs& in, const PatchEmbedGradients& out)
 }
 
 }  // namespace
+
+std::int64_t patch_embed_tokens(const PatchEmbedInputs& inputs) {
+  std::int64_t tokens = 0;
+  for (std::int64_t i = 0; i < inputs.image_count; ++i) {
+    std::int64_t count = inputs.images[i].shape[0];
+    for (int s = 0; s < 3; ++s) count *= inputs.images[i].shape[kSides[s]] / inputs.weight.shape[2 + s];
+    tokens += count;
+  }
+  return tokens;
+}
 
 std::int64_t patch_embed_forward_workspace(const PatchEmbedInputs& inputs, int threads) {
   check_inputs(inputs);

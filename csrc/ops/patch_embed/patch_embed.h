@@ -39,6 +39,9 @@ struct PatchEmbedGradients {
   TensorView dln_bias;    // f32 [D]
 };
 
+// Rows of out; of checked inputs.
+std::int64_t patch_embed_tokens(const PatchEmbedInputs& inputs);
+
 // Bytes of scratch that a call needs. The result of a call does not depend on `threads`.
 std::int64_t patch_embed_forward_workspace(const PatchEmbedInputs& inputs, int threads);
 std::int64_t patch_embed_backward_workspace(const PatchEmbedInputs& inputs, int threads);

@@ -9,11 +9,12 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ofakern.errors import OfakernTypeError, OfakernValueError
+from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
 from ofakern.ops import log
 from ofakern.ops.cross_entropy import op
 from ofakern.ops.cross_entropy.backends import BACKENDS
 from ofakern.ops.cross_entropy.reference import IGNORED, cross_entropy_reference
+from ofakern.ops.library import STRAIGHT, straight
 from ofakern.ops.selection import NAMES
 
 _WHERE = "cross_entropy"
@@ -88,24 +89,38 @@ def cross_entropy(
 
     Source: OFA's adjust_label_smoothed_cross_entropy (arXiv 2202.03052), also OFASys's criterion.
     """
+    if (
+        reduction == "sum"
+        and not drop_worst
+        and subset is None
+        and straight(backend, hidden, weight, labels, bias)
+        and not (hidden is None or weight is None)
+        and not torch._C._is_any_autocast_enabled()
+    ):
+        try:
+            return _run_straight(
+                hidden, weight, labels, bias, epsilon, allowed, allowed_range, always_allowed, return_best
+            )
+        except OfakernError:
+            pass  # refused: the checks below say why, or cast what can be cast
     call = _check(
         hidden, weight, labels, bias, epsilon, allowed, allowed_range, always_allowed, subset, drop_worst, reduction
     )
     chosen = BACKENDS.select(backend, call.hidden)
     if log.ENABLED and not torch.compiler.is_compiling():
         log.once(_logger, _describe(call, chosen))
-    labelled = labels != IGNORED
     if reduction == "sum" and not drop_worst and chosen != "reference":
-        loss, nll, best = op.summed_loss(*call.inputs(), best=return_best, backend=chosen)
-    else:
-        loss, nll, best = _per_token(call, chosen, return_best)
-        if drop_worst:
-            kept = int(int(labelled.sum()) * (1.0 - drop_worst))
-            chosen_rows = loss.detach().masked_fill(~labelled, torch.inf).topk(kept, largest=False).indices
-            loss, nll = loss[chosen_rows].sum(), nll[chosen_rows].sum()
-            return CrossEntropy(loss, nll, torch.tensor(kept, device=labels.device), _ids(call, best, return_best))
-        if reduction == "sum":
-            loss, nll = loss.sum(), nll.sum()
+        loss, nll, tokens, best = op.summed_loss(chosen, return_best, *call.inputs())
+        return CrossEntropy(loss, nll, tokens, _ids(call, best, return_best))
+    labelled = labels != IGNORED
+    loss, nll, best = _per_token(call, chosen, return_best)
+    if drop_worst:
+        kept = int(int(labelled.sum()) * (1.0 - drop_worst))
+        chosen_rows = loss.detach().masked_fill(~labelled, torch.inf).topk(kept, largest=False).indices
+        loss, nll = loss[chosen_rows].sum(), nll[chosen_rows].sum()
+        return CrossEntropy(loss, nll, torch.tensor(kept, device=labels.device), _ids(call, best, return_best))
+    if reduction == "sum":
+        loss, nll = loss.sum(), nll.sum()
     return CrossEntropy(loss, nll, labelled.sum(), _ids(call, best, return_best))
 
 
@@ -119,6 +134,24 @@ def refusals(*args: object, **kwargs: object) -> tuple[str, dict[str, str | None
     call = _check(**values)
     wanted = BACKENDS.automatic(call.hidden) if backend == "auto" else backend
     return wanted, {name: BACKENDS.refusal(name, call.hidden) for name in NAMES}
+
+
+def _run_straight(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    allowed: AllowedIds | None,
+    allowed_range: Tensor | tuple[int, int] | None,
+    always_allowed: int,
+    best: bool,
+) -> CrossEntropy:
+    """Raises OfakernError where the kernel cannot take the arguments as they are, or where they break a rule."""
+    offsets, ids = (None, None) if allowed is None else (allowed.offsets, allowed.ids)
+    limits = None if allowed_range is None else _range(hidden, allowed_range)
+    inputs = (hidden, weight, bias, labels, offsets, ids, limits, always_allowed, epsilon)
+    return CrossEntropy(*op.summed_loss(STRAIGHT, best, *inputs))
 
 
 class _Call(NamedTuple):
@@ -157,9 +190,9 @@ def _per_token(call: _Call, backend: str, best: bool) -> tuple[Tensor, Tensor, T
     return loss, nll.detach(), ids
 
 
-def _ids(call: _Call, best: Tensor, wanted: bool) -> Tensor | None:
+def _ids(call: _Call, best: Tensor | None, wanted: bool) -> Tensor | None:
     """Best ids counted in V."""
-    if not wanted:
+    if best is None or not wanted:
         return None
     if call.subset is None:
         return best

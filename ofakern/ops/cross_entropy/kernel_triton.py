@@ -99,12 +99,13 @@ def forward_triton(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def forward_grad_triton(*arguments: Any) -> tuple[Tensor, ...]:
-    """The registered op cross_entropy_fwd_grad: the losses, and the gradients of their sum."""
+def sum_triton(*arguments: Any) -> tuple[Tensor, ...]:
+    """The registered op cross_entropy_sum: the losses' sums, and the gradients of the first."""
     inputs, best, wanted = arguments[:-4], arguments[-4], arguments[-3:]
     given = Given.of(*inputs)
-    found, grads = _run(given, best, wanted)
-    return (*found, *grads)
+    (loss, nll, lse, ids), grads = _run(given, best, wanted)
+    lse = lse if any(wanted) else lse.new_empty(0)  # for gradients computed again
+    return (loss.sum(), nll.sum(), (given.labels != IGNORED).sum(), lse, ids, *grads)
 
 
 def backward_triton(dloss: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The registered ops `ofakern::cross_entropy_fwd`, `cross_entropy_fwd_grad` and `cross_entropy_bwd`, and the autograd.
+"""The registered ops `ofakern::cross_entropy_fwd`, `cross_entropy_sum` and `cross_entropy_bwd`, and the autograd.
 
 `token_losses` gives per-token losses whose backward computes the scores a second time (four products in all).
 `summed_loss` knows that every token's gradient is the same number, so its forward computes the gradients of the sum
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ofakern.ops import native
 from ofakern.ops.library import (
+    STRAIGHT,
     apply_function,
     define,
     differentiate_once,
@@ -27,7 +28,7 @@ _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? offsets, Tensor? ids, Tensor? allowed_range, "
     "int always_allowed, float epsilon"
 )
-_HIDDEN, _WEIGHT, _BIAS = 0, 1, 2
+_HIDDEN = 0
 _TENSORS = 7  # how many of the inputs are tensors
 _LOSSES = "Tensor loss, Tensor nll, Tensor lse, Tensor best"
 _GRADIENTS = "Tensor dhidden, Tensor dweight, Tensor dbias"
@@ -42,22 +43,22 @@ def token_losses(*inputs: Any, best: bool, backend: str) -> tuple[Tensor, Tensor
     return loss, nll, ids
 
 
-def summed_loss(*inputs: Any, best: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums of loss and nll, f32 `[]`, and best as above; the loss differentiates."""
+def summed_loss(backend: str, best: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The sums of loss and nll, f32 `[]`, how many tokens have a label, int64 `[]`, and best; the loss differentiates.
+
+    best has no elements or is None where it is not wanted.
+    """
     if _wants_gradient(inputs):
-        loss, nll, ids = apply_function(_SummedLoss, backend, best, *inputs)
-        return loss, nll, ids
-    loss, nll, _, ids = _FORWARD[backend](*inputs, best)
-    return loss.sum(), nll.sum(), ids
-
-
-def _wanted(inputs: tuple[Any, ...]) -> tuple[bool, bool, bool]:
-    hidden, weight, bias = (x is not None and x.requires_grad for x in inputs[:3])
-    return hidden, weight, bias
+        return apply_function(_SummedLoss, backend, best, *inputs)  # type: ignore[no-any-return]
+    loss, nll, tokens, _, ids, _, _, _ = _SUM[backend](*inputs, best, False, False, False)
+    return loss, nll, tokens, ids
 
 
 def _wants_gradient(inputs: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(_wanted(inputs))
+    if not torch.is_grad_enabled():
+        return False
+    hidden, weight, bias = inputs[:3]
+    return hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -91,18 +92,17 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, best: bool, *inputs: Any) -> tuple[Tensor, ...]:
         wanted = ctx.needs_input_grad[2:5]
-        loss, nll, lse, ids, *grads = _FORWARD_GRAD[backend](*inputs, best, *wanted)
+        loss, nll, tokens, lse, ids, *grads = _SUM[backend](*inputs, best, *wanted)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.numbers = backend, inputs[_TENSORS:]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # under STRAIGHT nothing compiles: no gradient is None
             ctx.save_for_backward(*grads)
         else:
             # Not saved tensors: the first backward hands them over; a second one computes them again.
             ctx.grads = grads
             ctx.save_for_backward(lse, *inputs[:_TENSORS])
-        total, nlls = loss.sum(), nll.sum()
-        ctx.mark_non_differentiable(nlls, ids)
-        return total, nlls, ids
+        ctx.mark_non_differentiable(*(x for x in (nll, tokens, ids) if x is not None))
+        return loss, nll, tokens, ids
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -119,8 +119,9 @@ class _SummedLoss(torch.autograd.Function):
         else:
             grads, ctx.grads = tuple(ctx.grads), None
             if dloss.is_cuda or float(dloss) != 1.0:  # a GPU is not waited for
-                for grad in grads:
-                    grad.mul_(dloss)
+                for grad, want in zip(grads, wanted, strict=True):
+                    if want:
+                        grad.mul_(dloss)
         return _gradients(grads, wanted, len(ctx.numbers))
 
     vmap = staticmethod(refuse_vmap("cross_entropy"))
@@ -147,12 +148,19 @@ def _empty_gradients(inputs: Any, wanted: tuple[bool, ...]) -> list[Tensor]:
 
 def _forward_cpu(*arguments: Any) -> Any:
     *inputs, best = arguments
-    return native.kernels.cross_entropy(*inputs, torch.get_num_threads(), best, False, False, False)[:4]
+    return native.kernels.cross_entropy(*inputs, torch.get_num_threads(), best)
 
 
-def _forward_grad_cpu(*arguments: Any) -> Any:
-    inputs, best, wanted = arguments[:-4], arguments[-4], arguments[-3:]
-    return native.kernels.cross_entropy(*inputs, torch.get_num_threads(), best, *wanted)
+def _sum_straight(*arguments: Any) -> Any:
+    return native.kernels.cross_entropy_sums(torch.get_num_threads(), *arguments)
+
+
+def _sum_cpu(*arguments: Any) -> Any:
+    """A schema cannot return None: what is not wanted is a tensor without elements."""
+    dtypes = (torch.float32, torch.int64, *[arguments[_HIDDEN].dtype] * 3)
+    loss, nll, tokens, *rest = _sum_straight(*arguments)
+    given = (torch.empty(0, dtype=dtype) if x is None else x for x, dtype in zip(rest, dtypes, strict=True))
+    return loss, nll, tokens, *given
 
 
 def _backward_cpu(dloss: Tensor, lse: Tensor, *arguments: Any) -> Any:
@@ -164,8 +172,11 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_empty_losses(arguments, arguments[-1]))
 
 
-def _forward_grad_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return (*_empty_losses(arguments, arguments[-4]), *_empty_gradients(arguments, arguments[-3:]))
+def _sum_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    *_, lse, best = _empty_losses(arguments, arguments[-4])
+    sums = (lse.new_empty(()), lse.new_empty(()), lse.new_empty((), dtype=torch.int64))
+    grads = _empty_gradients(arguments, arguments[-3:])
+    return (*sums, lse if any(arguments[-3:]) else lse.new_empty(0), best, *grads)
 
 
 def _backward_fake(dloss: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -193,11 +204,12 @@ define(
     triton=_triton("forward_triton"),
 )
 define(
-    "cross_entropy_fwd_grad",
-    f"({_INPUTS}, bool best, {_WANTED}) -> ({_LOSSES}, {_GRADIENTS})",
-    cpu=_forward_grad_cpu,
-    fake=_forward_grad_fake,
-    triton=_triton("forward_grad_triton"),
+    "cross_entropy_sum",
+    f"({_INPUTS}, bool best, {_WANTED}) -> (Tensor loss, Tensor nll, Tensor tokens, Tensor lse, Tensor best, "
+    f"{_GRADIENTS})",
+    cpu=_sum_cpu,
+    fake=_sum_fake,
+    triton=_triton("sum_triton"),
 )
 define(
     "cross_entropy_bwd",
@@ -207,4 +219,4 @@ define(
     triton=_triton("backward_triton"),
 )
 _FORWARD = ops_of("cross_entropy_fwd")
-_FORWARD_GRAD = ops_of("cross_entropy_fwd_grad")
+_SUM = ops_of("cross_entropy_sum") | {STRAIGHT: _sum_straight}

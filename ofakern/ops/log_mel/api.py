@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ofakern.errors import OfakernTypeError, OfakernValueError
+from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
+from ofakern.ops.library import STRAIGHT, straight
 from ofakern.ops.log_mel import op
 from ofakern.ops.log_mel.convention import MelConvention
 from ofakern.ops.log_mel.reference import log_mel_reference
@@ -28,10 +29,17 @@ def log_mel(
     Raises OfakernValueError for a wrong shape or lengths, OfakernTypeError for a wrong type, BackendError when the
     named backend cannot run the call.
     """
+    plain = type(convention) is MelConvention and straight(backend, wave)
+    if plain and wave is not None and wave.dim() == 1 and not wave.requires_grad:
+        try:
+            return op.run(STRAIGHT, wave, _lengths(wave, lengths, convention), convention)
+        except OfakernError:
+            pass  # refused: the checks below say why, or take the reference
     lengths = _check(wave, lengths, convention)
-    if BACKENDS.select(backend, wave, _limit(wave, convention)) == "reference":
+    chosen = BACKENDS.select(backend, wave, _limit(wave, convention))
+    if chosen == "reference":
         return _reference(wave, lengths, convention)
-    return op.run(wave, lengths, convention)
+    return op.run(chosen, wave, lengths, convention)
 
 
 def refusals(
@@ -53,6 +61,11 @@ def _check(wave: Tensor, lengths: Sequence[int] | None, convention: MelConventio
             f"log_mel: wave must be [N], all waveforms end to end, got {list(wave.shape)}\n"
             "Try: torch.cat of one-dimensional waveforms, and their lengths."
         )
+    return _lengths(wave, lengths, convention)
+
+
+def _lengths(wave: Tensor, lengths: Sequence[int] | None, convention: MelConvention) -> list[int]:
+    """Of a waveform per entry; wave has one dimension."""
     lengths = [wave.shape[0]] if lengths is None else [int(n) for n in lengths]
     if any(n < 0 for n in lengths) or sum(lengths) != wave.shape[0]:
         raise OfakernValueError(f"log_mel: lengths must be >= 0 and sum to {wave.shape[0]}, got {lengths}")

@@ -54,10 +54,14 @@ class MelConvention:
     remove_dc: bool = False
     preemphasis: float = 0.0
     tables: MelTables = field(init=False, repr=False, compare=False)
+    # What a kernel takes beside the tables, in the order of the registered op.
+    numbers: tuple[int | bool | float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check(self)
         object.__setattr__(self, "tables", _tables(self))
+        frames = (self.hop, self.first_sample, self.edges == "mirror", self.remove_dc, self.preemphasis)
+        object.__setattr__(self, "numbers", (*frames, self.power, self.log == "whisper", self.floor))
 
     def frames(self, length: int) -> int:
         """How many frames a waveform of `length` samples gives."""
@@ -77,17 +81,13 @@ class MelConvention:
 
 @dataclass(frozen=True)
 class MelTables:
-    """window [frame] times gain and filters [n_mels, n_fft / 2 + 1] in float64, for the reference; the rest is for
-    kernels: window and the roots of unity [n_fft, 2] (cosine, sine of 2 pi k / n_fft) in float32, and the filters' rows
-    from their first to their last weight: first int32 [n_mels], offsets int32 [n_mels + 1], weights float32."""
+    """window [frame] times gain and filters [n_mels, n_fft / 2 + 1] in float64, for the reference. kernel: window and
+    the roots of unity [n_fft, 2] (cosine, sine of 2 pi k / n_fft) in float32, and the filters' rows from their first to
+    their last weight: first int32 [n_mels], offsets int32 [n_mels + 1], weights float32."""
 
     window: Tensor
     filters: Tensor
-    window_f32: Tensor
-    roots: Tensor
-    first: Tensor
-    offsets: Tensor
-    weights: Tensor
+    kernel: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def kaldi(
@@ -189,7 +189,7 @@ def _tables(c: MelConvention) -> MelTables:
     angles = torch.arange(c.n_fft, dtype=torch.float64) * (2 * pi / c.n_fft)
     first, offsets, weights = _rows(filters)
     roots = torch.stack([angles.cos(), angles.sin()], 1).float()
-    return MelTables(window, filters, window.float(), roots, first, offsets, weights)
+    return MelTables(window, filters, (window.float(), roots, first, offsets, weights))
 
 
 def _window(c: MelConvention) -> Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ofakern.errors import BackendError
 from ofakern.ops import native
-from ofakern.ops.library import define, kernel_ready
+from ofakern.ops.library import define, ops_of
 from ofakern.ops.log_mel.convention import MelConvention
 
 _SCHEMA = (
@@ -32,41 +30,14 @@ def limit(convention: MelConvention) -> str | None:
     return None
 
 
-def run(wave: Tensor, lengths: list[int], c: MelConvention) -> Tensor:
+def run(backend: str, wave: Tensor, lengths: list[int], c: MelConvention) -> Tensor:
     """The frames of checked waveforms."""
-    t = c.tables
-    result: Tensor = torch.ops.ofakern.log_mel_fwd(
-        wave,
-        t.window_f32,
-        t.roots,
-        t.first,
-        t.offsets,
-        t.weights,
-        lengths,
-        [c.frames(n) for n in lengths],
-        c.hop,
-        c.first_sample,
-        c.edges == "mirror",
-        c.remove_dc,
-        c.preemphasis,
-        c.power,
-        c.log == "whisper",
-        c.floor,
-    )
-    return result
+    frames = [c.frames(n) for n in lengths]
+    return _FORWARD[backend](wave, *c.tables.kernel, lengths, frames, *c.numbers)  # type: ignore[no-any-return]
 
 
-def _forward_cpu(wave: Tensor, *inputs: Any) -> Tensor:
-    module, threads = native.cpu, torch.get_num_threads()
-    if module is None:
-        raise BackendError(f"log_mel: backend 'cpu' cannot run this call: {native.cpu_reason}")
-    *tables, lengths, frames = inputs[:7]
-    bounds = torch.tensor([[0, *accumulate(lengths)], [0, *accumulate(frames)]])
-    ready = (kernel_ready(wave), bounds, *tables, *inputs[7:])
-    out = torch.empty((sum(frames), tables[2].shape[0]), dtype=torch.float32)
-    workspace = torch.empty(module.log_mel_workspace(*ready, threads), dtype=torch.uint8)
-    module.log_mel_forward(out, workspace, *ready, threads)
-    return out
+def _forward_cpu(*inputs: Any) -> Any:
+    return native.kernels.log_mel(*inputs, torch.get_num_threads())
 
 
 def _forward_fake(wave: Tensor, *inputs: Any) -> Tensor:
@@ -74,3 +45,4 @@ def _forward_fake(wave: Tensor, *inputs: Any) -> Tensor:
 
 
 define("log_mel_fwd", _SCHEMA, cpu=_forward_cpu, fake=_forward_fake)
+_FORWARD = ops_of("log_mel_fwd")

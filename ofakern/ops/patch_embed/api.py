@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ofakern.errors import OfakernTypeError, OfakernValueError
+from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
 from ofakern.ops import log
+from ofakern.ops.library import STRAIGHT, straight
 from ofakern.ops.patch_embed import op
 from ofakern.ops.patch_embed.reference import patch_embed_reference
 
@@ -94,13 +96,24 @@ def patch_embed(
     Source: the patch embedding of ViT (arXiv 2010.11929), tubelets of ViViT (arXiv 2103.15691), images of different
     sizes packed as in NaViT (arXiv 2307.06304).
     """
+    vectors = (bias, type_embedding, position, position_index, ln_weight, ln_bias)
+    batched = isinstance(images, Tensor)
+    given: list[Tensor] = [images] if batched else images if isinstance(images, list) else []  # type: ignore[list-item]
+    if given and straight(backend, weight, *vectors, *given) and not torch._C._is_any_autocast_enabled():
+        try:
+            return _run_straight(given, batched, weight, layout, mean, std, vectors, eps)
+        except OfakernError:
+            pass  # refused: the checks below say why, or cast what can be cast
     call = _check(
         images, weight, bias, layout, mean, std, type_embedding, position, position_index, ln_weight, ln_bias, eps
     )
     chosen = op.BACKENDS.select(backend, call.weight, _limit(call))
     if log.ENABLED and not torch.compiler.is_compiling():
         log.once(_logger, _describe(call, chosen))
-    return patch_embed_reference(*call) if chosen == "reference" else op.run(chosen, *call)
+    if chosen == "reference":
+        return patch_embed_reference(*call)
+    layout = _LAYOUTS[weight.ndim][0] if layout is None else layout
+    return op.run(chosen, layout, given or list(images), *call[1:])
 
 
 def refusals(*args: object, **kwargs: object) -> tuple[str, dict[str, str | None]]:
@@ -111,6 +124,30 @@ def refusals(*args: object, **kwargs: object) -> tuple[str, dict[str, str | None
     backend = str(values.pop("backend"))
     call = _check(**values)
     return op.BACKENDS.reasons(backend, call.weight, _limit(call))
+
+
+def _run_straight(
+    images: list[Tensor],
+    batched: bool,
+    weight: Tensor,
+    layout: str | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    eps: float,
+) -> Tensor:
+    """Raises OfakernError where the kernel cannot take the arguments as they are, or where they break a rule."""
+    choices = None if weight is None else _LAYOUTS.get(weight.ndim)
+    layout = choices[0] if layout is None and choices else layout
+    if not choices or layout not in choices:
+        raise OfakernValueError(f"{_WHERE}: layout must be one of {choices}, got {layout!r}")
+    dimensions = len(layout) + batched
+    for image in images:
+        if image is None or image.dtype not in _PIXELS or image.ndim != dimensions or image.requires_grad:
+            raise OfakernTypeError(f"{_WHERE}: images must be pixels of {dimensions} dimensions without a gradient")
+    numbers = (None if mean is None else tuple(mean), None if std is None else tuple(std))
+    scale, shift = _kept_normalisation(*numbers, weight.shape[1], images[0].dtype == torch.uint8)
+    return op.run(STRAIGHT, layout, images, weight, scale, shift, *vectors, eps)
 
 
 def _limit(call: _Call) -> str | None:
@@ -288,4 +325,6 @@ def _describe(call: _Call, backend: str) -> str:
     return f"patch_embed images {images} weight{list(call.weight.shape)} {dtype} {call.weight.device} -> {backend}"
 
 
+# A model has one of them, and making it takes longer than a small call's other checks. Not for what is traced.
+_kept_normalisation = lru_cache(maxsize=64)(_normalisation)
 _signature = inspect.signature(patch_embed)

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ofakern.errors import OfakernTypeError, OfakernValueError
+from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
 from ofakern.ops.layer_norm import gelu_layer_norm
+from ofakern.ops.library import STRAIGHT, straight
 from ofakern.ops.routed_ffn import op
 from ofakern.ops.routed_ffn.backends import BACKENDS
 from ofakern.ops.routed_ffn.reference import routed_linear_reference
@@ -45,6 +46,12 @@ def routed_linear(
     the wrong type, dtype, device or shape; BackendError with the reason when the backend cannot run the call;
     OfakernRuntimeError for a second derivative or vmap (both work with backend="reference").
     """
+    if straight(backend, x, *weights, *biases, source, target) and not torch._C._is_any_autocast_enabled():
+        if x is not None and (backend == "cpu" or BACKENDS.automatic(x) == "cpu"):
+            try:
+                return op.routed_linear(STRAIGHT, x, weights, biases, counts, source, target)
+            except OfakernError:
+                pass  # refused: the checks below say why, or cast what can be cast
     call = _check(x, weights, biases, counts, source, target)
     chosen = BACKENDS.select(backend, call.x)
     if chosen == "reference":

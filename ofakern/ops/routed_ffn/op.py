@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofakern.errors import BackendError
 from ofakern.ops import native
 from ofakern.ops.library import (
     apply_function,
@@ -19,7 +18,6 @@ from ofakern.ops.library import (
     refuse_vmap,
     suffix_of,
 )
-from ofakern.ops.routed_ffn.backends import BACKENDS
 
 
 def routed_linear(
@@ -32,11 +30,13 @@ def routed_linear(
     target: Tensor | None,
 ) -> Tensor:
     """`[N, O]` of checked arguments; differentiable in x, weights and biases."""
-    leaves = (x, *weights, *biases)
-    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-        y: Tensor = apply_function(_RoutedLinear, backend, list(counts), source, target, len(weights), *leaves)
-    else:
-        y = _FORWARD[backend](x, list(weights), list(biases), list(counts), source, target)
+    if torch.is_grad_enabled():
+        leaves = (x, *weights, *biases)
+        for leaf in leaves:
+            if leaf.requires_grad:
+                y: Tensor = apply_function(_RoutedLinear, backend, list(counts), source, target, len(weights), *leaves)
+                return y
+    y = _FORWARD[backend](x, list(weights), list(biases), list(counts), source, target)
     return y
 
 
@@ -68,55 +68,15 @@ class _RoutedLinear(torch.autograd.Function):
     vmap = staticmethod(refuse_vmap("routed_ffn"))
 
 
-def _module() -> Any:
-    reason = BACKENDS.unavailable["cpu"]
-    if reason is not None:
-        raise BackendError(f"routed_ffn: backend 'cpu' cannot run this call: {reason}")
-    return native.cpu
+def _forward_cpu(*inputs: Any) -> Any:
+    return native.kernels.routed_linear(*inputs, torch.get_num_threads())
 
 
-def _index(index: Tensor | None) -> Tensor | None:
-    return None if index is None else kernel_ready(index)
-
-
-def _forward_cpu(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    counts: list[int],
-    source: Tensor | None,
-    target: Tensor | None,
-) -> Tensor:
-    module, threads = _module(), torch.get_num_threads()
-    ready = [kernel_ready(w) for w in weights], [kernel_ready(b) for b in biases]
-    inputs = (kernel_ready(x), *ready, torch.tensor(counts), _index(source), _index(target), threads)
-    y = torch.empty((x.shape[0], weights[0].shape[0]), dtype=x.dtype)
-    workspace = torch.empty(module.routed_linear_forward_workspace(*inputs), dtype=torch.uint8)
-    module.routed_linear_forward(y, workspace, *inputs)
-    return y
-
-
-def _backward_cpu(
-    dy: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    counts: list[int],
-    source: Tensor | None,
-    target: Tensor | None,
-    wants_x: bool,
-    wants_weights: bool,
-    with_bias: bool,
-) -> list[Tensor]:
-    module, threads = _module(), torch.get_num_threads()
-    grads = _empty_gradients(x, weights, wants_x, wants_weights, with_bias)
-    dx, dweights, dbiases = grads[0], grads[1 : 1 + len(weights)], grads[1 + len(weights) :]
-    wanted = (dx if wants_x else None, dweights if wants_weights else [], dbiases if wants_weights else [])
+def _backward_cpu(dy: Tensor, x: Tensor, weights: list[Tensor], counts: list[int], *rest: Any) -> list[Tensor]:
+    source, target, *wanted = rest
     no_biases: list[Tensor] = []
-    tensors = (kernel_ready(x), [kernel_ready(w) for w in weights], no_biases, torch.tensor(counts))
-    inputs = (*tensors, _index(source), _index(target), threads)
-    workspace = torch.empty(module.routed_linear_backward_workspace(*wanted, *inputs), dtype=torch.uint8)
-    module.routed_linear_backward(*wanted, workspace, kernel_ready(dy), *inputs)
-    return grads
+    inputs = (dy, x, weights, no_biases, counts, source, target, torch.get_num_threads())
+    return list(native.kernels.routed_linear_gradients(*inputs, *wanted))
 
 
 def _empty_gradients(
