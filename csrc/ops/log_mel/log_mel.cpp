@@ -48,7 +48,8 @@ void check_waveforms(const LogMelInputs& in) {
 }
 
 void check_transform(const LogMelInputs& in) {
-  kCheck.plain("roots", in.roots, "[n_fft, 2]", {-1, 2}, DType::f32);
+  kCheck.dtype("roots", in.roots, {DType::f32, DType::f64});
+  kCheck.plain("roots", in.roots, "[n_fft, 2]", {-1, 2}, in.roots.dtype);
   const std::int64_t n_fft = in.roots.shape[0];
   std::int64_t rest = n_fft / 2;
   for (const std::int64_t factor : {2, 3, 5})
@@ -56,7 +57,7 @@ void check_transform(const LogMelInputs& in) {
   if (n_fft % 2 != 0 || rest != 1 || n_fft > kLargestFft)
     kCheck.fail_value("n_fft", "be twice a product of 2, 3 and 5, at most " + std::to_string(kLargestFft),
                       std::to_string(n_fft));
-  kCheck.plain("window", in.window, "[frame]", {-1}, DType::f32);
+  kCheck.plain("window", in.window, "[frame]", {-1}, in.roots.dtype);
   kCheck.that(in.window.shape[0] >= 1 && in.window.shape[0] <= n_fft, "frame", "lie in 1..n_fft",
               std::to_string(in.window.shape[0]));
   if (in.hop < 1 || in.hop > kLargestFft)

@@ -19,8 +19,8 @@ namespace ofakern {
 struct LogMelInputs {
   TensorView wave;     // f32 [N]
   TensorView bounds;   // i64 [2, B + 1]: where each waveform starts in `wave`, and where its rows start in `out`
-  TensorView window;   // f32 [frame]
-  TensorView roots;    // f32 [n_fft, 2]: cosine and sine of 2 pi k / n_fft
+  TensorView window;   // [frame], f32 or f64: what frames are transformed in
+  TensorView roots;    // [n_fft, 2] like window: cosine and sine of 2 pi k / n_fft
   TensorView first;    // i32 [n_mels]: a filter's first bin
   TensorView offsets;  // i32 [n_mels + 1]: where its weights start
   TensorView weights;  // f32 [offsets[n_mels]]

@@ -1,4 +1,5 @@
 // Compiled once per instruction set; see core/isa.h. kWidth frames are one task's unit: lane l of a vector is frame l.
+// V is what frames are transformed in: Vec, or VecD where small bands must be right beside loud ones.
 #include "core/pack.h"
 #include "core/parallel.h"
 #include "core/vec_log.h"
@@ -9,17 +10,21 @@ namespace ofakern::OFAKERN_ISA {
 namespace {
 
 constexpr i64 kFramesPerTask = 64;  // a multiple of every kWidth: tasks are the same for every instruction set
+template <class V>
+constexpr bool kWide = Lanes<V>::kCount < kWidth;
 constexpr float kLog10 = 0.434294481903251828f;
 
 struct Mel {
   const float* wave;
   const i64 *samples, *frames;
-  const float *window, *roots, *weights;
+  const float* weights;
+  const void *window, *roots;  // of numbers as V has them
   const std::int32_t *first, *offsets;
   i64 waveforms, frame, hop, first_sample, n_fft, mels;
   bool repeats_edge, remove_dc, whisper;
   int power;
-  float preemphasis, floor;
+  double preemphasis;
+  float floor;
   FftPlan plan;
 };
 
@@ -28,8 +33,8 @@ Mel read(const LogMelInputs& in) {
   p.wave = in.wave.as<const float>();
   p.samples = in.bounds.as<const i64>();
   p.frames = p.samples + in.bounds.shape[1];
-  p.window = in.window.as<const float>();
-  p.roots = in.roots.as<const float>();
+  p.window = in.window.data;
+  p.roots = in.roots.data;
   p.weights = in.weights.as<const float>();
   p.first = in.first.as<const std::int32_t>();
   p.offsets = in.offsets.as<const std::int32_t>();
@@ -43,15 +48,21 @@ Mel read(const LogMelInputs& in) {
   p.remove_dc = in.remove_dc;
   p.whisper = in.whisper;
   p.power = in.power;
-  p.preemphasis = static_cast<float>(in.preemphasis);
+  p.preemphasis = in.preemphasis;
   p.floor = static_cast<float>(in.floor);
   p.plan = make_fft_plan(p.n_fft / 2);
   return p;
 }
 
-// One thread's buffers, all [.., kWidth] but the last.
+template <class V>
+OFAKERN_HOT const Number<V>* roots_of(const Mel& p) {
+  return static_cast<const Number<V>*>(p.roots);
+}
+
+// One thread's buffers: kWidth floats to each entry of the first three, as many bytes of `signal`'s.
 struct Scratch {
-  float *signal, *power, *mel, *samples;
+  float *frames, *power, *mel, *samples;
+  void* signal;  // where V is Vec, the frames themselves
 };
 
 // The workspace: places of frequencies, first task of each waveform, largest value of each task, then the threads' own.
@@ -72,7 +83,7 @@ i64 task_count(const Mel& p) {
   return count;
 }
 
-Memory lay_out(const Mel& p, int threads, void* base) {
+Memory lay_out(const Mel& p, bool wide, int threads, void* base) {
   char* at = static_cast<char*>(base);
   i64 used = 0;
   const auto take = [&](i64 bytes) {
@@ -84,17 +95,20 @@ Memory lay_out(const Mel& p, int threads, void* base) {
   m.places = reinterpret_cast<std::int32_t*>(take(p.plan.size * 4));
   m.tasks = reinterpret_cast<i64*>(take((p.waveforms + 1) * 8));
   m.largest = reinterpret_cast<float*>(take(task_count(p) * 4));
-  const i64 vectors = p.n_fft + p.n_fft / 2 + 1 + p.mels;
+  const i64 vectors = (wide ? p.frame : 0) + p.n_fft + p.n_fft / 2 + 1 + p.mels;
   m.bytes_per_thread = round_up((vectors * kWidth + span_of(p)) * 4, 64);
   m.threads = take(m.bytes_per_thread * threads);
   m.bytes = used;
   return m;
 }
 
+template <class V>
 Scratch scratch_of(const Mel& p, const Memory& m, int thread) {
   Scratch s;
-  s.signal = reinterpret_cast<float*>(m.threads + m.bytes_per_thread * thread);
-  s.power = s.signal + p.n_fft * kWidth;
+  s.frames = reinterpret_cast<float*>(m.threads + m.bytes_per_thread * thread);
+  float* const signal = s.frames + (kWide<V> ? p.frame * kWidth : 0);
+  s.signal = signal;
+  s.power = signal + p.n_fft * kWidth;
   s.mel = s.power + (p.n_fft / 2 + 1) * kWidth;
   s.samples = s.mel + p.mels * kWidth;
   return s;
@@ -121,45 +135,63 @@ const float* frame_samples(const Mel& p, const float* wave, i64 length, i64 begi
   return copy;
 }
 
-// signal [n_fft, kWidth]: frames less their mean, preemphasised, times the window, then zeros.
-OFAKERN_LOCAL void make_frames(const Mel& p, const float* samples, float* signal) {
-  transpose_units(as_units(samples), p.hop, kWidth, p.frame, as_units(signal), kWidth);
-  Vec mean = vzero();
+// signal [n_fft, lanes of V]: frames less their mean, preemphasised, times the window, then zeros. frames [frame,
+// kWidth] may be the signal itself.
+template <class V>
+OFAKERN_LOCAL void make_signal(const Mel& p, const float* frames, Number<V>* signal) {
+  using N = Number<V>;
+  constexpr i64 kLanes = Lanes<V>::kCount;
+  V mean = vset(N{0});
   if (p.remove_dc) {
     // Four partial sums: one chain of additions would wait for each.
-    Vec sum[4] = {vzero(), vzero(), vzero(), vzero()};
-    for (i64 n = 0; n < p.frame; ++n) sum[n % 4] = vadd(sum[n % 4], vload(signal + n * kWidth));
-    mean = vmul(vadd(vadd(sum[0], sum[1]), vadd(sum[2], sum[3])), vset(1.0f / static_cast<float>(p.frame)));
+    V sum[4] = {mean, mean, mean, mean};
+    for (i64 n = 0; n < p.frame; ++n) sum[n % 4] = vadd(sum[n % 4], vfrom<V>(frames + n * kWidth));
+    mean = vmul(vadd(vadd(sum[0], sum[1]), vadd(sum[2], sum[3])), vset(N{1} / static_cast<N>(p.frame)));
   }
-  const Vec factor = vset(-p.preemphasis);
-  Vec before = vsub(vload(signal), mean);
+  const V factor = vset(static_cast<N>(-p.preemphasis));
+  const N* window = static_cast<const N*>(p.window);
+  V before = vsub(vfrom<V>(frames), mean);
   for (i64 n = 0; n < p.frame; ++n) {
-    const Vec x = vsub(vload(signal + n * kWidth), mean);
-    vstore(signal + n * kWidth, vmul(vfma(before, factor, x), vset(p.window[n])));
+    const V x = vsub(vfrom<V>(frames + n * kWidth), mean);
+    vstore(signal + n * kLanes, vmul(vfma(before, factor, x), vset(window[n])));
     before = x;
   }
-  std::memset(signal + p.frame * kWidth, 0, static_cast<std::size_t>((p.n_fft - p.frame) * kWidth) * sizeof(float));
+  std::memset(signal + p.frame * kLanes, 0, static_cast<std::size_t>((p.n_fft - p.frame) * kLanes) * sizeof(N));
 }
-
-OFAKERN_HOT void store_power(const Mel& p, float* to, Vec power) { vstore(to, p.power == 2 ? power : vsqrt(power)); }
 
 // The real signal went through the transform as pairs, z[n] = x[2n] + i x[2n + 1]. With E and O the transforms of the
 // even and odd samples: X[k] = E[k] + w^k O[k], X[M - k] = conj(E[k] - w^k O[k]), 2 E[k] = Z[k] + conj Z[M - k],
-// 2i O[k] = Z[k] - conj Z[M - k].
-OFAKERN_LOCAL void spectrum(const Mel& p, const std::int32_t* places, const float* z, float* power) {
+// 2i O[k] = Z[k] - conj Z[M - k]. power [n_fft / 2 + 1, kWidth]: the lanes' squares.
+template <class V>
+OFAKERN_LOCAL void spectrum(const Mel& p, const std::int32_t* places, const Number<V>* z, float* power) {
   const i64 half = p.plan.size;
-  const Complex zero = load_complex(z, places[0]);
-  const Vec low = vadd(zero.re, zero.im), high = vsub(zero.re, zero.im), quarter = vset(0.25f);
-  store_power(p, power, vmul(low, low));
-  store_power(p, power + half * kWidth, vmul(high, high));
+  const Number<V>* roots = roots_of<V>(p);
+  const Complex<V> zero = load_complex<V>(z, places[0]);
+  const V low = vadd(zero.re, zero.im), high = vsub(zero.re, zero.im), quarter = constant<V>(0.25);
+  vnarrow(power, vmul(low, low));
+  vnarrow(power + half * kWidth, vmul(high, high));
   for (i64 k = 1; 2 * k <= half; ++k) {
-    const Complex a = load_complex(z, places[k]), b = load_complex(z, places[half - k]);
-    const Complex even = {vadd(a.re, b.re), vsub(a.im, b.im)}, odd = {vadd(a.im, b.im), vsub(b.re, a.re)};
-    const Complex turned = rotate(odd, p.roots[2 * k], p.roots[2 * k + 1]);
-    const Complex x = add(even, turned), y = sub(even, turned);
-    store_power(p, power + k * kWidth, vmul(quarter, vfma(x.re, x.re, vmul(x.im, x.im))));
-    store_power(p, power + (half - k) * kWidth, vmul(quarter, vfma(y.re, y.re, vmul(y.im, y.im))));
+    const Complex<V> a = load_complex<V>(z, places[k]), b = load_complex<V>(z, places[half - k]);
+    const Complex<V> even = {vadd(a.re, b.re), vsub(a.im, b.im)}, odd = {vadd(a.im, b.im), vsub(b.re, a.re)};
+    const Complex<V> turned = rotate(odd, roots[2 * k], roots[2 * k + 1]);
+    const Complex<V> x = add(even, turned), y = sub(even, turned);
+    vnarrow(power + k * kWidth, vmul(quarter, vfma(x.re, x.re, vmul(x.im, x.im))));
+    vnarrow(power + (half - k) * kWidth, vmul(quarter, vfma(y.re, y.re, vmul(y.im, y.im))));
   }
+}
+
+// power of kWidth frames that lie `hop` samples apart.
+template <class V>
+OFAKERN_LOCAL void powers(const Mel& p, const Memory& m, const float* samples, const Scratch& s) {
+  Number<V>* const signal = static_cast<Number<V>*>(s.signal);
+  transpose_units(as_units(samples), p.hop, kWidth, p.frame, as_units(s.frames), kWidth);
+  for (i64 lane = 0; lane < kWidth; lane += Lanes<V>::kCount) {
+    make_signal<V>(p, s.frames + lane, signal);
+    fft<V>(p.plan, signal, roots_of<V>(p));
+    spectrum<V>(p, m.places, signal, s.power + lane);
+  }
+  if (p.power == 2) return;
+  for (i64 k = 0; k <= p.plan.size; ++k) vstore(s.power + k * kWidth, vsqrt(vload(s.power + k * kWidth)));
 }
 
 // Of one lane's values: the largest that is a number, and their sum, which is NaN when one of them is.
@@ -209,15 +241,14 @@ Task task_at(const Mel& p, const Memory& m, i64 task) {
 }
 
 // Returns the task's largest value.
+template <class V>
 OFAKERN_LOCAL float run_task(const Mel& p, const Memory& m, const Task& t, const Scratch& s, float* out) {
   const float* wave = p.wave + p.samples[t.waveform];
   const i64 length = p.samples[t.waveform + 1] - p.samples[t.waveform];
   float largest = -INFINITY;
   for (i64 f = t.begin; f < t.end; f += kWidth) {
     const i64 lanes = min_of<i64>(kWidth, t.end - f);
-    make_frames(p, frame_samples(p, wave, length, p.first_sample + f * p.hop, lanes, s.samples), s.signal);
-    fft(p.plan, s.signal, p.roots);
-    spectrum(p, m.places, s.signal, s.power);
+    powers<V>(p, m, frame_samples(p, wave, length, p.first_sample + f * p.hop, lanes, s.samples), s);
     largest = larger(largest_of(filter(p, s.power, s.mel), lanes), largest);
     transpose_units(as_units(s.mel), kWidth, p.mels, lanes, as_units(out + (p.frames[t.waveform] + f) * p.mels),
                     p.mels);
@@ -237,14 +268,10 @@ OFAKERN_LOCAL void limit_range(const Mel& p, const Memory& m, const Task& t, flo
     vstore_n(x + n, vfma(vmax(vload_n(x + n, count - n), least), quarter, one), count - n);
 }
 
-}  // namespace
-
-i64 log_mel_scratch(const LogMelInputs& in, int threads) { return lay_out(read(in), threads, nullptr).bytes; }
-
-void log_mel(const LogMelInputs& in, const TensorView& result, const TensorView& workspace, int threads) {
+template <class V>
+OFAKERN_LOCAL void run(const LogMelInputs& in, float* out, void* workspace, int threads) {
   const Mel p = read(in);
-  const Memory m = lay_out(p, threads, workspace.data);
-  float* out = result.as<float>();
+  const Memory m = lay_out(p, kWide<V>, threads, workspace);
   fill_places(p.plan, m.places);
   m.tasks[0] = 0;
   for (i64 w = 0; w < p.waveforms; ++w)
@@ -252,9 +279,22 @@ void log_mel(const LogMelInputs& in, const TensorView& result, const TensorView&
   const i64 tasks = p.mels == 0 ? 0 : m.tasks[p.waveforms];
   parallel_for(tasks, threads, [&](i64 task, int thread) {
     const Task t = task_at(p, m, task);
-    m.largest[task] = run_task(p, m, t, scratch_of(p, m, thread), out);
+    m.largest[task] = run_task<V>(p, m, t, scratch_of<V>(p, m, thread), out);
   });
   if (p.whisper) parallel_for(tasks, threads, [&](i64 task, int) { limit_range(p, m, task_at(p, m, task), out); });
+}
+
+bool is_wide(const LogMelInputs& in) { return in.window.dtype == DType::f64; }
+
+}  // namespace
+
+i64 log_mel_scratch(const LogMelInputs& in, int threads) {
+  return lay_out(read(in), is_wide(in), threads, nullptr).bytes;
+}
+
+void log_mel(const LogMelInputs& in, const TensorView& result, const TensorView& workspace, int threads) {
+  float* const out = result.as<float>();
+  is_wide(in) ? run<VecD>(in, out, workspace.data, threads) : run<Vec>(in, out, workspace.data, threads);
 }
 
 }  // namespace ofakern::OFAKERN_ISA

@@ -82,8 +82,9 @@ class MelConvention:
 @dataclass(frozen=True)
 class MelTables:
     """window [frame] times gain and filters [n_mels, n_fft / 2 + 1] in float64, for the reference. kernel: window and
-    the roots of unity [n_fft, 2] (cosine, sine of 2 pi k / n_fft) in float32, and the filters' rows from their first to
-    their last weight: first int32 [n_mels], offsets int32 [n_mels + 1], weights float32."""
+    the roots of unity [n_fft, 2] (cosine, sine of 2 pi k / n_fft), in float64 where frames are transformed so, and the
+    filters' rows from their first to their last weight: first int32 [n_mels], offsets int32 [n_mels + 1], weights
+    float32."""
 
     window: Tensor
     filters: Tensor
@@ -188,8 +189,11 @@ def _tables(c: MelConvention) -> MelTables:
     filters = _kaldi_filters(c) if c.filters == "kaldi" else _slaney_filters(c)
     angles = torch.arange(c.n_fft, dtype=torch.float64) * (2 * pi / c.n_fft)
     first, offsets, weights = _rows(filters)
-    roots = torch.stack([angles.cos(), angles.sin()], 1).float()
-    return MelTables(window, filters, (window.float(), roots, first, offsets, weights))
+    roots = torch.stack([angles.cos(), angles.sin()], 1)
+    # A logarithm without Whisper's lower end shows a quiet band beside loud ones, where float32's rounding of the loud
+    # ones is as large as the band itself.
+    dtype = torch.float64 if c.log == "ln" else torch.float32
+    return MelTables(window, filters, (window.to(dtype), roots.to(dtype), first, offsets, weights))
 
 
 def _window(c: MelConvention) -> Tensor:
