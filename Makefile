@@ -62,7 +62,7 @@ format: setup ## rewrite the sources in the house's format
 	$(BIN)/ruff format .
 	git ls-files '*.h' '*.cpp' '*.cu' | xargs -r $(BIN)/clang-format -i
 
-sanitize: setup ## build _cpu with ASan and UBSan and run the op tests with it
+sanitize: setup ## build _cpu with ASan and UBSan and run the op tests with it (about six minutes)
 	$(PY) -m pytest -q -s -m sanitize tests/ops
 
 arm: setup ## cross-compile every object of the scalar path (about a minute)

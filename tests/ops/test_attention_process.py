@@ -1,4 +1,4 @@
-"""What needs a process of its own: peak memory, forked workers, and a build with sanitizers."""
+"""What needs a process of its own: peak memory and forked workers."""
 
 from __future__ import annotations
 
@@ -86,30 +86,3 @@ def test_memory_grows_with_tokens_only(tokens: int, limit_mib: int) -> None:
 @pytest.mark.usefixtures("cpu")
 def test_forked_workers_run_after_the_parent_ran_with_one_thread() -> None:
     assert run_python(WORKERS, timeout=120).strip() == "alive"
-
-
-@pytest.mark.sanitize
-def test_kernels_under_sanitizers() -> None:
-    """Builds ofakern._cpu with ASan and UBSan and runs on it what hands it tensors; takes minutes, less when built."""
-    build = ROOT / "build/sanitize"
-    options = ["-G", "Ninja", "-DOFAKERN_SANITIZE=ON", "-DOFAKERN_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path}
-    subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *options], env=environment, check=True)
-    subprocess.run(["cmake", "--build", str(build), "--target", "_cpu"], env=environment, check=True)
-    (module,) = build.glob("_cpu.*.so")
-    # The runtimes must be there before Python itself, hence a process of its own.
-    preload = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
-    ]
-    environment |= {
-        "OFAKERN_TEST_CPU_MODULE": str(module),
-        "LD_PRELOAD": ":".join(preload),
-        # Python and torch never free what lives as long as the process: leaks are not what is looked for.
-        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-    }
-    names = ["ops/test_attention_cpu.py", "ops/test_attention_padded.py", "build/test_bindings.py"]
-    files = [str(ROOT / "tests" / name) for name in names]
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *files], env=environment, cwd=ROOT, check=True)
