@@ -86,12 +86,22 @@ def routed_ffn(
         )
     counts = torch.bincount(expert, minlength=len(fc1)).tolist()
     order = None if max(counts) == x.shape[0] else torch.argsort(expert, stable=True).to(x.device)
-    hidden = routed_linear(x, fc1, fc1_bias, counts, order, None, backend)
-    if ln_weight is None or ln_bias is None:
-        hidden = F.gelu(hidden)
-    else:
-        hidden = gelu_layer_norm(hidden, ln_weight, ln_bias, eps, backend)
-    return routed_linear(hidden, fc2, fc2_bias, counts, None, order, backend)
+
+    def activate(hidden: Tensor) -> Tensor:
+        if ln_weight is None or ln_bias is None:
+            return F.gelu(hidden)
+        return gelu_layer_norm(hidden, ln_weight, ln_bias, eps, backend)
+
+    if BACKENDS.select(backend, x) != "reference":
+        hidden = activate(routed_linear(x, fc1, fc1_bias, counts, order, None, backend))
+        return routed_linear(hidden, fc2, fc2_bias, counts, None, order, backend)
+    # torch's products, an expert at a time: the wide activations of all are never gathered into one tensor.
+    parts = []
+    for e, part in enumerate(torch.split(x if order is None else x.index_select(0, order), counts)):
+        hidden = activate(routed_linear(part, fc1[e : e + 1], fc1_bias[e : e + 1], counts[e : e + 1], backend=backend))
+        parts.append(routed_linear(hidden, fc2[e : e + 1], fc2_bias[e : e + 1], counts[e : e + 1], backend=backend))
+    y = torch.cat(parts)
+    return y if order is None else y.index_select(0, torch.argsort(order))
 
 
 def refusals(*args: object, **kwargs: object) -> tuple[str, dict[str, str | None]]:

@@ -27,5 +27,5 @@ def routed_linear_reference(
         F.linear(part, weight, biases[e] if biases else None)
         for e, (part, weight) in enumerate(zip(torch.split(rows, list(counts)), weights, strict=True))
     ]
-    y = torch.cat(parts)
+    y = torch.cat(parts) if len(parts) > 1 else parts[0]
     return y if target is None else torch.zeros_like(y).index_copy(0, target, y)
