@@ -21,7 +21,7 @@ NOT = "not compile and not opcheck and not explain and not forked and not triton
 
 @pytest.mark.sanitize
 def test_kernels_under_sanitizers() -> None:
-    """Builds ofakern._cpu for the scalar path and this machine's newest instruction set, and runs the op tests on it."""
+    """Builds ofakern._cpu for the scalar path and this machine's newest instruction set; runs the op tests on it."""
     module = _build(_cpu.supported_isas()[-1])
     tests = [p for p in sorted((ROOT / "tests/ops").glob("test_*.py")) if not any(x in p.stem for x in LEFT_OUT)]
     # The runtimes must be there before Python itself, hence a process of its own.
