@@ -24,6 +24,7 @@ from benchmarks.core import DTYPES, Contender, Phase, Unavailable, Work
 from benchmarks.model.train_step_peers import ATTENTION, EPSILON, plain_loss
 from ofakern.data.batch import Example, PackedBatch, Segment
 from ofakern.instruction import Modality
+from ofakern.modality.image import resnet as resnet_module
 from ofakern.modality.image.adaptor import ImageResnetAdaptor, ImageResnetConfig
 from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import OFAConfig, OFAPlus
@@ -35,9 +36,9 @@ OURS = "ofakern"
 PHASES: tuple[Phase, ...] = ("resnet", "transformer", "step")
 ABOUT = {
     "sdpa_mask": "the same model on SDPA: the bias of each layer as a dense mask, its position term shared by the "
-    "layers; all logits at once",
+    "layers; all logits at once; nothing of the ResNet computed again",
     "ofasys": "the same model by OFASys' formula: the bias cloned per layer, bmm, float32 softmax, einsum; all logits "
-    "at once",
+    "at once; nothing of the ResNet computed again",
 }
 _BACKBONE = "image_resnet.embed_images"
 _STRIDE = 16
@@ -140,14 +141,15 @@ def _steps(problem: Problem, attention: Any, loss: Callable[[Tensor], Tensor]) -
     """The phases' calls with `attention` in the place of ours (None: ours)."""
 
     def step(phase: Phase) -> Tensor:
-        with _attention(attention), _features(problem, given=phase == "transformer"):
+        with _attention(attention), _features(problem, given=phase == "transformer"), _backbone(attention is None):
             value = loss(problem.model(problem.batch))
             torch.autograd.grad(value, problem.parameters(phase), allow_unused=True)
         return value.detach()
 
     def resnet() -> Tensor:
-        out: Tensor = problem.backbone(_image(problem))
-        torch.autograd.grad(out, problem.parameters("resnet"), problem.features.detach())
+        with _backbone(attention is None):
+            out: Tensor = problem.backbone(_image(problem))
+            torch.autograd.grad(out, problem.parameters("resnet"), problem.features.detach())
         return out.detach()
 
     return {"step": lambda: step("step"), "transformer": lambda: step("transformer"), "resnet": resnet}
@@ -176,6 +178,16 @@ def _features(problem: Problem, given: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _backbone(recomputing: bool) -> Iterator[None]:
+    """Peers' backbones keep all that their backward pass reads."""
+    if recomputing:
+        yield
+        return
+    with mock.patch.object(resnet_module, "recomputed", lambda part, x: part(x, True)):
+        yield
+
+
 def ours(problem: Problem) -> Contender:
     def loss(hidden: Tensor) -> Tensor:
         return label_smoothed_cross_entropy(hidden, problem.model.output_weight, problem.batch.labels, EPSILON).loss
@@ -197,9 +209,7 @@ def _peer(name: str) -> Callable[[Problem], Contender]:
         def loss(hidden: Tensor) -> Tensor:
             return plain_loss(hidden, problem.model.output_weight, problem.batch.labels)
 
-        steps = _steps(problem, ATTENTION[name](), loss)
-        del steps["resnet"]  # the same as ours
-        return _contender(name, problem, steps)
+        return _contender(name, problem, _steps(problem, ATTENTION[name](), loss))
 
     return build
 

@@ -3,16 +3,20 @@
 Small models may take fewer blocks and narrower ones.
 
 Runs channels_last. Outside training, when nothing needs a gradient, every batch norm is folded into its convolution;
-the folded weights are kept until a parameter, the mode, the dtype or the device changes.
+the folded weights are kept until a parameter, the mode, the dtype or the device changes. With a gradient a block keeps
+its input and what its first two convolutions give, half of all that the backward pass reads: the rest is computed again
+there, batch norms, activations and the last 1x1 convolution, a tenth of the block's products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import count
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ofakern.errors import OfakernValueError
 
@@ -48,15 +52,35 @@ class Bottleneck(nn.Module):
             yield conv, norm
 
     def forward(self, x: Tensor, folded: Folded | None) -> Tensor:
-        steps = list(self.pairs())
-        y = F.relu(convolve(x, *steps[0], folded), inplace=True)
-        y = F.relu(convolve(y, *steps[1], folded), inplace=True)
-        y = convolve(y, *steps[2], folded)
+        y = self._branch(x) if folded is None else self._folded_branch(x, folded)
         if self.training and self.drop_path > 0:
             keep = y.new_empty(y.shape[0], 1, 1, 1).bernoulli_(1.0 - self.drop_path).div_(1.0 - self.drop_path)
             y = y * keep
-        residual = convolve(x, *steps[3], folded) if self.downsample is not None else x
-        return F.relu(y + residual, inplace=True)
+        return F.relu(y + self._residual(x, folded), inplace=True)
+
+    def _branch(self, x: Tensor) -> Tensor:
+        def middle(y: Tensor, first: bool) -> Tensor:
+            out: Tensor = self.conv2(F.relu(normalise(y, self.bn1, first), inplace=True))
+            return out
+
+        def last(y: Tensor, first: bool) -> Tensor:
+            return normalise(self.conv3(F.relu(normalise(y, self.bn2, first), inplace=True)), self.bn3, first)
+
+        return recomputed(last, recomputed(middle, self.conv1(x)))
+
+    def _folded_branch(self, x: Tensor, folded: Folded) -> Tensor:
+        y = F.relu(convolve(x, self.conv1, folded), inplace=True)
+        y = F.relu(convolve(y, self.conv2, folded), inplace=True)
+        return convolve(y, self.conv3, folded)
+
+    def _residual(self, x: Tensor, folded: Folded | None) -> Tensor:
+        if self.downsample is None:
+            return x
+        conv, norm = self.downsample
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        if folded is not None:
+            return convolve(x, conv, folded)
+        return recomputed(lambda x, first: normalise(conv(x), norm, first), x)
 
 
 class ResNet(nn.Module):
@@ -119,11 +143,16 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = images.to(dtype=self.conv1.weight.dtype, memory_format=torch.channels_last)
         folded = self._fold() if self._can_fold() else None
-        x = F.relu(convolve(x, self.conv1, self.bn1, folded), inplace=True)
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        if folded is None:
+            x = recomputed(self._pooled, self.conv1(x))
+        else:
+            x = _pool(convolve(x, self.conv1, folded))
         for block in self.blocks():
             x = block(x, folded)
         return x
+
+    def _pooled(self, y: Tensor, first: bool) -> Tensor:
+        return _pool(normalise(y, self.bn1, first))
 
     def _can_fold(self) -> bool:
         needs_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
@@ -138,13 +167,38 @@ class ResNet(nn.Module):
         return self._folded
 
 
-def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, folded: Folded | None) -> Tensor:
-    """Convolution and batch norm, in one step where the norm is folded."""
-    if folded is None:
-        y: Tensor = norm(conv(x))
+def recomputed(part: Callable[[Tensor, bool], Tensor], x: Tensor) -> Tensor:
+    """`part(x, True)`, keeping x alone for the backward pass, which calls `part(x, False)` as far as it needs to.
+
+    The second call must give the same and change nothing. A compiled graph decides for itself what it keeps, and
+    torch.func's transforms know no checkpoints.
+    """
+    needed = torch.is_grad_enabled() and x.requires_grad
+    if not needed or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return part(x, True)
+    calls = count()
+    y: Tensor = checkpoint(lambda x: part(x, next(calls) == 0), x, use_reentrant=False, preserve_rng_state=False)
+    return y
+
+
+def normalise(x: Tensor, norm: nn.BatchNorm2d, first: bool) -> Tensor:
+    """norm(x); the second time running statistics have x already, and the batch's own are the same again."""
+    if first or not norm.training:
+        y: Tensor = norm(x)
         return y
+    assert norm.running_mean is not None and norm.running_var is not None
+    statistics = norm.running_mean.clone(), norm.running_var.clone()  # written to, and thrown away
+    return F.batch_norm(x, *statistics, norm.weight, norm.bias, True, 0.0, norm.eps)
+
+
+def convolve(x: Tensor, conv: nn.Conv2d, folded: Folded) -> Tensor:
+    """Convolution and the batch norm that is folded into it."""
     weight, bias = folded[conv]
     return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+
+
+def _pool(x: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(x, inplace=True), 3, stride=2, padding=1)
 
 
 def _folded_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
