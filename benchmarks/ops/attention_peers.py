@@ -5,12 +5,15 @@ sdpa_mask     SDPA with the dense bias built inside the timed region, gradients 
 sdpa_concat   SDPA on the concatenated (q, q_pos) and (k, k_pos), v padded to that width; the table as a mask.
 flex          compiled FlexAttention: concatenated widths, the table read in score_mod. Forward only on CPU.
 ofasys        OFASys' formula: bmm, a clone of the bias per layer with a slot's table added, float32 softmax, einsum.
+flash         flash-attn 2 where it is installed, on a GPU, without relative terms: packed, nothing padded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import psutil
@@ -284,10 +287,20 @@ def flex(problem: Any) -> Contender:
     return Contender("flex", forward, (), x.dout, x.packed, compiled=True, forward_only=reason)
 
 
+def flash(problem: Any) -> Contender:
+    """flash-attn on the packed problem, its factored term as wider queries and keys; deterministic backward."""
+    if problem.tables:
+        raise Unavailable("flash-attn has no relative terms")
+    if not problem.q.is_cuda or find_spec("flash_attn") is None:
+        raise Unavailable("flash-attn is not installed here, or there is no GPU")
+    return Contender("flash", partial(problem.run, backend="flash"), problem.leaves, problem.dout)
+
+
 PEERS: dict[str, Callable[[Any], Contender]] = {
     "sdpa_plain": sdpa_plain,
     "sdpa_mask": sdpa_mask,
     "sdpa_concat": sdpa_concat,
     "flex": flex,
     "ofasys": ofasys,
+    "flash": flash,
 }

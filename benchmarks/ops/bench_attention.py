@@ -97,6 +97,7 @@ ABOUT = {
     "sdpa_concat": "SDPA on concatenated (q, q_pos) and (k, k_pos), v padded, the table as a mask",
     "flex": "compiled FlexAttention, forward only on CPU",
     "ofasys": "OFASys' formula",
+    "flash": "flash-attn 2, deterministic, on a GPU only",
 }
 
 

@@ -144,8 +144,8 @@ class Backends:
 
     def select(self, backend: str, tensor: Tensor, limit: str | None = None) -> str:
         """The backend that runs the call. Raises BackendError with the reason when it cannot; takes no other one."""
-        if backend != "auto" and backend not in NAMES:
-            choices = ", ".join(repr(name) for name in ("auto", *NAMES))
+        if backend != "auto" and backend not in self.unavailable:
+            choices = ", ".join(repr(name) for name in ("auto", *self.unavailable))
             raise OfakernValueError(f"{self.op}: backend must be one of {choices}, got {backend!r}")
         chosen = self.automatic(tensor) if backend == "auto" else backend
         reason = self.refusal(chosen, tensor, limit)
@@ -162,4 +162,4 @@ class Backends:
     def reasons(self, backend: str, tensor: Tensor, limit: str | None = None) -> tuple[str, dict[str, str | None]]:
         """What `ofakern.explain` prints: the backend asked for, and each one's reason against the call."""
         wanted = self.automatic(tensor) if backend == "auto" else backend
-        return wanted, {name: self.refusal(name, tensor, limit) for name in NAMES}
+        return wanted, {name: self.refusal(name, tensor, limit) for name in self.unavailable}

@@ -41,7 +41,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_records_have_the_stated_form(results: dict[str, Any]) -> None:
     assert {(r["backend"], r["phase"]) for r in results["records"]} == {
-        (name, phase) for name in CONTENDERS if name != "flex" for phase in ("fwd", "fwd+bwd")
+        (name, phase) for name in CONTENDERS if name not in ("flex", "flash") for phase in ("fwd", "fwd+bwd")
     }
     for record in results["records"]:
         ours = record["backend"] == "cpu"
@@ -49,7 +49,7 @@ def test_records_have_the_stated_form(results: dict[str, Any]) -> None:
         assert 0 < record["ms"]["p20"] <= record["ms"]["p50"] <= record["ms"]["p80"]
         if ours:
             assert record["versus"].keys() == {"sdpa_plain", "sdpa_mask", "sdpa_concat", "ofasys"}
-    assert {s["backend"] for s in results["skipped"]} == {"flex"}
+    assert {s["backend"] for s in results["skipped"]} == {"flex", "flash"}
     assert results["machine"]["threads"] == 1 and results["machine"]["clock"] == "cpu"
     assert results["roofline"]["gemm_tflops"]["f32"]["best"] > 0
 
@@ -226,8 +226,8 @@ def test_memory_of_a_dense_peer_is_its_matrices() -> None:
 
 def test_gpu_benchmarks_are_those_with_a_gpu_kernel() -> None:
     assert {"attention", "add_layer_norm", "gelu_layer_norm", "layer_norm"} <= set(gpu.names())
-    with pytest.raises(OfakernValueError, match="OP must have a GPU kernel with --device cuda .*got 'rotation_6d'"):
-        gpu.run(run.Options(["rotation_6d"]))
+    with pytest.raises(OfakernValueError, match="OP must have a GPU kernel with --device cuda .*got 'call_overhead'"):
+        gpu.run(run.Options(["call_overhead"]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a GPU")
@@ -261,7 +261,14 @@ def gpu_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         call()
         return time.perf_counter() - start
 
-    replaced = {"BACKEND": "cpu", "_DEVICE": "cpu", "_FLUSH": 8, "_GEMM": 64, "_sample": sample}
+    replaced = {
+        "BACKENDS": ("cpu",),
+        "_size": lambda call: [64, 16],
+        "_DEVICE": "cpu",
+        "_FLUSH": 8,
+        "_GEMM": 64,
+        "_sample": sample,
+    }
     for name, value in (replaced | {"_peak_mib": lambda call, leaves: 0.0}).items():
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -278,9 +285,10 @@ def test_gpu_records_have_the_stated_form(tmp_path: Path, capsys: pytest.Capture
     assert found["machine"]["gpu"] == "a stand-in" and found["wrong"] == []
     assert {(r["phase"], r["dtype"]) for r in found["records"]} == {("fwd", "bf16"), ("fwd+bwd", "bf16")}
     for record in found["records"]:
-        assert record.keys() == RECORD | ({"versus"} if record["backend"] == "cpu" else set())
+        assert record.keys() == RECORD | ({"versus", "size"} if record["backend"] == "cpu" else set())
         assert record["device"] == "cuda"
-    assert {r["backend"] for r in found["records"]} == {"cpu", "sdpa_plain", "sdpa_mask", "sdpa_concat", "ofasys"}
+    peers = {"reference", "sdpa_plain", "sdpa_mask", "sdpa_concat", "ofasys"}
+    assert {r["backend"] for r in found["records"]} == {"cpu", *peers}
     assert "left out by --quick" in capsys.readouterr().out
 
 

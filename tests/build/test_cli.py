@@ -30,14 +30,14 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     attention = found["ops"]["attention"]
     assert attention["reference"] is None
     assert attention["cpu"] is None
-    assert set(attention) == {"reference", "cpu", "cuda", "triton"}
+    assert set(attention) == {"reference", "cpu", "cuda", "triton", "flash"}
 
 
 def test_info_says_available_or_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(maxsplit=1) for line in lines[lines.index("attention") + 1 :] if line.startswith("  ")]
-    assert {name for name, _ in rows} == {"reference", "cpu", "cuda", "triton"}
+    assert {name for name, _ in rows} == {"reference", "cpu", "cuda", "triton", "flash"}
     assert dict(rows)["reference"] == "available"
 
 

@@ -76,7 +76,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ),
         (
             OfakernValueError,
-            "backend must be one of 'auto', 'cpu', 'cuda', 'triton', 'reference', got 'gpu'",
+            "backend must be one of 'auto', 'cpu', 'cuda', 'triton', 'reference', 'flash', got 'gpu'",
             {"backend": "gpu"},
         ),
     ],
@@ -114,7 +114,7 @@ def test_auto_takes_the_kernel_and_float64_the_reference(cpu: object) -> None:
 def test_registry_tells_reasons() -> None:
     assert {"attention", "cross_entropy", "patch_embed"} <= set(ops())
     table = backends("attention")
-    assert set(table) == {"cpu", "cuda", "triton", "reference"} and table["reference"] is None
+    assert set(table) == {"cpu", "cuda", "triton", "reference", "flash"} and table["reference"] is None
     assert "no CUDA kernel" in str(table["cuda"])
     with pytest.raises(OfakernValueError, match="op must be one of attention, .*, got 'softmax'"):
         backends("softmax")

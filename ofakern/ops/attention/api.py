@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
 from ofakern.ops import log
-from ofakern.ops.attention import op
+from ofakern.ops.attention import flash, op
 from ofakern.ops.attention.backends import BACKENDS, limit
 from ofakern.ops.attention.layout import AttentionLayout
 from ofakern.ops.attention.reference import attention_reference
@@ -97,7 +97,9 @@ def attention(
             generator when None. Equal seeds give equal masks on every backend.
         return_lse: also return the log-sum-exp `[Nq,H]`: natural, float32 (float64 beside float64 q), differentiable,
             -inf for a query without keys.
-        backend: "auto", "cpu", "cuda", "triton" or "reference" (plain torch, O(H*Nq*Nk) memory). Never falls back.
+        backend: "auto", "cpu", "cuda", "triton", "flash" (the flash-attn package: calls without tables, dropout or
+            log-sum-exp; keys that nobody sees must be finite) or "reference" (plain torch, O(H*Nq*Nk) memory). Never
+            falls back.
 
     Returns:
         out `[Nq,H,V]` in q's dtype, 0 for a query without keys; with return_lse the pair (out, lse).
@@ -120,9 +122,11 @@ def attention(
         except OfakernError:
             pass  # refused: the checks below say why, or cast what can be cast
     call = _check(q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed)
-    chosen = BACKENDS.select(backend, call.q, limit(call.q, call.v, call.q_pos))
+    chosen = BACKENDS.select(backend, call.q, _limit(backend, call, return_lse))
     if log.ENABLED and not torch.compiler.is_compiling():
         log.once(_logger, _describe(call, chosen))
+    if chosen == "flash":
+        return flash.run(call)
     out, lse = _run_reference(call) if chosen == "reference" else _run_op(chosen, call)
     return (out, lse) if return_lse else out
 
@@ -132,10 +136,13 @@ def refusals(*args: object, **kwargs: object) -> tuple[str, dict[str, str | None
     bound = _signature.bind(*args, **kwargs)
     bound.apply_defaults()
     values = dict(bound.arguments)
-    values.pop("return_lse")
+    return_lse = bool(values.pop("return_lse"))
     backend = values.pop("backend")
     call = _check(**values)
-    return BACKENDS.reasons(str(backend), call.q, limit(call.q, call.v, call.q_pos))
+    wanted, reasons = BACKENDS.reasons(str(backend), call.q, _limit("", call, return_lse))
+    if reasons["flash"] == _limit("", call, return_lse):  # nothing but the other kernels' limit stands against it
+        reasons["flash"] = BACKENDS.refusal("flash", call.q, _limit("flash", call, return_lse))
+    return wanted, reasons
 
 
 class _Call(NamedTuple):
@@ -277,6 +284,11 @@ def _check_dropout(p: float, seed: Tensor | None, device: torch.device) -> tuple
         raise OfakernValueError(f"{_WHERE}: dropout_seed must be on q's device ({device}), got {seed.device}")
     _check_shape("dropout_seed", seed, (2,), "[2] (seed, offset)")
     return p, seed
+
+
+def _limit(backend: str, call: _Call, return_lse: bool) -> str | None:
+    """What keeps a backend (for "flash" its own rules, else those of our kernels) from a checked call."""
+    return flash.limit(call, return_lse) if backend == "flash" else limit(call.q, call.v, call.q_pos)
 
 
 def _run_reference(call: _Call) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,30 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ofakern.ops.attention import flash
 from ofakern.ops.selection import Backends
 
-BACKENDS = Backends("attention", "attention_forward", triton=True)
+
+class _AttentionBackends(Backends):
+    """Every op's backends, and "flash"."""
+
+    flash_device = "cuda"
+
+    def __init__(self) -> None:
+        super().__init__("attention", "attention_forward", triton=True)
+        self.unavailable["flash"] = flash.unavailable()
+
+    def refusal(self, backend: str, tensor: Tensor, limit: str | None = None) -> str | None:
+        if backend != "flash" or (reason := self.unavailable["flash"]) is not None:
+            return super().refusal(backend, tensor, limit) if backend != "flash" else reason
+        if tensor.device.type != self.flash_device:
+            return f"takes {self.flash_device.upper()} tensors, got {tensor.device}"
+        if tensor.dtype not in flash.DTYPES:
+            return f"takes bfloat16 and float16, got {tensor.dtype}"
+        return limit
+
+
+BACKENDS = _AttentionBackends()
 
 
 def limit(q: Tensor, v: Tensor, q_pos: Tensor | None) -> str | None:
