@@ -5,8 +5,12 @@
 
 namespace ofakern {
 
+void bind_attention_cuda(pybind11::module_& m);
 void bind_rotation_6d_cuda(pybind11::module_& m);
 
-inline void bind_cuda_ops(pybind11::module_& m) { bind_rotation_6d_cuda(m); }
+inline void bind_cuda_ops(pybind11::module_& m) {
+  bind_attention_cuda(m);
+  bind_rotation_6d_cuda(m);
+}
 
 }  // namespace ofakern

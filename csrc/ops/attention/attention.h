@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "core/stream.h"
 #include "core/tensor_view.h"
 
 namespace ofakern {
@@ -63,6 +64,12 @@ struct AttentionGradients {
   TensorView dhead_scale;     // f32 [H]; undefined when absent
 };
 
+// What every backend checks first. Values of the layout are checked where the CPU can read them.
+void check_attention(const AttentionInputs& inputs);
+void check_attention_results(const AttentionInputs& inputs, const TensorView& out, const TensorView& lse);
+void check_attention_gradients(const AttentionInputs& inputs, const TensorView& dout, const TensorView& dlse,
+                               const AttentionGradients& gradients);
+
 // Bytes of scratch that a call needs. The caller allocates; kernels never do.
 // threads: the parallelism the call will use; the result of a call does not depend on it.
 int64_t attention_forward_workspace(const AttentionInputs& inputs, int threads);
@@ -77,5 +84,15 @@ void attention_forward_cpu(const AttentionInputs& inputs, const TensorView& out,
 void attention_backward_cpu(const AttentionInputs& inputs, const TensorView& out, const TensorView& lse,
                             const TensorView& dout, const TensorView& dlse, const AttentionGradients& gradients,
                             const TensorView& workspace, int threads);
+
+// On a GPU (sm_80 and newer), in the order of `stream`: bf16 and f16, K, P and V at most 128, rows of operands and dout
+// aligned to 16 bytes. The layout's values are not read by the host.
+std::int64_t attention_forward_workspace_cuda(const AttentionInputs& inputs);
+std::int64_t attention_backward_workspace_cuda(const AttentionInputs& inputs);
+void attention_forward_cuda(const AttentionInputs& inputs, const TensorView& out, const TensorView& lse,
+                            const TensorView& workspace, Stream stream);
+void attention_backward_cuda(const AttentionInputs& inputs, const TensorView& out, const TensorView& lse,
+                             const TensorView& dout, const TensorView& dlse, const AttentionGradients& gradients,
+                             const TensorView& workspace, Stream stream);
 
 }  // namespace ofakern

@@ -14,7 +14,7 @@ from torch import Tensor
 from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
 from ofakern.ops import log
 from ofakern.ops.attention import flash, op
-from ofakern.ops.attention.backends import BACKENDS, limit
+from ofakern.ops.attention.backends import BACKENDS, cuda_limit, limit
 from ofakern.ops.attention.layout import AttentionLayout
 from ofakern.ops.attention.reference import attention_reference
 from ofakern.ops.library import STRAIGHT, draw_seed, straight
@@ -142,6 +142,7 @@ def refusals(*args: object, **kwargs: object) -> tuple[str, dict[str, str | None
     wanted, reasons = BACKENDS.reasons(str(backend), call.q, _limit("", call, return_lse))
     if reasons["flash"] == _limit("", call, return_lse):  # nothing but the other kernels' limit stands against it
         reasons["flash"] = BACKENDS.refusal("flash", call.q, _limit("flash", call, return_lse))
+    reasons["cuda"] = BACKENDS.refusal("cuda", call.q, _limit("cuda", call, return_lse))
     return wanted, reasons
 
 
@@ -287,8 +288,10 @@ def _check_dropout(p: float, seed: Tensor | None, device: torch.device) -> tuple
 
 
 def _limit(backend: str, call: _Call, return_lse: bool) -> str | None:
-    """What keeps a backend (for "flash" its own rules, else those of our kernels) from a checked call."""
-    return flash.limit(call, return_lse) if backend == "flash" else limit(call.q, call.v, call.q_pos)
+    """What keeps a backend from a checked call: "flash" and "cuda" have rules of their own."""
+    if backend == "flash":
+        return flash.limit(call, return_lse)
+    return (cuda_limit if backend == "cuda" else limit)(call.q, call.v, call.q_pos)
 
 
 def _run_reference(call: _Call) -> tuple[Tensor, Tensor]:

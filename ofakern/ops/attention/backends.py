@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ofakern.ops.attention import flash
+from ofakern.ops.attention.kernel_cuda import MAX_WIDTH
 from ofakern.ops.selection import Backends
 
 
@@ -14,7 +16,7 @@ class _AttentionBackends(Backends):
     flash_device = "cuda"
 
     def __init__(self) -> None:
-        super().__init__("attention", "attention_forward", triton=True)
+        super().__init__("attention", "attention_forward", triton=True, cuda="attention")
         self.unavailable["flash"] = flash.unavailable()
 
     def refusal(self, backend: str, tensor: Tensor, limit: str | None = None) -> str | None:
@@ -37,3 +39,13 @@ def limit(q: Tensor, v: Tensor, q_pos: Tensor | None) -> str | None:
         if width % 8 or not 8 <= width <= 256:
             return f"takes widths that are multiples of 8 up to 256, got {letter} = {width}"
     return None
+
+
+def cuda_limit(q: Tensor, v: Tensor, q_pos: Tensor | None) -> str | None:
+    """What the CUDA C++ kernels cannot do of a checked call, or None."""
+    if (reason := limit(q, v, q_pos)) is not None:
+        return reason
+    widest = max(q.shape[2], v.shape[2], 0 if q_pos is None else q_pos.shape[2])
+    if widest > MAX_WIDTH:
+        return f"takes widths up to {MAX_WIDTH}, got {widest}"
+    return "takes bfloat16 and float16, got torch.float32" if q.dtype == torch.float32 else None

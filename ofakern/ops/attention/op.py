@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ofakern.errors import OfakernValueError
 from ofakern.ops import native
+from ofakern.ops.attention import kernel_cuda
 from ofakern.ops.library import (
     apply_function,
     define,
@@ -146,6 +147,7 @@ define(
     "attention_fwd",
     f"({_INPUTS}) -> (Tensor out, Tensor lse)",
     cpu=_forward_cpu,
+    cuda=kernel_cuda.forward,
     fake=_forward_fake,
     triton=_forward_triton,
 )
@@ -156,6 +158,7 @@ define(
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dq_pos, Tensor dk_pos, "
     "Tensor dtable0, Tensor dtable1, Tensor dhead_scale)",
     cpu=_backward_cpu,
+    cuda=kernel_cuda.backward,
     fake=_backward_fake,
     triton=_backward_triton,
 )
