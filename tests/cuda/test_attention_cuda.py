@@ -115,7 +115,9 @@ def test_same_bits_every_time(cuda_device: torch.device, name: str) -> None:
 def test_unaligned_views_are_copied(cuda_device: torch.device) -> None:
     case = make_case(3, (33,), heads=1, terms=0, dtype=torch.bfloat16)
     want = run_on(cuda_device, case)
-    odd = {name: torch.cat([leaf.new_zeros(1), leaf.flatten()])[1:].view_as(leaf) for name, leaf in case.leaves().items()}
+    odd = {
+        name: torch.cat([leaf.new_zeros(1), leaf.flatten()])[1:].view_as(leaf) for name, leaf in case.leaves().items()
+    }
     assert_same_bits(want, run_on(cuda_device, case.with_leaves(odd)))
 
 
@@ -133,7 +135,9 @@ def test_a_failed_launch_returns_nothing(cuda_device: torch.device) -> None:
         pytest.skip("failures are made by the emulator")
     case = make_case(5, (5,), heads=1, terms=0, head_scale=False, dtype=torch.bfloat16)
     native.cuda_kernels.fail_next_launch(700)
-    with pytest.raises(ofakern.errors.OfakernRuntimeError, match="CUDA kernel attention_plan: not launched: an earlier"):
+    with pytest.raises(
+        ofakern.errors.OfakernRuntimeError, match="CUDA kernel attention_plan: not launched: an earlier"
+    ):
         attention(case.q, case.k, case.v, case.layout, backend="cuda")
 
 
@@ -147,6 +151,4 @@ def test_the_registered_op(cuda_device: torch.device) -> None:
     torch.library.opcheck(torch.ops.ofakern.attention_fwd.default, inputs, test_utils=checks)
     out, lse = torch.ops.ofakern.attention_fwd(*(x.detach() if isinstance(x, Tensor) else x for x in inputs))
     grads = (torch.ones_like(out), torch.ones_like(lse))
-    torch.library.opcheck(
-        torch.ops.ofakern.attention_bwd.default, (*grads, out, lse, *inputs), test_utils=checks
-    )
+    torch.library.opcheck(torch.ops.ofakern.attention_bwd.default, (*grads, out, lse, *inputs), test_utils=checks)
