@@ -146,7 +146,7 @@ def test_the_registered_op(cuda_device: torch.device) -> None:
     layout = case.layout.to(cuda_device)
     leaves = [tensor.to(cuda_device).requires_grad_() for tensor in (case.q, case.k, case.v)]
     offsets = (layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range)
-    inputs = (*leaves, *[None] * 12, *offsets, 0.25, 0.0)
+    inputs = (*leaves, *[None] * 12, *offsets, None, None, 0.25, 0.0)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.ofakern.attention_fwd.default, inputs, test_utils=checks)
     out, lse = torch.ops.ofakern.attention_fwd(*(x.detach() if isinstance(x, Tensor) else x for x in inputs))

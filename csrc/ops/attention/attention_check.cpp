@@ -1,12 +1,11 @@
 // The checks that every backend shares: each argument against the contract in attention.h.
-#include "ops/attention/attention.h"
-
 #include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
 
 #include "core/check.h"
+#include "ops/attention/attention.h"
 
 namespace ofakern {
 namespace {
