@@ -33,7 +33,7 @@ OUT=$(cd "$OUT" && pwd)
 SECONDS=0
 BYTES_KEPT=8000000
 WORKERS=$(( $(nproc) / 2 > 0 ? $(nproc) / 2 : 1 ))
-CASES="ofa_base_enc_1024_b32 plain_1024_b32 64mb 64mb_dropout head_scale_22k embed_8192 n4096_v59457"
+CASES="ofa_base_enc_1024_b32 plain_1024_b32 64mb 64mb_dropout head_scale_22k embed_8192 n4096_v59457 u8_480_p16_d768_b128 30s_b64"
 export PYTHONUNBUFFERED=1
 declare -A state took note
 

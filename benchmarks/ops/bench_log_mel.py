@@ -15,6 +15,7 @@ from ofakern.ops.log_mel import MelConvention, kaldi, log_mel, whisper
 
 OP = "log_mel"
 OURS = "cpu"
+DEVICES = ("cpu", "cuda")
 HARNESS = "log_mel_rule"
 PHASES: tuple[Phase, ...] = ("fwd",)
 TIMED_DTYPES = ("f32",)
@@ -53,6 +54,7 @@ CASES: dict[str, Spec] = {
         Spec("30s", "Whisper's features of 30 s", (30.0,), _WHISPER, quick=True),
         Spec("30s_kaldi", "Kaldi's filter banks of 30 s", (30.0,), _KALDI),
         Spec("1s", "Whisper's features of 1 s", (1.0,), _WHISPER, quick=True),
+        Spec("30s_b64", "Whisper's features of 64 waveforms of 30 s", (30.0,) * 64, _WHISPER, default=False),
         Spec("ragged_kaldi", "Kaldi's filter banks of 8 waveforms of 1 to 15 s", (1, 2, 3, 5, 7, 9, 12, 15), _KALDI),
     )
 }
@@ -83,23 +85,25 @@ def work(spec: Spec, dtype: str, phase: Phase) -> Work:
     return Work(0.0, float(moved), {"vector": float(spec.frames * (framing + transform + rest))})
 
 
-def verify(spec: Spec, dtype: str, harness: Any) -> None:
+def verify(spec: Spec, dtype: str, harness: Any, backend: str = OURS) -> None:
     """Raises AssertionError when our kernel breaks the rule on the case itself."""
     problem = make(spec, dtype)
-    harness.assert_right(_run(problem), problem.wave, spec.lengths, spec.convention)
+    wave = problem.wave if backend == OURS else problem.wave.cuda()
+    have = _run(Problem(spec, wave), backend).cpu()
+    harness.assert_right(have, problem.wave, spec.lengths, spec.convention)
 
 
-def _run(problem: Problem) -> Tensor:
-    return log_mel(problem.wave, problem.spec.lengths, convention=problem.spec.convention, backend=OURS)
+def _run(problem: Problem, backend: str) -> Tensor:
+    return log_mel(problem.wave, problem.spec.lengths, convention=problem.spec.convention, backend=backend)
 
 
-def ours(problem: Problem) -> Contender:
-    return Contender(OURS, lambda: _run(problem))
+def ours(problem: Problem, backend: str = OURS) -> Contender:
+    return Contender(backend, lambda: _run(problem, backend))
 
 
 def stft(problem: Problem) -> Contender:
     c = problem.spec.convention
-    window, filters = c.tables.window.float(), c.tables.filters.float()
+    window, filters = (x.to(problem.wave) for x in (c.tables.window, c.tables.filters))
 
     def kaldi_power(wave: Tensor) -> Tensor:
         frames = wave.unfold(0, c.frame, c.hop)

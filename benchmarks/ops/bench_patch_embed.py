@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.core import DTYPES, Contender, Phase, Work
+from benchmarks.moved import runner
 from ofakern.ops.patch_embed import patch_embed
 
 OP = "patch_embed"
 OURS = "cpu"
+DEVICES = ("cpu", "cuda")
 ABOUT = {
     "linear": "normalised pixels, reshape, F.linear, additions, F.layer_norm",
     "conv": "normalised pixels, Conv2d, transpose, additions, F.layer_norm",
@@ -52,6 +55,7 @@ CASES: dict[str, Spec] = {
     spec.name: spec
     for spec in (
         Spec("u8_480_p16_d768", "32 images of 480 x 480, patch 16, D768", 32, 480, 16, 768),
+        Spec("u8_480_p16_d768_b128", "128 images of 480 x 480, patch 16, D768", 128, 480, 16, 768, default=False),
         Spec("u8_224_p16_d768", "8 images of 224 x 224, patch 16, D768", 8, 224, 16, 768, quick=True),
         Spec("u8_224_p16_d768_b1", "one image of 224 x 224, patch 16, D768", 1, 224, 16, 768),
     )
@@ -147,13 +151,13 @@ def _results(problem: Problem, backend: str) -> dict[str, Tensor]:
     return {"out": out.detach()} | {f"gradient {n}": grad for n, grad in enumerate(grads)}
 
 
-def verify(spec: Spec, dtype: str, harness: Any) -> None:
+def verify(spec: Spec, dtype: str, harness: Any, backend: str = OURS) -> None:
     """Raises AssertionError when our kernel is wrong: every gradient reduced, then tokens of the timed call itself."""
     small = make(reduced(spec), dtype)
-    _keep(harness, _results(small, OURS), small)
+    _keep(harness, runner(backend, partial(_results, backend=backend))(small), small)
     problem = make(spec, dtype)
     with torch.no_grad():
-        out = problem.run()[-spec.cells :]
+        out = runner(backend, lambda own: {"out": own.run(backend)})(problem)["out"][-spec.cells :]
         last = replace(problem.to(problem.dtype), images=problem.images[-1:])
         exact, peer = last.to(torch.float64, 1).run("reference"), last.run("reference")
     harness.assert_kept("out", out, exact, peer, torch.full_like(exact, exact.abs().max()), problem.dtype)
@@ -166,10 +170,10 @@ def _keep(harness: Any, got: dict[str, Tensor], problem: Problem) -> None:
         harness.assert_kept(name, got[name], want, peer[name], size, problem.dtype)
 
 
-def _normalised(problem: Problem) -> Tensor:
-    """`[n,3,side,side]` in the dtype, as a data pipeline hands over."""
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    return ((problem.images.float() / 255 - mean) / std).to(problem.dtype)
+def _normaliser(problem: Problem) -> Callable[[], Tensor]:
+    """What makes `[n,3,side,side]` in the dtype, as a data pipeline hands over."""
+    mean, std = (torch.tensor(x, device=problem.images.device).view(3, 1, 1) for x in (MEAN, STD))
+    return lambda: ((problem.images.float() / 255 - mean) / std).to(problem.dtype)
 
 
 def _finish(problem: Problem, rows: Tensor) -> Tensor:
@@ -178,14 +182,16 @@ def _finish(problem: Problem, rows: Tensor) -> Tensor:
     return F.layer_norm(rows, rows.shape[-1:], problem.ln_weight, problem.ln_bias).flatten(0, 1)
 
 
-def ours(problem: Problem) -> Contender:
-    return Contender(OURS, problem.run, problem.leaves, problem.dout)
+def ours(problem: Problem, backend: str = OURS) -> Contender:
+    return Contender(backend, partial(problem.run, backend), problem.leaves, problem.dout)
 
 
 def linear(problem: Problem) -> Contender:
+    normalised = _normaliser(problem)
+
     def forward() -> Tensor:
         spec, grid = problem.spec, problem.spec.side // problem.spec.patch
-        x = _normalised(problem).view(spec.images, 3, grid, spec.patch, grid, spec.patch)
+        x = normalised().view(spec.images, 3, grid, spec.patch, grid, spec.patch)
         rows = x.permute(0, 2, 4, 1, 3, 5).reshape(spec.images, spec.cells, spec.depth)
         return _finish(problem, F.linear(rows, problem.weight.flatten(1), problem.bias))
 
@@ -193,8 +199,10 @@ def linear(problem: Problem) -> Contender:
 
 
 def conv(problem: Problem) -> Contender:
+    normalised = _normaliser(problem)
+
     def forward() -> Tensor:
-        x = F.conv2d(_normalised(problem), problem.weight, problem.bias, stride=problem.spec.patch)
+        x = F.conv2d(normalised(), problem.weight, problem.bias, stride=problem.spec.patch)
         return _finish(problem, x.flatten(2).transpose(1, 2))
 
     return Contender("conv", forward, problem.leaves, problem.dout)

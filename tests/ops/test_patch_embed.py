@@ -328,7 +328,7 @@ REFUSED: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ),
     ("eps must be at least 0", OfakernValueError, {"eps": -1.0}),
     ("backend must be one of", OfakernValueError, {"backend": "gpu"}),
-    ("no CUDA kernel for patch_embed", BackendError, {"backend": "cuda"}),
+    ("backend 'cuda' cannot run this call", BackendError, {"backend": "cuda"}),
 ]
 
 

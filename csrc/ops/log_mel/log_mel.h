@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "core/stream.h"
 #include "core/tensor_view.h"
 
 namespace ofakern {
@@ -34,11 +35,20 @@ struct LogMelInputs {
   double floor = 0;
 };
 
+// What each backend checks. tables_are_read: the filters' tables are memory of the host, so that their entries are
+// checked; a GPU leaves out what they name beyond the spectrum and the weights.
+void check_log_mel(const LogMelInputs& inputs, bool tables_are_read);
+void check_log_mel_out(const LogMelInputs& inputs, const TensorView& out);
+
 // Bytes of scratch that log_mel_cpu needs. Both throw ValueError or TypeError for arguments that break the contract;
 // n_fft / 2 must be a product of 2, 3 and 5.
 std::int64_t log_mel_workspace(const LogMelInputs& inputs, int threads);
 
 // out f32 [bounds[1][B], n_mels]: every element is written. The same bits for any number of threads.
 void log_mel_cpu(const LogMelInputs& inputs, const TensorView& out, const TensorView& workspace, int threads);
+
+// The same on a GPU, for n_fft up to 8192; bounds stays on the host. Neither waits for the device.
+std::int64_t log_mel_cuda_workspace(const LogMelInputs& inputs);
+void log_mel_cuda(const LogMelInputs& inputs, const TensorView& out, const TensorView& workspace, Stream stream);
 
 }  // namespace ofakern

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "core/stream.h"
 #include "core/tensor_view.h"
 
 namespace ofakern {
@@ -39,6 +40,12 @@ struct PatchEmbedGradients {
   TensorView dln_bias;    // f32 [D]
 };
 
+// What each backend checks of a call; the first returns the number of tokens. index_is_read: position_index is memory
+// of the host, so that its entries are checked; a GPU makes NaN of the token of an entry that is none, and no gradient.
+std::int64_t check_patch_embed(const PatchEmbedInputs& inputs, bool index_is_read);
+void check_patch_embed_rows(const char* argument, const TensorView& x, std::int64_t tokens, const TensorView& weight);
+void check_patch_embed_gradients(const PatchEmbedInputs& inputs, const PatchEmbedGradients& gradients);
+
 // Rows of out; of checked inputs.
 std::int64_t patch_embed_tokens(const PatchEmbedInputs& inputs);
 
@@ -53,5 +60,20 @@ void patch_embed_forward_cpu(const PatchEmbedInputs& inputs, const TensorView& o
 // dout [N, D] of weight's dtype, contiguous. Nothing of the forward pass is kept: y is computed again.
 void patch_embed_backward_cpu(const PatchEmbedInputs& inputs, const TensorView& dout,
                               const PatchEmbedGradients& gradients, const TensorView& workspace, int threads);
+
+// On a GPU (normalise stays on the host), for D a multiple of 8 up to 2048, at most 16 channels and 8192 pixels a
+// patch. Neither waits for the device.
+std::int64_t patch_embed_forward_cuda_workspace(const PatchEmbedInputs& inputs);
+std::int64_t patch_embed_backward_cuda_workspace(const PatchEmbedInputs& inputs);
+void patch_embed_forward_cuda(const PatchEmbedInputs& inputs, const TensorView& out, const TensorView& workspace,
+                              Stream stream);
+// The tokens of each row of position: order i64 [N'] lists them, row after row, from offsets[row], i64 [P + 1], on.
+// Both undefined: token p of every image, for one tensor of images without position_index.
+struct PatchEmbedPlaces {
+  TensorView order, offsets;
+};
+void patch_embed_backward_cuda(const PatchEmbedInputs& inputs, const TensorView& dout,
+                               const PatchEmbedGradients& gradients, const PatchEmbedPlaces& places,
+                               const TensorView& workspace, Stream stream);
 
 }  // namespace ofakern

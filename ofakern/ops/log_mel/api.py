@@ -14,7 +14,7 @@ from ofakern.ops.log_mel.convention import MelConvention
 from ofakern.ops.log_mel.reference import log_mel_reference
 from ofakern.ops.selection import Backends
 
-BACKENDS = Backends("log_mel", "log_mel_forward", dtypes=(torch.float32,))
+BACKENDS = Backends("log_mel", "log_mel_forward", dtypes=(torch.float32,), cuda="log_mel")
 
 
 def log_mel(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ofakern.ops import native
 from ofakern.ops.library import define, ops_of
+from ofakern.ops.log_mel import kernel_cuda
 from ofakern.ops.log_mel.convention import MelConvention
 
 _SCHEMA = (
@@ -44,5 +45,5 @@ def _forward_fake(wave: Tensor, *inputs: Any) -> Tensor:
     return wave.new_empty((sum(inputs[6]), inputs[2].shape[0]))
 
 
-define("log_mel_fwd", _SCHEMA, cpu=_forward_cpu, fake=_forward_fake)
+define("log_mel_fwd", _SCHEMA, cpu=_forward_cpu, cuda=kernel_cuda.forward, fake=_forward_fake)
 _FORWARD = ops_of("log_mel_fwd")

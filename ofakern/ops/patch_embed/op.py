@@ -18,9 +18,18 @@ from ofakern.ops.library import (
     refuse_vmap,
     suffix_of,
 )
+from ofakern.ops.patch_embed import kernel_cuda
 from ofakern.ops.selection import Backends
 
-BACKENDS = Backends("patch_embed", "patch_embed_forward", triton=True)
+
+class _PatchEmbedBackends(Backends):
+    def refusal(self, backend: str, tensor: Tensor, limit: str | None = None) -> str | None:
+        """As for every op; `tensor` is the weight, whose widths the CUDA kernels limit."""
+        own = kernel_cuda.limit(tensor) if backend == "cuda" and limit is None else limit
+        return super().refusal(backend, tensor, own)
+
+
+BACKENDS = _PatchEmbedBackends("patch_embed", "patch_embed_forward", triton=True, cuda="patch_embed")
 
 # images: each `layout`, or with the count of images before it; weight: of a Conv2d or Conv3d.
 _INPUTS = (
@@ -118,6 +127,18 @@ def _backward_cpu(*inputs: Any) -> Any:
     return native.kernels.patch_embed_gradients(*inputs, torch.get_num_threads())
 
 
+def _forward_cuda(layout: str, images: Sequence[Tensor], weight: Tensor, *rest: Any) -> Tensor:
+    return kernel_cuda.forward(_frames(layout, images), *_ready((_tubelets(weight), *rest)))
+
+
+def _backward_cuda(
+    dout: Tensor, layout: str, images: Sequence[Tensor], weight: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    inputs = (_frames(layout, images), *_ready((_tubelets(weight), *rest)))
+    dweight, *others = kernel_cuda.backward(kernel_ready(dout), *inputs)
+    return dweight.view(weight.shape), *others
+
+
 def _forward_triton(layout: str, images: Sequence[Tensor], weight: Tensor, *rest: Any) -> Tensor:
     # Imported by the first call: that takes a second, and CPU users may not have triton.
     from ofakern.ops.patch_embed import kernel_triton
@@ -184,13 +205,21 @@ def _backward_fake(
     return weight.new_empty(weight.shape), absent.new_empty(weight.shape[0]), *optional
 
 
-define("patch_embed_fwd", f"({_INPUTS}) -> Tensor", cpu=_forward_cpu, fake=_forward_fake, triton=_forward_triton)
+define(
+    "patch_embed_fwd",
+    f"({_INPUTS}) -> Tensor",
+    cpu=_forward_cpu,
+    cuda=_forward_cuda,
+    fake=_forward_fake,
+    triton=_forward_triton,
+)
 _FORWARD = ops_of("patch_embed_fwd")
 # An absent input's gradient is a tensor without elements: a schema cannot return `Tensor?`.
 define(
     "patch_embed_bwd",
     f"(Tensor dout, {_INPUTS}) -> (Tensor dweight, Tensor dbias, Tensor dposition, Tensor dln_weight, Tensor dln_bias)",
     cpu=_backward_cpu,
+    cuda=_backward_cuda,
     fake=_backward_fake,
     triton=_backward_triton,
 )
