@@ -652,3 +652,32 @@ def rotation_6d_gradient(dout: Tensor, x: Tensor, threads: int, /) -> Tensor: ..
 def decode_linear(
     x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, width: int, threads: int, /
 ) -> Tensor: ...
+
+class PreparedLayers: ...
+
+def decode_layers_prepare(
+    layers: list[tuple[Tensor | float | None, ...]],
+    finish: tuple[Tensor | None, Tensor | None, float],
+    like: Tensor,
+    width: int,
+    hidden: int,
+    heads: int,
+    norm_first: bool,
+    gelu: bool,
+    /,
+) -> PreparedLayers: ...
+def decode_layers(
+    prepared: PreparedLayers, x: Tensor, caches: list[Tensor], /, *inputs_and_threads: Tensor | int | None
+) -> Tensor: ...
+def decode_layers_workspace(
+    prepared: PreparedLayers, x: Tensor, caches: list[Tensor], /, *inputs_and_threads: Tensor | int | None
+) -> int: ...
+def decode_layers_forward(
+    prepared: PreparedLayers,
+    out: Tensor,
+    workspace: Tensor,
+    x: Tensor,
+    caches: list[Tensor],
+    /,
+    *inputs_and_threads: Tensor | int | None,
+) -> None: ...

@@ -15,6 +15,7 @@ void bind_layer_norm(pybind11::module_& m);
 void bind_rms_norm(pybind11::module_& m);
 void bind_rotation_6d(pybind11::module_& m);
 void bind_decode_attention(pybind11::module_& m);
+void bind_decode_layers(pybind11::module_& m);
 void bind_decode_linear(pybind11::module_& m);
 void bind_gathered_linear(pybind11::module_& m);
 void bind_routed_ffn(pybind11::module_& m);
@@ -37,6 +38,7 @@ PYBIND11_MODULE(_cpu, m) {
   ofakern::bind_rms_norm(m);
   ofakern::bind_rotation_6d(m);
   ofakern::bind_decode_attention(m);
+  ofakern::bind_decode_layers(m);
   ofakern::bind_decode_linear(m);
   ofakern::bind_gathered_linear(m);
   ofakern::bind_routed_ffn(m);

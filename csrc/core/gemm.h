@@ -161,9 +161,10 @@ OFAKERN_LOCAL void gemm_vector(i64 m, i64 n, i64 k, const Elem* a, i64 lda, Pane
 
 #if defined(OFAKERN_AMX)
 
-// Eight tiles of 16 rows x 64 bytes: C 0..3, A 4..5, B 6..7.
+// Eight tiles of 16 rows x 64 bytes: C 0..3, A 4..5, B 6..7. Where there are fewer rows than two tiles hold, `upper`
+// and `lower` of them: what A and C lack is neither loaded nor multiplied.
 struct AmxTiles {
-  AmxTiles() {
+  explicit AmxTiles(i64 upper = 16, i64 lower = 16) {
     alignas(64) struct {
       std::uint8_t palette, start_row, reserved[14];
       std::uint16_t columns[16];
@@ -172,7 +173,8 @@ struct AmxTiles {
     config.palette = 1;
     for (int t = 0; t < 8; ++t) {
       config.columns[t] = 64;
-      config.rows[t] = 16;
+      const bool of_b = t >= 6, second = t == 2 || t == 3 || t == 5;
+      config.rows[t] = static_cast<std::uint8_t>(of_b ? 16 : second ? lower : upper);
     }
     // gcc's intrinsic names only the first eight bytes as read: the other stores must not be taken for dead.
     __asm__ volatile("" : : "m"(config));
@@ -181,8 +183,12 @@ struct AmxTiles {
   ~AmxTiles() { _tile_release(); }
 };
 
-// A 16*ROWS x 16*COLS block of C (ROWS, COLS in {1, 2}).
-template <int ROWS, int COLS>
+// How far ahead a B that comes from memory is asked for: the hardware sees no further than the end of a page.
+constexpr i64 kStreamAhead = 16 * 1024;
+
+// A 16*ROWS x 16*COLS block of C (ROWS, COLS in {1, 2}). STREAM: B is read once, from memory, and goes on behind this
+// block's end (it is asked for past that, which harms nothing where it does not).
+template <int ROWS, int COLS, bool STREAM = false>
 OFAKERN_LOCAL void amx_block(i64 k, const bf16* a, i64 lda, const bf16* b, i64 b_row, float* c, i64 ldc, Onto onto) {
   const i64 c_bytes = ldc * 4, a_bytes = lda * 2, b_bytes = b_row * 2;
   float* c1 = c + 16 * ldc;
@@ -201,6 +207,9 @@ OFAKERN_LOCAL void amx_block(i64 k, const bf16* a, i64 lda, const bf16* b, i64 b
   }
   for (i64 k0 = 0; k0 < k; k0 += 32) {
     const bf16* b0 = b + k0 / 2 * b_row;
+    if (STREAM)
+      for (i64 byte = 0; byte < 16 * b_bytes; byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(b0) + kStreamAhead + byte, 0, 2);
     _tile_loadd(4, a + k0, a_bytes);
     _tile_loadd(6, b0, b_bytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -244,7 +253,7 @@ OFAKERN_HOT void gemm(i64 m, i64 n, i64 k, const bf16* a, i64 lda, Panels<bf16> 
 #else
 // Nothing to configure without AMX.
 struct AmxTiles {
-  AmxTiles() {}
+  explicit AmxTiles(i64 = 16, i64 = 16) {}
   ~AmxTiles() {}
 };
 #if defined(OFAKERN_NATIVE_BF16)

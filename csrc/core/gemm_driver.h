@@ -189,10 +189,10 @@ OFAKERN_LOCAL void slice_rows(int rows, int vecs, i64 groups, const Elem* a, i64
   }
 }
 
-// One slice of one panel against all rows of a.
+// One slice of one panel against all rows of a. stream: the slice comes from memory, and so does what follows it.
 template <class Elem>
 OFAKERN_LOCAL void slice_product(i64 m, i64 columns, i64 depth, const Elem* a, i64 lda, const Elem* slice, float* c,
-                                 i64 ldc, bool add) {
+                                 i64 ldc, bool add, bool) {
   constexpr i64 kPair = Gemm<Elem>::kPair;
   const int vecs = static_cast<int>(ceil_div(columns, kWidth));
   for (i64 m0 = 0; m0 < m; m0 += kTileRows)
@@ -201,13 +201,16 @@ OFAKERN_LOCAL void slice_product(i64 m, i64 columns, i64 depth, const Elem* a, i
 }
 #if defined(OFAKERN_AMX)
 OFAKERN_LOCAL void slice_product(i64 m, i64 columns, i64 depth, const bf16* a, i64 lda, const bf16* slice, float* c,
-                                 i64 ldc, bool add) {
+                                 i64 ldc, bool add, bool stream) {
   const bool two = columns > 16;
   for (i64 m0 = 0; m0 < m; m0 += 32) {
     const bf16* rows = a + m0 * lda;
     float* block = c + m0 * ldc;
     const Onto onto = onto_itself(add, block, ldc);
-    if (m0 + 16 < m)
+    if (stream && two && m0 == 0)
+      m > 16 ? amx_block<2, 2, true>(depth, rows, lda, slice, 64, block, ldc, onto)
+             : amx_block<1, 2, true>(depth, rows, lda, slice, 64, block, ldc, onto);
+    else if (m0 + 16 < m)
       two ? amx_block<2, 2>(depth, rows, lda, slice, 64, block, ldc, onto)
           : amx_block<2, 1>(depth, rows, lda, slice, 64, block, ldc, onto);
     else
@@ -219,9 +222,10 @@ OFAKERN_LOCAL void slice_product(i64 m, i64 columns, i64 depth, const bf16* a, i
 
 // c[m, columns] (+)= a[m, depth] · columns [first, first + columns) of b; `first` begins a panel. Rows of a come in
 // multiples of Gemm<Elem>::kRows; c has room for them and for whole panels. Under AMX the caller holds AmxTiles.
+// stream: b is read this once.
 template <class Elem, class Stored>
 OFAKERN_LOCAL void block_product(i64 m, const Elem* a, i64 lda, const Weight<Stored>& b, i64 first, i64 columns,
-                                 float* c, i64 ldc, Elem* slice_buffer, bool add = false) {
+                                 float* c, i64 ldc, Elem* slice_buffer, bool add = false, bool stream = false) {
   constexpr i64 kColumns = Blocking<Elem>::kColumns;
   // Slices of equal depth, rather than a short last one.
   const i64 slices = ceil_div(b.depth, Blocking<Elem>::kDepthStep);
@@ -231,7 +235,8 @@ OFAKERN_LOCAL void block_product(i64 m, const Elem* a, i64 lda, const Weight<Sto
       const i64 depth = min_of(step, b.depth - k0);
       const Stored* stored = b.data + (first + x) * b.depth + k0 * kColumns;
       const Elem* slice = widened(stored, depth * kColumns, slice_buffer);
-      slice_product(m, min_of(kColumns, columns - x), depth, a + k0, lda, slice, c + x, ldc, add || k0 > 0);
+      slice_product(m, min_of(kColumns, columns - x), depth, a + k0, lda, slice, c + x, ldc, add || k0 > 0,
+                    stream && sizeof(Stored) == sizeof(Elem));
     }
   }
 }
@@ -327,10 +332,11 @@ OFAKERN_LOCAL void multiply_skinny(const MatmulPlan<Elem>& plan, const Weight<St
   parallel_for(plan.column_blocks(), threads, [&](i64 task, int thread) {
     Arena arena(static_cast<char*>(scratch) + shared_arena.used() + measure.used() * thread);
     const Scratch s = Scratch::take(plan, false, !share_c, arena);
-    const AmxTiles tiles;
+    const bool few = plan.m < 32;
+    const AmxTiles tiles(few ? min_of<i64>(plan.m, 16) : 16, few ? max_of<i64>(plan.m - 16, 1) : 16);
     const i64 column = task * plan.columns, columns = min_of(plan.columns, plan.n - column);
     float* c = share_c ? shared.c + column : s.c;
-    block_product(plan.rows, shared.a, plan.lda, b, column, columns, c, plan.ldc, s.slice);
+    block_product(plan.rows, shared.a, plan.lda, b, column, columns, c, plan.ldc, s.slice, false, true);
     if (!share_c) epilogue(0, plan.m, column, columns, c, plan.ldc);
   });
   if (share_c)

@@ -14,6 +14,8 @@ from ofakern.ops.cross_entropy import api as cross_entropy_api
 from ofakern.ops.cross_entropy import backends as cross_entropy_backends
 from ofakern.ops.decode_attention import api as decode_attention_api
 from ofakern.ops.decode_attention import op as decode_attention_op
+from ofakern.ops.decode_layers import api as decode_layers_api
+from ofakern.ops.decode_layers import op as decode_layers_op
 from ofakern.ops.decode_linear import api as decode_linear_api
 from ofakern.ops.decode_linear import op as decode_linear_op
 from ofakern.ops.gathered_linear import api as gathered_linear_api
@@ -38,6 +40,7 @@ _OPS: dict[str, _Op] = {
     "beam_step": _Op(beam_step_op.BACKENDS.unavailable, beam_step_api.refusals),
     "cross_entropy": _Op(cross_entropy_backends.BACKENDS.unavailable, cross_entropy_api.refusals),
     "decode_attention": _Op(decode_attention_op.BACKENDS.unavailable, decode_attention_api.refusals),
+    "decode_layers": _Op(decode_layers_op.BACKENDS.unavailable, decode_layers_api.refusals),
     "decode_linear": _Op(decode_linear_op.BACKENDS.unavailable, decode_linear_api.refusals),
     "gathered_linear": _Op(gathered_linear_op.BACKENDS.unavailable, gathered_linear_api.refusals),
     "log_mel": _Op(log_mel_api.BACKENDS.unavailable, log_mel_api.refusals),

@@ -87,6 +87,8 @@ void decode_linear_pack(const TensorView& weight, DType dtype, const TensorView&
   OFAKERN_DISPATCH(decode_linear_pack, weight, dtype, packed.as<char>() + kHeaderBytes, threads);
 }
 
+PackedHeader decode_linear_header(const DecodeLinearInputs& inputs) { return check_inputs(inputs); }
+
 std::int64_t decode_linear_workspace(const DecodeLinearInputs& inputs, int threads) {
   const PackedHeader header = check_inputs(inputs);
   return OFAKERN_DISPATCH(decode_linear_workspace, inputs, header, threads);

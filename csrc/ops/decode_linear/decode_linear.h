@@ -33,6 +33,9 @@ std::int64_t decode_linear_packed_bytes(std::int64_t n, std::int64_t k, DType dt
 // weight [N, K] contiguous: of `dtype`, or u8 holding the bits of int8. packed: u8, of the size above.
 void decode_linear_pack(const TensorView& weight, DType dtype, const TensorView& packed, int threads);
 
+// What a packed weight was packed for; checks all inputs against each other.
+PackedHeader decode_linear_header(const DecodeLinearInputs& inputs);
+
 std::int64_t decode_linear_workspace(const DecodeLinearInputs& inputs, int threads);
 
 // out [M, N] of x's dtype, contiguous, fully written. The result does not depend on `threads`.

@@ -9,6 +9,7 @@
 // Row buffers are padded to whole vectors; pads of z hold 0.
 #pragma once
 
+#include "core/row_stats.h"
 #include "core/rows.h"
 #include "core/vec_stream.h"
 #include "ops/layer_norm/layer_norm.h"
@@ -20,37 +21,6 @@ constexpr i64 kRowBuffers = 3;  // per thread: z or xhat; the source's spare; th
 
 OFAKERN_HOT i64 padded_width(i64 width) { return round_up(width, 128); }  // whole groups of dropout factors
 OFAKERN_HOT i64 row_buffer_floats(i64 width, int threads) { return threads * kRowBuffers * padded_width(width); }
-
-struct RowStats {
-  float mean, rstd;
-};
-
-// Two passes over the row in L1: the variance is that of the centred values.
-OFAKERN_LOCAL RowStats row_stats(const float* z, i64 width, float eps) {
-  Vec sum[2] = {vzero(), vzero()};
-  const i64 padded = round_up(width, kWidth);
-  i64 x = 0;
-  for (; x + 2 * kWidth <= padded; x += 2 * kWidth) {
-    sum[0] = vadd(sum[0], vload(z + x));
-    sum[1] = vadd(sum[1], vload(z + x + kWidth));
-  }
-  if (x < padded) sum[0] = vadd(sum[0], vload(z + x));
-  const float mean = hsum(vadd(sum[0], sum[1])) / static_cast<float>(width);
-  const Vec centre = vset(mean);
-  Vec square[2] = {vzero(), vzero()};
-  for (x = 0; x + 2 * kWidth <= width; x += 2 * kWidth) {
-    const Vec a = vsub(vload(z + x), centre), b = vsub(vload(z + x + kWidth), centre);
-    square[0] = vfma(a, a, square[0]);
-    square[1] = vfma(b, b, square[1]);
-  }
-  for (; x < width; x += kWidth) {
-    const Vec a =
-        vselect(mask_first(static_cast<int>(min_of<i64>(width - x, kWidth))), vsub(vload(z + x), centre), vzero());
-    square[0] = vfma(a, a, square[0]);
-  }
-  const float variance = hsum(vadd(square[0], square[1])) / static_cast<float>(width);
-  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
-}
 
 template <class T>
 struct ForwardRows {

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ofakern.errors import OfakernTypeError, OfakernValueError
 from ofakern.model.decode.layer import LayerCaches, StepShape, step_layer
+from ofakern.model.decode.native import whole_step
 from ofakern.model.decode.past import Past
 from ofakern.model.decode.segment import Segment, SegmentKind
 from ofakern.model.decode.source import Source
 from ofakern.model.decode.weights import DecodeWeights
 from ofakern.model.stacks import Decoder, Memory
 from ofakern.ops.decode_attention import KeyValueCache
+from ofakern.ops.decode_layers import decode_layers
 
 
 class DecodeState:
@@ -154,14 +156,34 @@ class DecodeState:
 
     def _step(self, tokens: Tensor) -> Tensor:
         x, shape, own_bias = self._embed(tokens), self._shape(), self._own_bias()
+        experts = tuple(expert for expert, _ in shape.experts)
+        prepared = whole_step(self._decoder, self.weights, len(x), experts)
+        if prepared is None:
+            out = self._decoder.finish(self._by_layer(x, shape, own_bias))
+        else:
+            out = decode_layers(
+                x,
+                prepared,
+                self._past.caches,
+                self._source.caches,
+                shape.row_offsets,
+                shape.slots,
+                shape.table,
+                shape.counts,
+                own_bias=own_bias,
+                cross_bias=shape.cross_bias,
+            )
+        self._positions += 1
+        for group in self._groups:
+            group.segment.forget_before(int(self._positions[group.samples].min()))
+        return out
+
+    def _by_layer(self, x: Tensor, shape: StepShape, own_bias: Tensor | None) -> Tensor:
         for number, layer in enumerate(self._decoder.decoder_layers()):
             caches = LayerCaches(self._past.caches[number], self._source.caches[number], self._prefixes[number])
             bias = None if own_bias is None else own_bias[min(number, len(own_bias) - 1)]
             x = step_layer(layer, self.weights.layers[number], caches, shape, bias, x)
-        self._positions += 1
-        for group in self._groups:
-            group.segment.forget_before(int(self._positions[group.samples].min()))
-        return self._decoder.finish(x)
+        return x
 
     def _embed(self, tokens: Tensor) -> Tensor:
         positions = self.positions.to(self._device)

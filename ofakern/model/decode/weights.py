@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ofakern.errors import BackendError, OfakernValueError
 from ofakern.model.stacks import Decoder
 from ofakern.nn.layers import DecoderLayer
+from ofakern.ops.decode_layers import PreparedLayers
 from ofakern.ops.decode_linear import PackedWeight, decode_linear, prepack_weight
 from ofakern.ops.decode_linear.op import BACKENDS
 from ofakern.ops.selection import KERNEL_DTYPES
@@ -44,11 +45,15 @@ class Projection:
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         if not self._pack or (x.shape[0] > MOST_ROWS and not self._int8):
             return tuple(F.linear(x, weight, bias) for weight, bias in self._layers)
+        found = decode_linear(x, self.packed())
+        return (found,) if isinstance(found, Tensor) else found
+
+    def packed(self) -> PackedWeight:
+        """All layers as one packed weight, which is kept."""
         if self._packed is None:
             weights, biases = [weight for weight, _ in self._layers], [bias for _, bias in self._layers]
             self._packed = prepack_weight(weights, biases, int8=self._int8)
-        found = decode_linear(x, self._packed)
-        return (found,) if isinstance(found, Tensor) else found
+        return self._packed
 
     def __call__(self, x: Tensor) -> Tensor:
         """Of a single layer."""
@@ -74,12 +79,19 @@ class LayerWeights:
 
 
 class DecodeWeights:
-    """All of a decoder's projections, and the output's `[V, D]`."""
+    """All of a decoder's projections, and the output's `[V, D]`.
+
+    packs, int8: how. by_layer, prepared: of `native.py`, why no step is one native call (once it has been asked), and
+    what such calls multiply by, for each expert.
+    """
 
     def __init__(self, decoder: Decoder, output: Tensor, int8: bool = False, pack: bool = False) -> None:
         self.layers = [LayerWeights(layer, int8, pack) for layer in decoder.decoder_layers()]
         self.output = Projection([(output, None)], int8, pack)
-        self._whole, self._int8, self._pack = output, int8, pack
+        self._whole, self.int8, self.packs = output, int8, pack
+        self.by_layer: str | None = None
+        self.by_layer_asked = False
+        self.prepared: dict[int | None, PreparedLayers] = {}
         self._parts: dict[tuple[int, int], Projection] = {}
 
     def output_of(self, ids: tuple[int, int]) -> Projection:
@@ -87,7 +99,7 @@ class DecodeWeights:
         if ids not in self._parts:
             if len(self._parts) == _RANGES:
                 del self._parts[next(iter(self._parts))]
-            self._parts[ids] = Projection([(self._whole[ids[0] : ids[1]], None)], self._int8, self._pack)
+            self._parts[ids] = Projection([(self._whole[ids[0] : ids[1]], None)], self.int8, self.packs)
         return self._parts[ids]
 
 
