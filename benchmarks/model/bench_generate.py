@@ -48,6 +48,7 @@ ABOUT = {
 }
 SLOW_CONTENDERS = frozenset(generate_libraries.PEERS)
 _STRIDE = 16
+_CODES = 8192
 
 
 @dataclass(frozen=True)
@@ -230,12 +231,14 @@ def _contender(
 
 
 class _OurCodes:
-    """A state that is fed codes up to a step, which is then made again and again."""
+    """A state that is fed codes up to a step, which is then made again and again; logits of the codes only, as
+    `generate` asks for them."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._writer = SegmentWriter(problem.model, "image_vqgan", Modality.IMAGE)
         self._state: DecodeState | None = None
+        self._codes = min(_CODES, problem.model.config.vocab_size)
         self._random = torch.Generator().manual_seed(3)
 
     @torch.inference_mode()
@@ -248,7 +251,9 @@ class _OurCodes:
         while self._state.length < fed:
             self._writer.decode_hidden(self._state, tokens)
         self._state.rewind(fed)
-        return draw(self._writer.decode_step(self._state, tokens), self._random)
+        hidden = self._writer.decode_hidden(self._state, tokens)
+        vocabulary = len(self._writer.output_weight)
+        return draw(self._writer.step_logits(self._state, hidden, (vocabulary - self._codes, vocabulary)), self._random)
 
 
 class _PeerCodes:
@@ -269,8 +274,8 @@ class _PeerCodes:
 
 
 def draw(logits: Tensor, random: torch.Generator) -> Tensor:
-    """int64 `[R]`, drawn from the last 8,192 ids."""
-    probabilities = torch.softmax(logits[:, -8192:].float(), -1)
+    """int64 `[R]`, drawn from the last 8,192 ids (or fewer: the numbers of those given)."""
+    probabilities = torch.softmax(logits[:, -_CODES:].float(), -1)
     return torch.multinomial(probabilities, 1, generator=random)[:, 0]
 
 
@@ -298,8 +303,9 @@ def ops(spec: Spec, dtype: str, phase: Phase) -> list[Work]:
         shapes = [(3 * dim, dim), (dim, dim), (dim, dim), (dim, dim), (c.ffn_dim, dim), (dim, c.ffn_dim)]
         own = attend(rows * number, number)
         layer = [linear(rows, n, k) for n, k in shapes] + [own, attend(keys, spec.length)]
-        choose = Work(0.0, float(item * rows * c.vocab_size))
-        return layer * layers + [linear(rows, c.vocab_size, dim), choose]
+        logits = min(_CODES, c.vocab_size) if spec.codes else c.vocab_size
+        choose = Work(0.0, float(item * rows * logits))
+        return layer * layers + [linear(rows, logits, dim), choose]
 
     if spec.codes:
         return step(int(phase.removeprefix("step_")))

@@ -19,7 +19,7 @@ from ofakern.errors import BackendError, OfakernRuntimeError, OfakernTypeError, 
 from ofakern.ops.attention import AttentionLayout, attention
 from ofakern.ops.attention.intervals import cross
 from ofakern.ops.decode_attention import KeyValueCache, decode_attention
-from ofakern.ops.decode_attention.memory import large_empty
+from ofakern.ops.memory import large_empty
 from ofakern.ops.decode_attention.reference import decode_attention_reference, quantize_heads
 
 pytestmark = pytest.mark.usefixtures("cpu")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ofakern.errors import OfakernTypeError, OfakernValueError
 from ofakern.ops.decode_attention import op
-from ofakern.ops.decode_attention.memory import large_empty
+from ofakern.ops.memory import large_empty
 from ofakern.ops.decode_attention.reference import quantize_heads
 from ofakern.ops.selection import KERNEL_DTYPES
 

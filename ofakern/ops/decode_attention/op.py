@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ofakern.ops import native
-from ofakern.ops.decode_attention.memory import large_empty
+from ofakern.ops.memory import large_empty
 from ofakern.ops.library import define, ops_of
 from ofakern.ops.selection import Backends
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ofakern.ops import native
 from ofakern.ops.library import define, kernel_ready, ops_of
+from ofakern.ops.memory import large_empty
 from ofakern.ops.selection import Backends
 
 BACKENDS = Backends("decode_linear", "decode_linear_forward")
@@ -19,7 +20,7 @@ def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     module, like = native.kernels, torch.empty(0, dtype=dtype)
     ready = kernel_ready(weight)
     bits = ready.view(torch.uint8) if ready.dtype == torch.int8 else ready  # the binding knows no int8
-    packed = torch.empty(module.decode_linear_packed_bytes(bits, like), dtype=torch.uint8)
+    packed = large_empty((module.decode_linear_packed_bytes(bits, like),), torch.uint8)
     module.decode_linear_pack(packed, bits, like, torch.get_num_threads())
     return packed
 

@@ -1,4 +1,4 @@
-"""Memory for caches: large, read again at every step, and slow to read where the processor must look up every 4 KiB."""
+"""Memory for caches and packed weights: large, read at every step, and slow to read where each 4 KiB is looked up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _PAGE = 2 << 20  # a large page
-_WORTHWHILE = 2 * _PAGE
+_WORTHWHILE = _PAGE
 
 
 def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
