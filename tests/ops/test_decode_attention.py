@@ -19,8 +19,8 @@ from ofakern.errors import BackendError, OfakernRuntimeError, OfakernTypeError, 
 from ofakern.ops.attention import AttentionLayout, attention
 from ofakern.ops.attention.intervals import cross
 from ofakern.ops.decode_attention import KeyValueCache, decode_attention
-from ofakern.ops.memory import large_empty
 from ofakern.ops.decode_attention.reference import decode_attention_reference, quantize_heads
+from ofakern.ops.memory import large_empty
 
 pytestmark = pytest.mark.usefixtures("cpu")
 

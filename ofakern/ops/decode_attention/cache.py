@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ofakern.errors import OfakernTypeError, OfakernValueError
 from ofakern.ops.decode_attention import op
-from ofakern.ops.memory import large_empty
 from ofakern.ops.decode_attention.reference import quantize_heads
+from ofakern.ops.memory import large_empty
 from ofakern.ops.selection import KERNEL_DTYPES
 
 _WHERE = "KeyValueCache"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ofakern.ops import native
-from ofakern.ops.memory import large_empty
 from ofakern.ops.library import define, ops_of
+from ofakern.ops.memory import large_empty
 from ofakern.ops.selection import Backends
 
 BACKENDS = Backends("decode_attention", "decode_attention_forward")
