@@ -72,7 +72,7 @@ class Past:
         free[_reached(self.table, counts)] = False
         self._free = np.flatnonzero(free)
         if len(self._free) < max(wanted, slots // 2):
-            larger = slots + max(wanted, slots)
+            larger = slots + max(wanted, slots, FIRST_STEPS * self.rows)
             self.caches = [cache.grown(larger) for cache in self.caches]
             self._free = np.concatenate([self._free, np.arange(slots, larger)])
 
