@@ -252,13 +252,13 @@ def by_op(case: Case) -> Tensor:
     x, seen = case.x, norm(case.x, case.layers[0]["own_norm"])[0]
     assert case.own_bias is not None
     for number, layer in enumerate(case.layers):
-        q, k, v = (part.unflatten(1, (case.heads, -1)) for part in linear(seen, layer, "own").chunk(3, 1))
+        q, k, v = (part.reshape(len(x), case.heads, -1) for part in linear(seen, layer, "own").chunk(3, 1))
         own[number].write(slots, k, v)
         attend = partial(decode_attention, head_scale=layer["own_heads"], scale=layer["own_scale"])
         y = attend(q.contiguous(), own[number], offsets, slots=table, counts=counts, bias=case.own_bias[number])
         y = norm(linear(y.flatten(1), layer, "own_out"), layer["own_extra"])[0]
         seen, x = norm(y, layer["cross_norm"], x)
-        q = linear(seen, layer, "cross").unflatten(1, (case.heads, -1))
+        q = linear(seen, layer, "cross").reshape(len(x), case.heads, -1)
         attend = partial(decode_attention, head_scale=layer["cross_heads"], scale=layer["cross_scale"])
         y = linear(attend(q, source[number], offsets, bias=case.cross_bias).flatten(1), layer, "cross_out")
         seen, x = norm(norm(y, layer["cross_extra"])[0], layer["final_norm"], x)

@@ -42,7 +42,7 @@ def decode_layers_reference(
     else:
         seen = x
     for number, layer in enumerate(layers):
-        q, k, v = (part.unflatten(1, (heads, -1)) for part in _linear(seen, layer["own"]).chunk(3, 1))
+        q, k, v = (part.reshape(len(x), heads, -1) for part in _linear(seen, layer["own"]).chunk(3, 1))
         keys, values = own[number]
         keys[slots.long()], values[slots.long()] = k, v
         found, first = torch.empty_like(q), 0
@@ -55,7 +55,7 @@ def decode_layers_reference(
                 found[r] = _attend(q[r], keys[past], values[past], bias, layer["own_scale"], layer["own_heads"])
             first += counts[b]
         x, seen = _join(_linear(found.flatten(1), layer["own_out"]), x, layer, "own", "cross", norm_first)
-        q = _linear(seen, layer["cross"]).unflatten(1, (heads, -1))
+        q = _linear(seen, layer["cross"]).reshape(len(x), heads, -1)
         keys, values = source[number]
         found, first = torch.empty_like(q), 0
         for rows, length in zip(rows_of, lengths, strict=True):
