@@ -61,4 +61,4 @@ def test_no_part_begins_when_the_time_is_over(tmp_path: Path) -> None:
 def test_an_unknown_part_is_told() -> None:
     result = subprocess.run([SCRIPT, "dance"], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert "a part must be one of build cpu_tests" in result.stderr
+    assert "a part must be one of build gpu_tests" in result.stderr
