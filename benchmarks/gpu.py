@@ -89,7 +89,7 @@ def run(options: Any, keep: Keep = keep_nothing) -> dict[str, Any]:
         try:
             for op in ops:
                 harness = catalogue.load_harness(op.harness)
-                for dtype in options.dtypes or [d for d in op.dtypes if d != "f32"] or op.dtypes:
+                for dtype in _dtypes(op, options):
                     for spec in _specs(op, options):
                         _case(session, op, spec, dtype, harness)
                         keep(session.results(complete=False))
@@ -118,6 +118,13 @@ def _ops(options: Any) -> list[OpBench]:
         if case not in known:
             raise OfakernValueError(f"bench: --case must be one of {', '.join(known)}, got {case!r}")
     return ops
+
+
+def _dtypes(op: OpBench, options: Any) -> list[str]:
+    """What was asked for, as far as the op has it; else its own: half precision, or float32 where there is no other."""
+    allowed = (*op.dtypes, "f16") if "bf16" in op.dtypes else op.dtypes
+    own = [dtype for dtype in op.dtypes if dtype != "f32"] or list(op.dtypes)
+    return [dtype for dtype in options.dtypes or () if dtype in allowed] or own
 
 
 def _specs(op: OpBench, options: Any) -> list[Any]:

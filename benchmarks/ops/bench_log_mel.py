@@ -25,6 +25,7 @@ ABOUT = {
     "unfold, and their mean and preemphasis done before torch.fft.rfft; a waveform at a time"
 }
 _RATE = 16000
+_DATA = "waveforms are data: there is no gradient"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _run(problem: Problem, backend: str) -> Tensor:
 
 
 def ours(problem: Problem, backend: str = OURS) -> Contender:
-    return Contender(backend, lambda: _run(problem, backend))
+    return Contender(backend, lambda: _run(problem, backend), forward_only=_DATA)
 
 
 def stft(problem: Problem) -> Contender:
@@ -124,7 +125,7 @@ def stft(problem: Problem) -> Contender:
     def forward() -> Tensor:
         return torch.cat([features(wave) for wave in problem.wave.split(problem.spec.lengths)])
 
-    return Contender("stft", forward)
+    return Contender("stft", forward, forward_only=_DATA)
 
 
 CONTENDERS: dict[str, Callable[[Any], Contender]] = {OURS: ours, "stft": stft}
