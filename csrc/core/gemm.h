@@ -84,7 +84,7 @@ OFAKERN_HOT Vec dot(Vec a, Vec b, Vec c, const bf16*) {
 // Groups that one running sum takes. A sum of n terms one after the other is wrong by about n roundings of its usual
 // size: long float32 products are sums of shorter ones. In half precision the result's own rounding is far larger.
 template <class Elem>
-constexpr i64 kChain = sizeof(Elem) == 4 ? 128 : i64{1} << 62;
+constexpr i64 kChain = sizeof(Elem) == 4 ? 96 : i64{1} << 62;
 
 // One register tile of ROWS x VECS vectors; the whole K runs through it.
 template <class Elem, int ROWS, int VECS>
