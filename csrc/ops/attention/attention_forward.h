@@ -75,12 +75,12 @@ OFAKERN_HOT Vec visible_scores(const ForwardRow<T>& row, const float* products, 
   return row.plan.whole ? score : vselect(row.plan.lanes(v), score, vset(-kInfinity));
 }
 
-// The largest score of vectors [from, to).
 template <int TERMS, class T>
-OFAKERN_LOCAL float row_maximum(const ForwardRow<T>& row, const float* products, int from, int to) {
+OFAKERN_LOCAL float row_maximum(const ForwardRow<T>& row, const float* products) {
   const Vec scale = vset(row.p.scale * kLog2e);
   Vec top = vset(-kInfinity);
-  for (int v = from; v < to; ++v) top = vmax(top, visible_scores<TERMS>(row, products, scale, vzero(), v));
+  for (int v = row.plan.begin; v < row.plan.end; ++v)
+    top = vmax(top, visible_scores<TERMS>(row, products, scale, vzero(), v));
   return hmax(top);
 }
 
@@ -146,20 +146,16 @@ OFAKERN_HOT void multiply_queries(const Problem<T>& p, const ForwardScratch<T>& 
 
 // Row r of the step, row q of the block: dot products become probabilities, and their sum is added to the row's.
 //
-// Probabilities are relative to the maximum of the first vectors that the row saw: any reference gives the same result,
+// Probabilities are relative to the maximum of the first tile that the row saw: any reference gives the same result,
 // and one that stays spares a pass over the scores. It moves, as in an online softmax, only when a sum grows beyond
 // kRowLimit; the dot products, gone by then, are computed again.
 template <int TERMS, class T>
 OFAKERN_HOT void softmax_row(const ForwardRow<T>& row, ForwardScratch<T>& s, ForwardMember<T>& member, i64 r, i64 q) {
   constexpr i64 kRows = Gemm<Packed<T>>::kRows;
-  constexpr int kFirst = 4;  // vectors that give the first reference
   const float* products = s.scores + r * s.kKeys;
   float* sum = member.sum + q * kWidth;
-  const int begin = row.plan.begin, end = row.plan.end;
-  float& reference = member.reference[q];
-  if (reference == -kInfinity) reference = row_maximum<TERMS>(row, products, begin, min_of(end, begin + kFirst));
-  if (reference != -kInfinity) {
-    const Vec total = exponentiate<TERMS>(row, products, reference);
+  if (member.reference[q] != -kInfinity) {
+    const Vec total = exponentiate<TERMS>(row, products, member.reference[q]);
     if (!vany_above(total, kRowLimit)) {
       vstore(sum, vadd(vload(sum), total));
       return;
@@ -168,9 +164,9 @@ OFAKERN_HOT void softmax_row(const ForwardRow<T>& row, ForwardScratch<T>& s, For
     multiply_queries(row.p, s, member, row.plan.tile, first, kRows, s.again);
     products = s.again + (q - first) * s.kKeys;
   }
-  const float before = reference, top = max_of(before, row_maximum<TERMS>(row, products, begin, end));
+  const float before = member.reference[q], top = max_of(before, row_maximum<TERMS>(row, products));
   if (before != -kInfinity) rescale_row(row.p, member, q, before - top);
-  reference = top;
+  member.reference[q] = top;
   // Scores that are all -inf leave no reference; they count for nothing.
   const Vec total = exponentiate<TERMS>(row, products, top == -kInfinity ? 0.0f : top);
   vstore(sum, vadd(vload(sum), total));
@@ -192,11 +188,10 @@ OFAKERN_LOCAL void finish_row(const Problem<T>& p, const ForwardMember<T>& membe
   lse[i * p.heads + head] = empty ? -kInfinity : member.reference[r] * kLn2 + __builtin_logf(sum);
 }
 
-// Query rows [q, q + rows) of a member's block against one tile of keys. Behind the last one their results are written,
-// a row here and a row there: they are asked for while there is work.
+// Query rows [q, q + rows) of a member's block against one tile of keys.
 template <int TERMS, class T>
 OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, ForwardMember<T>& member, TilePlan<T>& plan,
-                                i64 tile, i64 head, i64 q, i64 rows, const T* out) {
+                                i64 tile, i64 head, i64 q, i64 rows) {
   using Elem = Packed<T>;
   constexpr i64 kKeys = ForwardScratch<T>::kKeys, kRowStride = ForwardScratch<T>::kRowStride;
   const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows);
@@ -204,7 +199,6 @@ OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, Forwa
   multiply_queries(p, s, member, tile, q, gemm_rows, s.scores);
   for (i64 r = 0; r < rows; ++r) {
     const i64 i = member.block_first + q + r;
-    if (tile + 1 == member.tile_end) prefetch_row(out + (i * p.heads + head) * p.value_width, p.value_width);
     plan.set(p, member.keys, tile, i);
     if (plan.empty()) {
       zero_row(s.probabilities(r), padded_keys);
@@ -249,7 +243,7 @@ OFAKERN_LOCAL void forward_block(const Problem<T>& p, ForwardScratch<T>& s, cons
       ForwardMember<T>& member = s.members[m];
       if (!member.sees(tile)) continue;
       for (i64 q = 0; q < member.block_rows; q += kStep)
-        forward_step<TERMS>(p, s, member, plan, tile, head, q, min_of(kStep, member.block_rows - q), out);
+        forward_step<TERMS>(p, s, member, plan, tile, head, q, min_of(kStep, member.block_rows - q));
     }
   }
   for (i64 m = 0; m < s.member_count; ++m)
