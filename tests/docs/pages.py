@@ -12,6 +12,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "docs/ARCHITECTURE.md",
     "docs/CLOSED_SETS.md",
+    "docs/GPU.md",
     "docs/GENERATION.md",
     "docs/MODALITIES.md",
     "docs/PATCH.md",
