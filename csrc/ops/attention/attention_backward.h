@@ -282,10 +282,11 @@ OFAKERN_LOCAL void close_block(const Problem<T>& p, const BackwardTensors<T>& g,
   }
 }
 
-// S, dP and from them c M P and dS of query rows [q, q + rows) of a member's block, for one tile of keys.
+// S, dP and from them c M P and dS of query rows [q, q + rows) of a member's block, for one tile of keys. Rows of dq
+// are asked for before they are written, behind the last tile.
 template <int TERMS, class T>
 OFAKERN_LOCAL void backward_step(const Problem<T>& p, BackwardScratch<T>& s, BackwardMember<T>& member,
-                                 TilePlan<T>& plan, i64 tile, i64 head, i64 q, i64 rows) {
+                                 TilePlan<T>& plan, i64 tile, i64 head, i64 q, i64 rows, const T* dq) {
   using Elem = Packed<T>;
   constexpr i64 kKeys = BackwardScratch<T>::kKeys;
   const i64 keys = member.keys.tile_keys(tile), columns = round_up(keys, Gemm<Elem>::kColumns);
@@ -299,6 +300,7 @@ OFAKERN_LOCAL void backward_step(const Problem<T>& p, BackwardScratch<T>& s, Bac
   const float head_scale = p.head_scale == nullptr ? 1.0f : p.head_scale[head];
   for (i64 r = q; r < q + rows; ++r) {
     const i64 i = member.block_first + r;
+    if (tile + 1 == member.tile_end) prefetch_row(dq + (i * p.heads + head) * p.width, p.width);
     plan.set(p, member.keys, tile, i);
     const float* dropout = nullptr;
     if (p.dropout && !plan.empty()) {
@@ -320,7 +322,7 @@ OFAKERN_LOCAL void backward_step(const Problem<T>& p, BackwardScratch<T>& s, Bac
 // A member's block against one tile of keys.
 template <int TERMS, class T>
 OFAKERN_LOCAL void backward_tile(const Problem<T>& p, BackwardScratch<T>& s, BackwardMember<T>& member,
-                                 TilePlan<T>& plan, i64 tile, i64 head) {
+                                 TilePlan<T>& plan, i64 tile, i64 head, const T* dq) {
   using Elem = Packed<T>;
   constexpr i64 kQueries = BackwardScratch<T>::kQueries, kStep = BackwardScratch<T>::kStep,
                 kKeys = BackwardScratch<T>::kKeys;
@@ -329,7 +331,7 @@ OFAKERN_LOCAL void backward_tile(const Problem<T>& p, BackwardScratch<T>& s, Bac
   const i64 columns = round_up(keys, Gemm<Elem>::kColumns);
   const i64 padded_keys = round_up(keys, max_of<i64>(Gemm<Elem>::kDepth, kWidth));
   for (i64 q = 0; q < rows; q += kStep)
-    backward_step<TERMS>(p, s, member, plan, tile, head, q, min_of(kStep, rows - q));
+    backward_step<TERMS>(p, s, member, plan, tile, head, q, min_of(kStep, rows - q), dq);
   gemm(round_up(p.value_width, Gemm<Elem>::kRows), columns, depth_rows, member.outputs_t, kQueries, s.pairs(s.p_pairs),
        member.dv + tile * kKeys * p.columns, kKeys, member.touched[tile]);
   gemm(round_up(p.width + p.joined, Gemm<Elem>::kRows), columns, depth_rows, member.queries_t, kQueries,
@@ -380,7 +382,7 @@ OFAKERN_LOCAL void backward_block(const Problem<T>& p, const BackwardTensors<T>&
       zero_row(s.positions.dscores, depth_rows * kKeys);
     }
     for (i64 m = 0; m < s.member_count; ++m)
-      if (s.members[m].sees(tile)) backward_tile<TERMS>(p, s, s.members[m], plan, tile, head);
+      if (s.members[m].sees(tile)) backward_tile<TERMS>(p, s, s.members[m], plan, tile, head, g.dq);
     if (p.shared()) backward_positions(p, s, rows, tile);
   }
   for (i64 m = 0; m < s.member_count; ++m) close_block(p, g, s.members[m], head);

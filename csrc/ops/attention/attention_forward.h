@@ -188,10 +188,11 @@ OFAKERN_LOCAL void finish_row(const Problem<T>& p, const ForwardMember<T>& membe
   lse[i * p.heads + head] = empty ? -kInfinity : member.reference[r] * kLn2 + __builtin_logf(sum);
 }
 
-// Query rows [q, q + rows) of a member's block against one tile of keys.
+// Query rows [q, q + rows) of a member's block against one tile of keys. Behind the last one their results are written,
+// a row here and a row there: they are asked for while there is work.
 template <int TERMS, class T>
 OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, ForwardMember<T>& member, TilePlan<T>& plan,
-                                i64 tile, i64 head, i64 q, i64 rows) {
+                                i64 tile, i64 head, i64 q, i64 rows, const T* out) {
   using Elem = Packed<T>;
   constexpr i64 kKeys = ForwardScratch<T>::kKeys, kRowStride = ForwardScratch<T>::kRowStride;
   const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows);
@@ -199,6 +200,7 @@ OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, Forwa
   multiply_queries(p, s, member, tile, q, gemm_rows, s.scores);
   for (i64 r = 0; r < rows; ++r) {
     const i64 i = member.block_first + q + r;
+    if (tile + 1 == member.tile_end) prefetch_row(out + (i * p.heads + head) * p.value_width, p.value_width);
     plan.set(p, member.keys, tile, i);
     if (plan.empty()) {
       zero_row(s.probabilities(r), padded_keys);
@@ -243,7 +245,7 @@ OFAKERN_LOCAL void forward_block(const Problem<T>& p, ForwardScratch<T>& s, cons
       ForwardMember<T>& member = s.members[m];
       if (!member.sees(tile)) continue;
       for (i64 q = 0; q < member.block_rows; q += kStep)
-        forward_step<TERMS>(p, s, member, plan, tile, head, q, min_of(kStep, member.block_rows - q));
+        forward_step<TERMS>(p, s, member, plan, tile, head, q, min_of(kStep, member.block_rows - q), out);
     }
   }
   for (i64 m = 0; m < s.member_count; ++m)
