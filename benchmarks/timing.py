@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +14,16 @@ import torch
 from benchmarks.core import Output
 
 Call = Callable[[], Output]
+_FEWEST = 3  # rounds, however long
 _SHORTEST = 1e-3  # seconds of one sample: quicker calls are repeated within it
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a group of contenders is timed: at least `least` rounds, then until `seconds` or `most` rounds."""
+    """How long a group of contenders is timed: at least `least` rounds, then until `seconds` or `most` rounds.
+
+    Where rounds are so long that three of them take more than twice `seconds`, three are enough.
+    """
 
     seconds: float
     least: int
@@ -50,9 +55,10 @@ def in_turn(calls: Mapping[str, Call], budget: Budget) -> tuple[dict[str, list[f
     samples: dict[str, list[float]] = {name: [] for name in calls}
     last: dict[str, Output] = {}
     now, end = clock(), time.perf_counter() + budget.seconds
+    patience = end + budget.seconds
     with _without_gc():
         for done in range(budget.most):
-            if done >= budget.least and time.perf_counter() > end:
+            if time.perf_counter() > (end if done >= budget.least else patience if done >= _FEWEST else math.inf):
                 break
             for name, call in calls.items():
                 last.pop(name, None)

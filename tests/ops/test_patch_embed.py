@@ -183,6 +183,15 @@ def test_equal_deviations_round_no_weight() -> None:
     assert torch.all((out.double() - exact).abs() <= half * exact.abs() * 1.001 + 1e-6)
 
 
+@pytest.mark.parametrize("large", [slice(0, 16), slice(16, None), slice(None)], ids=["head", "tail", "all"])
+def test_statistics_of_rows_far_from_zero(isa: str, large: slice) -> None:
+    """Mean and variance of one sweep: nothing cancels when the first lanes, the rest or all are 1000 deviations off."""
+    case = make_case(torch.float32, width=72)
+    case.leaves["bias"][large] += 1000
+    got, exact = case.run("cpu"), case.run("reference", torch.float64)
+    torch.testing.assert_close(got["out"].double(), exact["out"], rtol=0, atol=1e-3)
+
+
 def test_poisoned_outputs_are_all_written(cpu: Any) -> None:
     case = make_case(torch.float32, index=True)
     leaves = case.leaves

@@ -114,8 +114,7 @@ struct WriteGradients {
     PositionWalk<T> position(p, row);
     for (i64 r = 0; r < rows; ++r, c += ldc) {
       if (r > 0) position.next();
-      const float sum = finish_row(m.weight, p.width, position.row(), c);
-      const RowStatistics s = row_statistics(c, p.width, sum, static_cast<float>(p.in->eps));
+      const RowStatistics s = finish_row(m.weight, p.width, position.row(), c, static_cast<float>(p.in->eps));
       const i64 at = (row + r) * p.width;
       normalise_backward(p, s, dout + at, c, partial, m.dy + at);
     }

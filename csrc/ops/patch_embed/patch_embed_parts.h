@@ -106,6 +106,24 @@ OFAKERN_HOT void centred_run(const Pixel* src, i64 count, const float* centre, E
   }
 }
 
+// The usual patch: its runs are one vector each.
+template <class Pixel, class Elem>
+OFAKERN_HOT void centred_vectors(const Pixel* src, i64 step, i64 count, const float* centre, Elem* dst) {
+  for (i64 i = 0; i < count; ++i)
+    vstore_as(dst + i * kWidth, vsub(vload_as(src + i * step), vload(centre + i * kWidth)));
+}
+
+// Asks for the pixels below a patch, which a block of a few rows of patches reads soon: their rows lie too far apart
+// for the hardware to see them coming. Once per cache line.
+template <class Pixel, class T>
+OFAKERN_HOT void prefetch_below(const PatchProblem<T>& p, const PatchWalk<T>& walk) {
+  const i64* stride = walk.view().stride;
+  const Pixel* corner = walk.template corner<Pixel>() + p.height * stride[3];
+  if (reinterpret_cast<std::uintptr_t>(corner) % 64 >= static_cast<std::uintptr_t>(p.columns) * sizeof(Pixel)) return;
+  for (i64 c = 0; c < (p.planar ? p.channels : 1); ++c)
+    for (i64 i = 0; i < p.height; ++i) __builtin_prefetch(corner + c * stride[2] + i * stride[3]);
+}
+
 // dst[0, k) = the patch's pixels minus centre.
 template <class Pixel, class T, class Elem>
 OFAKERN_LOCAL void centred_patch(const PatchProblem<T>& p, const PatchWalk<T>& walk, const float* centre, Elem* dst) {
@@ -115,6 +133,12 @@ OFAKERN_LOCAL void centred_patch(const PatchProblem<T>& p, const PatchWalk<T>& w
   for (i64 c = 0; c < planes; ++c)
     for (i64 f = 0; f < p.frames; ++f) {
       const Pixel* row = corner + c * stride[2] + f * stride[1];
+      if (run == kWidth) {
+        centred_vectors(row, stride[3], p.height, centre, dst);
+        dst += p.height * run;
+        centre += p.height * run;
+        continue;
+      }
       for (i64 i = 0; i < p.height; ++i, row += stride[3], dst += run, centre += run)
         centred_run(row, run, centre, dst);
     }
@@ -131,6 +155,7 @@ struct PatchRows {
     PatchWalk<T> walk(p, row);
     for (i64 r = 0; r < rows; ++r, dst += ld) {
       if (r > 0) walk.next();
+      prefetch_below<Pixel>(p, walk);
       centred_patch<Pixel>(p, walk, centre, dst);
       zero_row(dst + p.k, packed_depth<Elem>(p.k) - p.k);
     }
@@ -291,50 +316,58 @@ class PositionWalk {
   i64 width_;
 };
 
-// y = scale * c + bias + position, in place; lanes beyond the width become 0. Returns their sum.
-template <class T>
-OFAKERN_LOCAL float finish_row(const FoldedWeight<T>& w, i64 width, const T* position, float* c) {
-  const Vec scale = vset(w.scale);
-  Vec sum[2] = {vzero(), vzero()};
-  i64 x = 0;
-  for (; x + kWidth <= width; x += kWidth) {
-    Vec y = vfma(vload(c + x), scale, vload(w.bias + x));
-    if (position != nullptr) y = vadd(y, vload_as(position + x));
-    vstore(c + x, y);
-    Vec& lane = sum[x / kWidth % 2];
-    lane = vadd(lane, y);
-  }
-  if (x < width) {
-    Vec y = vfma(vload(c + x), scale, vload(w.bias + x));
-    if (position != nullptr) y = vadd(y, vload_partial(position + x, static_cast<int>(width - x)));
-    y = vselect(mask_first(static_cast<int>(width - x)), y, vzero());
-    vstore(c + x, y);
-    sum[0] = vadd(sum[0], y);
-  }
-  return hsum(vadd(sum[0], sum[1]));
-}
-
 struct RowStatistics {
   float mean, rstd;
 };
 
-// Of a finished row; two passes, so that nothing cancels.
-OFAKERN_LOCAL RowStatistics row_statistics(const float* y, i64 width, float sum, float eps) {
-  const float mean = sum / static_cast<float>(width);
-  const Vec shift = vset(mean);
-  Vec total[2] = {vzero(), vzero()};
-  i64 x = 0;
-  for (; x + kWidth <= width; x += kWidth) {
-    const Vec d = vsub(vload(y + x), shift);
-    Vec& lane = total[x / kWidth % 2];
-    lane = vfma(d, d, lane);
+// y = scale * c + bias + position, in place; lanes beyond the width become 0. Gives y's statistics, of one sweep: what
+// is summed are distances from the first vector's mean, which is off by at most sqrt(width / kWidth) deviations, so
+// that nothing cancels.
+template <class T>
+class RowSweep {
+ public:
+  RowSweep(const FoldedWeight<T>& w, i64 width, const T* position, float* c)
+      : w_(w), width_(width), position_(position), c_(c) {}
+
+  RowStatistics run(float eps) {
+    const i64 head = min_of<i64>(kWidth, width_), whole = width_ / kWidth * kWidth;
+    const float shift = hsum(finish(0, head)) / static_cast<float>(head);
+    const Vec base = vset(shift);
+    Vec sum[2] = {vzero(), vzero()}, square[2] = {vzero(), vzero()};
+    const auto add = [&](i64 lane, Vec d) {
+      sum[lane] = vadd(sum[lane], d);
+      square[lane] = vfma(d, d, square[lane]);
+    };
+    if (width_ >= kWidth) add(0, vsub(vload(c_), base));
+    for (i64 x = kWidth; x < whole; x += kWidth) add(x / kWidth % 2, vsub(finish(x, kWidth), base));
+    if (whole < width_) {
+      const Vec y = whole == 0 ? vload(c_) : finish(whole, width_ - whole);
+      add(0, vselect(mask_first(static_cast<int>(width_ - whole)), vsub(y, base), vzero()));
+    }
+    const float count = static_cast<float>(width_);
+    const float off = hsum(vadd(sum[0], sum[1])) / count, mean_square = hsum(vadd(square[0], square[1])) / count;
+    const float variance = mean_square - off * off;
+    return {shift + off, 1.0f / __builtin_sqrtf((variance > 0.0f || variance != variance ? variance : 0.0f) + eps)};
   }
-  if (x < width) {
-    const Vec d = vselect(mask_first(static_cast<int>(width - x)), vsub(vload(y + x), shift), vzero());
-    total[0] = vfma(d, d, total[0]);
+
+ private:
+  Vec finish(i64 x, i64 n) const {
+    Vec y = vfma(vload(c_ + x), vset(w_.scale), vload(w_.bias + x));
+    if (position_ != nullptr) y = vadd(y, vload_n(position_ + x, n));
+    if (n < kWidth) y = vselect(mask_first(static_cast<int>(n)), y, vzero());
+    vstore(c_ + x, y);
+    return y;
   }
-  const float variance = hsum(vadd(total[0], total[1])) / static_cast<float>(width);
-  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+
+  const FoldedWeight<T>& w_;
+  i64 width_;
+  const T* position_;
+  float* c_;
+};
+
+template <class T>
+OFAKERN_LOCAL RowStatistics finish_row(const FoldedWeight<T>& w, i64 width, const T* position, float* c, float eps) {
+  return RowSweep<T>(w, width, position, c).run(eps);
 }
 
 }  // namespace
