@@ -130,6 +130,23 @@ def test_what_it_refuses_names_itself(cuda_device: torch.device) -> None:
         attention(*(x.to(cuda_device) for x in (case.q, case.k, case.v)), case.layout.to(cuda_device), backend="cuda")
 
 
+def test_compile_and_autocast(cuda_device: torch.device) -> None:
+    case = make_case(6, (9,), heads=1, terms=1, dtype=torch.float32)
+    layout = case.layout.to(cuda_device)
+    q, k, v, table = (x.to(cuda_device) for x in (case.q, case.k, case.v, case.tables[0]))
+
+    def function(q: Tensor) -> Tensor:
+        with torch.autocast(cuda_device.type, torch.bfloat16):
+            return attention(q, k, v, layout, tables=[table], backend="cuda")
+
+    leaf, plain = q.clone().requires_grad_(), q.clone().requires_grad_()
+    have, want = torch.compile(function, fullgraph=True, backend="aot_eager")(leaf), function(plain)
+    assert have.dtype == torch.bfloat16 and torch.equal(have, want)
+    have.sum().backward()
+    want.sum().backward()
+    assert leaf.grad is not None and plain.grad is not None and torch.equal(leaf.grad, plain.grad)
+
+
 def test_a_failed_launch_returns_nothing(cuda_device: torch.device) -> None:
     if cuda_device.type != "cpu":
         pytest.skip("failures are made by the emulator")
