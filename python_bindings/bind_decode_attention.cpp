@@ -1,6 +1,7 @@
 // ops.decode_attention: every argument becomes a checked view with the GIL held, the kernel runs without it.
 #include <pybind11/pybind11.h>
 
+#include "decode_attention_arguments.h"
 #include "ops/decode_attention/decode_attention.h"
 #include "tensor_caster.h"
 #include "torch_tensors.h"
@@ -9,26 +10,6 @@ namespace py = pybind11;
 
 namespace ofakern {
 namespace {
-
-constexpr std::size_t kInputs = 14;  // what read_inputs takes, threads included
-
-DecodeAttentionInputs read_inputs(Arguments& args) {
-  DecodeAttentionInputs in;
-  in.q = args.tensor("q");
-  in.keys = args.tensor("keys");
-  in.values = args.tensor("values");
-  in.key_scales = args.tensor("key_scales");
-  in.value_scales = args.tensor("value_scales");
-  in.row_offsets = args.tensor("row_offsets");
-  in.runs = args.tensor("runs");
-  in.slots = args.rows("slots");
-  in.counts = args.tensor("counts");
-  in.bias = args.rows("bias");
-  in.head_scale = args.tensor("head_scale");
-  in.value_width = args.integer("value_width");
-  in.scale = args.real("scale");
-  return in;
-}
 
 void pack(const py::args& values) {
   Arguments args("decode_attention", values, 6);
@@ -40,23 +21,23 @@ void pack(const py::args& values) {
 }
 
 std::int64_t workspace_bytes(const py::args& values) {
-  Arguments args("decode_attention", values, kInputs);
-  const DecodeAttentionInputs in = read_inputs(args);
+  Arguments args("decode_attention", values, kDecodeArguments);
+  const DecodeAttentionInputs in = read_decode_attention(args);
   return decode_attention_workspace(in, args.threads());
 }
 
 void forward(const py::args& values) {
-  Arguments args("decode_attention", values, 3 + kInputs);
+  Arguments args("decode_attention", values, 3 + kDecodeArguments);
   const TensorView out = args.tensor("out"), lse = args.tensor("lse"), workspace = args.tensor("workspace");
-  const DecodeAttentionInputs in = read_inputs(args);
+  const DecodeAttentionInputs in = read_decode_attention(args);
   const int threads = args.threads();
   const py::gil_scoped_release release;
   decode_attention_cpu(in, out, lse, workspace, threads);
 }
 
 py::object make_forward(const py::args& values) {
-  Arguments args("decode_attention", values, kInputs, Unready::copied);
-  const DecodeAttentionInputs in = read_inputs(args);
+  Arguments args("decode_attention", values, kDecodeArguments, Unready::copied);
+  const DecodeAttentionInputs in = read_decode_attention(args);
   const int threads = args.threads();
   const std::int64_t bytes = decode_attention_workspace(in, threads);  // after its checks q has 3 dimensions
   Made made;

@@ -9,7 +9,7 @@
 //   lane(), warp()                             of this thread; blocks are one-dimensional, of whole warps
 //   shuffle(v, source), shuffle_xor(v, mask), shuffle_up(v, n), shuffle_down(v, n)      v of 32 or 64 bits
 //   ballot(p), any(p), all(p), warp_sum(float), warp_max(float)
-//   atomic_add, atomic_min, atomic_max         integers only: sums of floats would depend on the order
+//   atomic_add, atomic_min, atomic_max, atomic_or         integers only: sums of floats would depend on the order
 //   mma_16x8x16<T>(d, a, b)                    d += a b; T: __nv_bfloat16 or __half (PTX mma.m16n8k16, sm_80)
 //   load_matrix_x4(r, shared_row), load_matrix_x2, load_matrix_x4_transposed, load_matrix_x2_transposed   (ldmatrix)
 //   copy_async_16(shared, global, valid), copy_async_8, copy_async_4     zeros where not valid; global is not read then

@@ -58,6 +58,11 @@ __device__ __forceinline__ T atomic_add(T* to, T v) {
   return atomicAdd(to, v);
 }
 template <class T>
+__device__ __forceinline__ T atomic_or(T* to, T v) {
+  static_assert(std::is_integral_v<T>);
+  return atomicOr(to, v);
+}
+template <class T>
 __device__ __forceinline__ T atomic_min(T* to, T v) {
   static_assert(std::is_integral_v<T>);
   return atomicMin(to, v);

@@ -174,6 +174,13 @@ T atomic_add(T* to, T v) {
   return before;
 }
 template <class T>
+T atomic_or(T* to, T v) {
+  static_assert(std::is_integral_v<T>);
+  const T before = *to;
+  *to = static_cast<T>(before | v);
+  return before;
+}
+template <class T>
 T atomic_min(T* to, T v) {
   static_assert(std::is_integral_v<T>);
   const T before = *to;

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from decode_attention_cases import DTYPES, SOURCES, TABLES, WIDTHS, Case, check, draw, spoil
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rule import assert_kept
 from torch import Tensor
 
 import ofakern
@@ -19,148 +18,10 @@ from ofakern.errors import BackendError, OfakernRuntimeError, OfakernTypeError, 
 from ofakern.ops.attention import AttentionLayout, attention
 from ofakern.ops.attention.intervals import cross
 from ofakern.ops.decode_attention import KeyValueCache, decode_attention
-from ofakern.ops.decode_attention.reference import decode_attention_reference, quantize_heads
+from ofakern.ops.decode_attention.reference import quantize_heads
 from ofakern.ops.memory import large_empty
 
 pytestmark = pytest.mark.usefixtures("cpu")
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass
-class Case:
-    """k, v: what the cache holds, by slot; the rest as decode_attention takes it."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    row_offsets: Tensor
-    counts: Tensor
-    slots: Tensor | None
-    bias: Tensor | None
-    head_scale: Tensor | None
-
-    @property
-    def first(self) -> Tensor | None:
-        return None if self.slots is not None else torch.cumsum(self.counts, 0) - self.counts
-
-    def cache(self, int8: bool = False, backend: str = "auto") -> KeyValueCache:
-        if self.slots is None:
-            return KeyValueCache.of_source(self.k, self.v, self.counts, int8=int8, backend=backend)
-        cache = KeyValueCache.empty(len(self.k), *self.k.shape[1:], self.v.shape[2], self.q.dtype, int8=int8)
-        read = [row[:n] for row, n in zip(self.slots, self.row_counts(), strict=True)]
-        named = torch.unique(torch.cat([torch.empty(0, dtype=torch.int32), *read]))
-        spoil(cache)
-        cache.write(named, self.k[named.long()], self.v[named.long()])
-        return cache
-
-    def row_counts(self) -> list[int]:
-        return torch.repeat_interleave(self.counts, self.row_offsets.diff()).tolist()
-
-    def options(self) -> dict[str, Any]:
-        table = {} if self.slots is None else {"slots": self.slots, "counts": self.counts}
-        return table | {"bias": self.bias, "head_scale": self.head_scale}
-
-
-def spoil(cache: KeyValueCache) -> None:
-    """Slots that no table names hold NaN: they must not leak."""
-    for x in (cache.keys, cache.values, cache.key_scales, cache.value_scales):
-        if x is not None:
-            x.fill_(torch.nan if x.dtype.is_floating_point else 99)
-
-
-def draw(
-    dtype: torch.dtype,
-    rows: list[int],
-    counts: list[int],
-    *,
-    table: bool = False,
-    heads: int = 2,
-    width: int = 16,
-    value_width: int = 16,
-    plain: bool = False,
-) -> Case:
-    """Seeded by the sizes. table: rows find their keys through slots, which they share at random."""
-    g = torch.Generator().manual_seed(sum(rows) * 1000 + sum(counts) + width)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g)
-
-    total, all_rows, steps = sum(counts), sum(rows), max(counts, default=0)
-    stored = total if not table else 2 * steps + 3
-    slots = torch.randint(0, max(stored, 1), (all_rows, steps + 2), generator=g, dtype=torch.int32) if table else None
-    return Case(
-        normal(all_rows, heads, width).to(dtype),
-        normal(stored, heads, width).to(dtype),
-        normal(stored, heads, value_width).to(dtype),
-        torch.tensor([0, *rows], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        torch.tensor(counts, dtype=torch.int32),
-        slots,
-        None if plain else 2 * normal(heads, total),
-        None if plain else 1 + normal(heads) / 4,
-    )
-
-
-def oracle(case: Case, dtype: torch.dtype, k: Tensor | None = None, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    def cast(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(dtype)
-
-    k, v = case.k if k is None else k, case.v if v is None else v
-    return decode_attention_reference(
-        case.q.to(dtype),
-        k.to(dtype),
-        v.to(dtype),
-        case.row_offsets,
-        case.counts,
-        first=case.first,
-        slots=case.slots,
-        bias=cast(case.bias) if dtype == torch.float64 else case.bias,
-        head_scale=cast(case.head_scale) if dtype == torch.float64 else case.head_scale,
-        scale=0.2,
-    )
-
-
-def largest(x: Tensor) -> float:
-    return float(x.abs().max()) if x.numel() else 0.0
-
-
-def check(case: Case, cache: KeyValueCache | None = None, k: Tensor | None = None, v: Tensor | None = None) -> None:
-    """k, v: the numbers that the cache stands for, where they are not the case's."""
-    out, lse = decode_attention(
-        case.q, case.cache() if cache is None else cache, case.row_offsets, **case.options(), scale=0.2, return_lse=True
-    )
-    exact, exact_lse = oracle(case, torch.float64, k, v)
-    peer, peer_lse = oracle(case, case.q.dtype if k is None else torch.float32, k, v)
-    values = (case.v if v is None else v).double().abs()
-    size, _ = oracle(case, torch.float64, k, values)
-    # Scores are sums too: their rounding moves every weight by their own size times eps.
-    reach = largest(case.q) * largest(case.k if k is None else k) * case.q.shape[2] * 0.2
-    dtype = case.q.dtype
-    if dtype == torch.float32:
-        size = size.abs() * (1 + reach)
-    assert out.dtype == dtype and lse.dtype == torch.float32
-    assert_kept("out", out, exact, peer, size.abs(), dtype)
-    finite = ~torch.isinf(exact_lse)
-    assert torch.equal(torch.isinf(lse), ~finite)
-    assert_kept("lse", lse, exact_lse, peer_lse, exact_lse.abs() + reach, torch.float32)
-
-
-SOURCES: tuple[tuple[list[int], list[int]], ...] = (
-    ([1], [1]),
-    ([5], [32]),
-    ([5, 0, 3], [33, 7, 0]),
-    ([2, 17, 1], [64, 600, 31]),
-    ([0, 4], [0, 2100]),
-    ([8, 6], [129, 1060]),
-)
-TABLES: tuple[tuple[list[int], list[int]], ...] = (
-    ([1], [1]),
-    ([3, 0, 2], [5, 9, 17]),
-    ([2, 1], [0, 130]),
-    ([4, 4], [128, 300]),
-)
-# K, Kv: pairs and panels are padded.
-WIDTHS = ((16, 16), (64, 64), (24, 40), (1, 3), (80, 128))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -441,7 +302,7 @@ REFUSED: list[tuple[str, type[Exception], Case, dict[str, Any]]] = [
     ("bias must have shape \\[H, sum", OfakernValueError, CASE, {"bias": torch.ones(2, 48)}),
     ("bias must be a float32", OfakernTypeError, CASE, {"bias": torch.ones(2, 49, dtype=torch.int32)}),
     ("head_scale must have shape", OfakernValueError, CASE, {"head_scale": torch.ones(3)}),
-    ("no CUDA kernel for decode_attention", BackendError, CASE, {"backend": "cuda"}),
+    ("backend 'cuda' cannot run this call", BackendError, CASE, {"backend": "cuda"}),
     ("backend must be one of", OfakernValueError, CASE, {"backend": "gpu"}),
     ("made with backend='reference'", BackendError, CASE, {"cache": CASE.cache(backend="reference")}),
     ("slots and counts must be given", OfakernValueError, TABLE, {"slots": None}),

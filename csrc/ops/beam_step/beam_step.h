@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "core/stream.h"
 #include "core/tensor_view.h"
 
 namespace ofakern {
@@ -59,6 +60,12 @@ struct SampleInputs {
 // What is wrong with a row, in the kernels' result: kRowFaults * row + fault, or -1.
 enum RowFault : std::int64_t { kBadLogits = 0, kBadSum = 1, kBadState = 2, kRowFaults = 4 };
 
+// Throw on the first broken rule.
+void check_beam_step(const BeamInputs& inputs, std::int64_t width);
+void check_beam_step_results(const BeamInputs& inputs, const BeamOutputs& out);
+void check_sample_step(const SampleInputs& inputs);
+void check_sample_step_results(const SampleInputs& inputs, const TensorView& tokens, const TensorView& log_probs);
+
 std::int64_t beam_step_workspace(const BeamInputs& inputs, std::int64_t width, int threads);
 std::int64_t sample_step_workspace(const SampleInputs& inputs, int threads);
 
@@ -67,5 +74,18 @@ std::int64_t beam_step_cpu(const BeamInputs& inputs, const BeamOutputs& out, con
 // tokens i32 [R], log_probs f32 [R].
 std::int64_t sample_step_cpu(const SampleInputs& inputs, const TensorView& tokens, const TensorView& log_probs,
                              const TensorView& workspace, int threads);
+
+// On a GPU nothing waits for the result, so faults stand in it: a sample with a row at fault has NaN scores and
+// log_probs, the row (counted in the sample) as origins and -2 - fault as tokens, in all its places; a row of
+// sample_step NaN and -2 - fault. row_offsets that do not ascend: fault 3 in all samples. At most kMostWideCuda
+// candidates, and rows * vocabulary below 2^32. arrived: i32 [B] or more, zeros before the call and after it.
+constexpr std::int64_t kMostWideCuda = 1024;
+void check_beam_step_cuda(const BeamInputs& inputs, std::int64_t width);
+std::int64_t beam_step_workspace_cuda(const BeamInputs& inputs);
+void beam_step_cuda(const BeamInputs& inputs, const BeamOutputs& out, const TensorView& arrived,
+                    const TensorView& workspace, Stream stream);
+std::int64_t sample_step_workspace_cuda(const SampleInputs& inputs);
+void sample_step_cuda(const SampleInputs& inputs, const TensorView& tokens, const TensorView& log_probs,
+                      const TensorView& workspace, Stream stream);
 
 }  // namespace ofakern

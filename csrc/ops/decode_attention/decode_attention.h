@@ -18,6 +18,7 @@
 
 #include <cstdint>
 
+#include "core/stream.h"
 #include "core/tensor_view.h"
 
 namespace ofakern {
@@ -50,6 +51,12 @@ OFAKERN_ALWAYS_INLINE std::int64_t packed_count(std::int64_t count) {
   return (count + kDecodeBlock - 1) / kDecodeBlock * kDecodeBlock;
 }
 
+// Throws on the first broken rule.
+void check_decode_attention(const DecodeAttentionInputs& inputs);
+void check_decode_attention_results(const DecodeAttentionInputs& inputs, const TensorView& out, const TensorView& lse);
+// The keys that runs [B, 2] cover, all of them in a packed source of `room` keys.
+std::int64_t check_decode_runs(const TensorView& runs, std::int64_t room);
+
 // k [N, H, K], v [N, H, Kv] (last dimension contiguous), the runs' samples one after the other, into keys and values
 // (flat, fully written, pads included).
 void decode_attention_pack(const TensorView& k, const TensorView& v, const TensorView& runs, const TensorView& keys,
@@ -63,5 +70,14 @@ std::int64_t decode_attention_workspace(const DecodeAttentionInputs& inputs, int
 // out [R, H, Kv] of q's dtype, lse f32 [R, H]; both contiguous, fully written. Neither depends on `threads`.
 void decode_attention_cpu(const DecodeAttentionInputs& inputs, const TensorView& out, const TensorView& lse,
                           const TensorView& workspace, int threads);
+
+// On a GPU all tensors are on its device, and a source is not packed: keys [S, H, K], values [S, H, Kv], scales [S, H],
+// runs (first slot, count). What stands in row_offsets, runs, slots and counts is not checked, for the host does not
+// know it: rows, keys and columns that are not there count as none. longest: at most so many keys has a sample of a
+// source (0: not known), from which the blocks of a launch follow, and nothing else.
+void check_decode_attention_cuda(const DecodeAttentionInputs& inputs);
+std::int64_t decode_attention_workspace_cuda(const DecodeAttentionInputs& inputs, std::int64_t longest);
+void decode_attention_cuda(const DecodeAttentionInputs& inputs, std::int64_t longest, const TensorView& out,
+                           const TensorView& lse, const TensorView& workspace, Stream stream);
 
 }  // namespace ofakern

@@ -57,7 +57,8 @@ def beam_step(
         row_offsets: int32 `[B+1]`; sample b has the rows row_offsets[b]:row_offsets[b + 1].
         width: candidates per sample, at least 1.
         rules: see `StepRules`; None: nothing but the padding token is excluded.
-        backend: "auto", "cpu" or "reference" (plain torch, slow). Never falls back.
+        backend: "auto", "cpu", "cuda" or "reference" (plain torch, slow). Never falls back. "cuda" chooses at most 1024
+            candidates; rules may be on the CPU, where they are copied from.
 
     Returns:
         `BeamCandidates`. The same bits for any number of threads.
@@ -65,6 +66,8 @@ def beam_step(
     Raises:
         OfakernTypeError, OfakernValueError: an argument of the wrong type, dtype, device, shape or range.
         InvalidLogitsError (an OfakernRuntimeError): a live row with NaN or +inf, or nothing but -inf; `.row` tells it.
+            "cuda" does not wait for the GPU to find out: it writes the fault into the result, and
+            `refuse_invalid_candidates` raises what is found in one.
         BackendError: the backend cannot run the call, with the reason.
     """
     rules = _DEFAULT if rules is None else rules
@@ -111,14 +114,14 @@ def sample_step(
         top_p: float32 `[R]`; the most probable tokens stay whose predecessors hold less than this; 1: all.
         typical_p: float32 `[R]`; the same, in the order of |surprise - entropy|; 1: all.
         min_p: float32 `[R]`; tokens stay that are at least this times as probable as the best; 0: all.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "cuda" or "reference".
 
     Returns:
         tokens int32 `[R]` and their log-probabilities float32 `[R]` after the rules, before the filters; -1 and -inf in
         rows that are not live or where nothing may follow.
 
     Raises:
-        As `beam_step`.
+        As `beam_step`; "cuda" gives a row at fault NaN, for `refuse_invalid_draws` to find.
 
     Source: Holtzman et al., arXiv 1904.09751 (top_p); Meister et al., arXiv 2202.00666 (typical_p); Nguyen et al.,
     arXiv 2407.01082 (min_p).
@@ -148,6 +151,23 @@ def sample_step(
             raise InvalidLogitsError("sample_step", error.name, error.row) from None
     drawn = op.SAMPLE[chosen](*op.step_arguments(logits, rules), uniforms, *filters)
     return drawn
+
+
+def refuse_invalid_candidates(candidates: BeamCandidates, row_offsets: Tensor) -> None:
+    """Raises what `beam_step` would have raised had it waited: for results of backend "cuda", once they are needed.
+
+    Waits for the GPU when they are there. OfakernValueError for states and offsets, else InvalidLogitsError.
+    """
+    if candidates.tokens.numel() == 0:
+        return
+    faults = candidates.tokens[:, 0].cpu()
+    rows = row_offsets[:-1].cpu() + candidates.origins[:, 0].cpu()
+    op.refuse_marked("beam_step", faults, rows)
+
+
+def refuse_invalid_draws(tokens: Tensor) -> None:
+    """The same of `sample_step`'s tokens."""
+    op.refuse_marked("sample_step", tokens.cpu(), torch.arange(len(tokens)))
 
 
 def refusals(

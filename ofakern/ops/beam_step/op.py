@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ofakern.errors import OfakernValueError
 from ofakern.ops import native
+from ofakern.ops.beam_step import kernel_cuda
 from ofakern.ops.beam_step.rules import InvalidLogitsError, RaggedLogits, StepRules
 from ofakern.ops.library import define, ops_of
 from ofakern.ops.selection import Backends
 
-BACKENDS = Backends("beam_step", "beam_step_forward")
+BACKENDS = Backends("beam_step", "beam_step_forward", cuda="beam_step")
 
 #: The rules' tensors in the order of the schema, after the logits; the automaton's follow, then the vocabulary ids.
 RULES = (
@@ -72,6 +73,18 @@ def _refuse_invalid(where: str, status: int) -> None:
     raise InvalidLogitsError(where, ("logits", "sums")[fault], row)
 
 
+def refuse_marked(where: str, tokens: Tensor, rows: Tensor) -> None:
+    """Raises for the first row whose token says that it is at fault (-2 - RowFault), as a GPU's results have it."""
+    marked = (tokens < -1).nonzero()[:, 0]
+    if not len(marked):
+        return
+    first = marked[rows[marked].argmin()]
+    fault = -2 - int(tokens[first])
+    if fault == 3:
+        raise OfakernValueError(f"{where}: row_offsets must ascend, got others")
+    _refuse_invalid(where, 4 * int(rows[first]) + fault)
+
+
 def _beam_cpu(*arguments: Any) -> Any:
     results, status = native.kernels.beam_step(*arguments, torch.get_num_threads())
     _refuse_invalid("beam_step", status)
@@ -106,12 +119,14 @@ define(
     "beam_step_fwd",
     f"({_STEP}, Tensor sums, Tensor row_offsets, int width) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_beam_cpu,
+    cuda=kernel_cuda.beam,
     fake=_beam_fake,
 )
 define(
     "sample_step_fwd",
     f"({_STEP}, Tensor uniforms, Tensor? top_k, Tensor? top_p, Tensor? typical_p, Tensor? min_p) -> (Tensor, Tensor)",
     cpu=_sample_cpu,
+    cuda=kernel_cuda.sample,
     fake=_sample_fake,
 )
 BEAM = ops_of("beam_step_fwd")  # `step_arguments`, then sums, row_offsets, width

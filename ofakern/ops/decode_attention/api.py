@@ -18,6 +18,7 @@ from ofakern.ops.library import STRAIGHT, straight
 
 _WHERE = "decode_attention"
 _UNPACKED = "the cache must be packed for the CPU kernel, and was made with backend='reference'"
+_PACKED = "the cache must not be packed for the CPU kernel, and was made with backend='cpu'"
 _logger = logging.getLogger("ofakern.ops.decode_attention")
 
 
@@ -42,14 +43,15 @@ def decode_attention(
         q: `[R,H,K]` in the cache's dtype (under autocast it is cast to it).
         cache: a source cache (its sample b holds the keys of rows row_offsets[b]..row_offsets[b+1]; each key is read
             once for all of them), or a slots cache with `slots` and `counts`.
-        row_offsets: int32 `[B+1]` on the CPU, from 0 to R. A sample may have no rows.
-        slots: int32 `[R,T]` on the CPU, the ancestry table: row r's step t stands in slot slots[r,t].
-        counts: int32 `[B]` on the CPU: the first counts[b] (at most T) steps are seen by the rows of sample b.
+        row_offsets: int32 `[B+1]`, from 0 to R. A sample may have no rows. It, slots and counts are on the CPU or, of a
+            GPU's tensors, on q's device: there the host does not read them, and wrong ones give a wrong result.
+        slots: int32 `[R,T]`, the ancestry table: row r's step t stands in slot slots[r,t].
+        counts: int32 `[B]`: the first counts[b] (at most T) steps are seen by the rows of sample b.
         bias: float32 `[H, sum of the samples' keys]`, the same for all rows of a sample.
         head_scale: `[H]`. scale: K**-0.5 if not given.
         return_lse: also returns the log-sum-exp of the scores, float32 `[R,H]` (natural; -inf without keys), by which
             results over separate sets of keys merge exactly.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "cuda" or "reference".
 
     Returns:
         `[R,H,Kv]` in q's dtype, with return_lse a tuple. Sums are float32; bits do not depend on the threads, nor on
@@ -68,7 +70,7 @@ def decode_attention(
         except OfakernError:
             pass  # refused: the checks below say why, or cast what can be cast
     q = _checked(q, cache, row_offsets, slots, counts, bias, head_scale)
-    chosen = op.BACKENDS.select(backend, q, _limit(cache))
+    chosen = op.BACKENDS.select(backend, q, _limit(cache, backend))
     if log.ENABLED and not torch.compiler.is_compiling():
         log.once(_logger, f"decode_attention q{list(q.shape)} {q.dtype} source={slots is None} -> {chosen}")
     run = _run_reference if chosen == "reference" else _run
@@ -91,6 +93,7 @@ def _run(
         raise OfakernRuntimeError(
             f"{_WHERE}: q must not need a gradient, got requires_grad=True\nTry: torch.no_grad(), or attention."
         )
+    on_gpu = backend == "cuda"
     out: tuple[Tensor, Tensor] = op.FORWARD[backend](
         q,
         cache.keys,
@@ -98,13 +101,14 @@ def _run(
         cache.key_scales,
         cache.value_scales,
         row_offsets,
-        cache.runs,
+        cache.device_runs if on_gpu else cache.runs,
         slots,
         counts,
         _float32(bias),
         _float32(head_scale),
         cache.value_width,
         cache.key_width**-0.5 if scale is None else scale,
+        cache.longest if on_gpu else 0,
     )
     return out
 
@@ -119,11 +123,15 @@ def refusals(*args: Any, **kwargs: Any) -> tuple[str, dict[str, str | None]]:
     call.apply_defaults()
     given = call.arguments
     q = _checked(*(given[name] for name in ("q", "cache", "row_offsets", "slots", "counts", "bias", "head_scale")))
-    return op.BACKENDS.reasons(given["backend"], q, _limit(given["cache"]))
+    return op.BACKENDS.reasons(given["backend"], q, _limit(given["cache"], given["backend"]))
 
 
-def _limit(cache: KeyValueCache) -> str | None:
-    return _UNPACKED if cache.runs is not None and not cache.packed else None
+def _limit(cache: KeyValueCache, backend: str) -> str | None:
+    if cache.runs is None:
+        return None
+    if backend == "cuda" or cache.keys.is_cuda:
+        return _PACKED if cache.packed else None
+    return None if cache.packed else _UNPACKED
 
 
 def _run_reference(
@@ -171,7 +179,7 @@ def _checked(
         q = q.to(cache.dtype)
     if q.device != cache.keys.device:
         raise OfakernValueError(f"{_WHERE}: q must be on the cache's device ({cache.keys.device}), got {q.device}")
-    samples = _check_rows(q.shape[0], row_offsets)
+    samples = _check_rows(q, row_offsets)
     if cache.runs is not None:
         _refuse_table(slots, counts)
         if cache.runs.shape[0] != samples:
@@ -180,7 +188,7 @@ def _checked(
                 f"got {samples + 1}"
             )
     else:
-        _check_table(slots, counts, q.shape[0], samples)
+        _check_table(slots, counts, q, samples)
     if bias is not None:
         _check_bias(bias, cache.heads)
     if head_scale is not None and tuple(head_scale.shape) != (cache.heads,):
@@ -188,14 +196,15 @@ def _checked(
     return q
 
 
-def _check_integers(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dtype != torch.int32 or x.device.type != "cpu":
+def _check_integers(name: str, x: Tensor, device: torch.device) -> None:
+    if not isinstance(x, Tensor) or x.dtype != torch.int32 or x.device.type not in ("cpu", device.type):
         got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        raise OfakernTypeError(f"{_WHERE}: {name} must be an int32 tensor on the CPU, got {got}")
+        where = "the CPU" + ("" if device.type == "cpu" else f" or {device}")
+        raise OfakernTypeError(f"{_WHERE}: {name} must be an int32 tensor on {where}, got {got}")
 
 
-def _check_rows(rows: int, row_offsets: Tensor) -> int:
-    _check_integers("row_offsets", row_offsets)
+def _check_rows(q: Tensor, row_offsets: Tensor) -> int:
+    _check_integers("row_offsets", row_offsets, q.device)
     if row_offsets.ndim != 1 or row_offsets.shape[0] < 1:
         raise OfakernValueError(f"{_WHERE}: row_offsets must have shape [B+1], got {list(row_offsets.shape)}")
     return row_offsets.shape[0] - 1
@@ -206,13 +215,13 @@ def _refuse_table(slots: Tensor | None, counts: Tensor | None) -> None:
         raise OfakernValueError(f"{_WHERE}: slots and counts must be None with a source cache, got a table")
 
 
-def _check_table(slots: Tensor | None, counts: Tensor | None, rows: int, samples: int) -> None:
+def _check_table(slots: Tensor | None, counts: Tensor | None, q: Tensor, samples: int) -> None:
     if slots is None or counts is None:
         raise OfakernValueError(f"{_WHERE}: slots and counts must be given with a slots cache, got None")
-    _check_integers("slots", slots)
-    _check_integers("counts", counts)
-    if slots.ndim != 2 or slots.shape[0] != rows:
-        raise OfakernValueError(f"{_WHERE}: slots must have shape [R={rows},T], got {list(slots.shape)}")
+    _check_integers("slots", slots, q.device)
+    _check_integers("counts", counts, q.device)
+    if slots.ndim != 2 or slots.shape[0] != q.shape[0]:
+        raise OfakernValueError(f"{_WHERE}: slots must have shape [R={q.shape[0]},T], got {list(slots.shape)}")
     if tuple(counts.shape) != (samples,):
         raise OfakernValueError(f"{_WHERE}: counts must have shape [B={samples}], got {list(counts.shape)}")
 

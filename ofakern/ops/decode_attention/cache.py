@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ class KeyValueCache:
 
     keys, values: storage. key_scales, value_scales: float32, with int8 storage. runs: int32 `[B,2]` (first key, count)
     of a source cache, on the CPU; None of a slots cache. packed: source keys stand in blocks for the CPU kernel.
-    heads, key_width, value_width: H, K, Kv. dtype: what q must have.
+    heads, key_width, value_width: H, K, Kv. dtype: what q must have. device_runs: `runs` where the keys are; longest:
+    the most keys of a sample, both for a GPU's calls: made once, for all steps and layers.
     """
 
     keys: Tensor
@@ -41,6 +42,13 @@ class KeyValueCache:
     key_width: int
     value_width: int
     dtype: torch.dtype
+    device_runs: Tensor | None = field(init=False)
+    longest: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        runs = self.runs
+        object.__setattr__(self, "device_runs", None if runs is None else runs.to(self.keys.device))
+        object.__setattr__(self, "longest", 0 if runs is None else max(runs[:, 1].tolist(), default=0))
 
     @staticmethod
     def empty(
@@ -79,7 +87,8 @@ class KeyValueCache:
     ) -> KeyValueCache:
         """A source cache of packed samples: k `[N,H,K]`, v `[N,H,Kv]` (last dimension contiguous), lengths of samples.
 
-        backend: who will read it: "auto" and "cpu" pack the keys of CPU tensors in blocks, "reference" keeps copies.
+        backend: who will read it: "auto" and "cpu" pack the keys of CPU tensors in blocks, "cuda" and "reference" keep
+            copies.
         int8: as in `empty`. Raises OfakernValueError, OfakernTypeError, BackendError.
         """
         counts = [int(n) for n in lengths]
@@ -130,7 +139,7 @@ class KeyValueCache:
                 f"{_WHERE}.write: slots, k and v must have shapes [n], [n,{self.heads},{self.key_width}] and "
                 f"[n,{self.heads},{self.value_width}], got {list(slots.shape)}, {list(k.shape)}, {list(v.shape)}"
             )
-        index = slots.long()  # all that index_copy_ takes
+        index = slots.to(self.keys.device, torch.int64, non_blocking=True)  # all that index_copy_ takes
         with torch.no_grad():
             for store, scales, x in ((self.keys, self.key_scales, k), (self.values, self.value_scales, v)):
                 if scales is None:
@@ -170,7 +179,7 @@ class KeyValueCache:
             needed = sum(_whole(count, self._unit()) for count in torch.cat([runs, incoming])[:, 1].tolist())
             return self._moved(_whole(needed * 3 // 2, self._unit())).joined(other)
         placed = incoming.clone()
-        placed[:, 0] = torch.tensor(first, dtype=torch.int32)
+        placed[:, 0] = torch.tensor(first, dtype=torch.int32, device="cpu")
         self._take(other, incoming, placed)
         return replace(self, runs=torch.cat([runs, placed]))
 
@@ -277,7 +286,7 @@ def _check_source(k: Tensor, v: Tensor, counts: Sequence[int]) -> None:
 
 def _runs(counts: Sequence[int], unit: int) -> Tensor:
     """int32 `[B,2]`: every run begins at a multiple of `unit`."""
-    runs, first = torch.empty((len(counts), 2), dtype=torch.int32), 0
+    runs, first = torch.empty((len(counts), 2), dtype=torch.int32, device="cpu"), 0
     for b, count in enumerate(counts):
         runs[b, 0], runs[b, 1] = first, count
         first += _whole(count, unit)

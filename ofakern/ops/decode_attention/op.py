@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ofakern.ops import native
+from ofakern.ops.decode_attention import kernel_cuda
 from ofakern.ops.library import define, ops_of
 from ofakern.ops.memory import large_empty
 from ofakern.ops.selection import Backends
 
-BACKENDS = Backends("decode_attention", "decode_attention_forward")
+BACKENDS = Backends("decode_attention", "decode_attention_forward", cuda="decode_attention")
 BLOCK = 32  # keys of a block and columns of a panel: kBlock of decode_attention.h
 MAX_WIDTH = 256
 
@@ -62,6 +63,7 @@ def _forward_cpu(
     head_scale: Tensor | None,
     value_width: int,
     scale: float,
+    longest: int = 0,
 ) -> Any:
     return native.kernels.decode_attention(
         q,
@@ -95,6 +97,7 @@ def _forward_fake(
     head_scale: Tensor | None,
     value_width: int,
     scale: float,
+    longest: int = 0,
 ) -> tuple[Tensor, Tensor]:
     rows, heads = q.shape[0], q.shape[1]
     return q.new_empty((rows, heads, value_width)), q.new_empty((rows, heads), dtype=torch.float32)
@@ -103,9 +106,11 @@ def _forward_fake(
 define(
     "decode_attention_fwd",
     "(Tensor q, Tensor keys, Tensor values, Tensor? key_scales, Tensor? value_scales, Tensor row_offsets, "
-    "Tensor? runs, Tensor? slots, Tensor? counts, Tensor? bias, Tensor? head_scale, int value_width, float scale) "
-    "-> (Tensor, Tensor)",
+    "Tensor? runs, Tensor? slots, Tensor? counts, Tensor? bias, Tensor? head_scale, int value_width, float scale, "
+    "int longest=0) -> (Tensor, Tensor)",
     cpu=_forward_cpu,
+    cuda=kernel_cuda.forward,
     fake=_forward_fake,
 )
+# longest: at most so many keys has a sample of a source, for a GPU's launch; 0: not known.
 FORWARD = ops_of("decode_attention_fwd")
