@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from ofakern.generate.automaton import TokenAutomaton
 from ofakern.generate.search.table import Array
@@ -23,6 +26,7 @@ class Automata:
         self._tables: AutomatonTables | None = None
         self._keys = np.zeros(0, np.int64)
         self._vocabulary = 0
+        self._moved: tuple[AutomatonTables, AutomatonTables] | None = None
 
     def number(self, automaton: TokenAutomaton) -> int:
         """The automaton's number; a new one is taken in."""
@@ -53,6 +57,15 @@ class Automata:
             self._join()
             assert self._tables is not None
         return self._tables
+
+    def tables_for(self, logits: Tensor) -> AutomatonTables:
+        """`tables` where the logits are; a GPU's copy is made once, for all steps."""
+        if logits.device.type == "cpu":
+            return self.tables
+        if self._moved is None or self._moved[0] is not self.tables or self._moved[1].first.device != logits.device:
+            there = (getattr(self.tables, field.name).to(logits.device) for field in fields(AutomatonTables))
+            self._moved = self.tables, AutomatonTables(*there)
+        return self._moved[1]
 
     def _join(self) -> None:
         parts = [automaton.tables for automaton in self._known]

@@ -17,8 +17,17 @@ from ofakern.generate.search.contract import SpecialTokens
 from ofakern.generate.search.ofasys import prefix_candidates
 from ofakern.generate.search.random import uniforms
 from ofakern.generate.search.restrict import Adjustments, restrictions
+from ofakern.generate.search.states import on_gpu
 from ofakern.generate.search.table import Array, Table
-from ofakern.ops.beam_step import RaggedLogits, StepRules, beam_step, sample_step
+from ofakern.ops.beam_step import (
+    BeamCandidates,
+    RaggedLogits,
+    StepRules,
+    beam_step,
+    refuse_invalid_candidates,
+    refuse_invalid_draws,
+    sample_step,
+)
 
 __all__ = ["Chooser"]
 
@@ -71,12 +80,12 @@ class Chooser:
         """
         fixed = self._fixed(table)
         adjustments = restrictions(table, configs)
-        rules = self._rules(fixed, table, ragged=isinstance(logits, RaggedLogits))
+        rules = self._rules(fixed, table, logits)
         found = Candidates.none(len(table.groups), fixed.width)
         odd = _leaves_prefix(table) & alive
         if odd.any():
             assert isinstance(logits, Tensor)
-            for groups, parts in prefix_candidates(logits, table, odd, self._special):
+            for groups, parts in prefix_candidates(logits.cpu(), table, odd, self._special):
                 found.put(groups, *parts)
         for number, level in enumerate(fixed.levels):
             if number:
@@ -84,7 +93,7 @@ class Chooser:
             level = level & alive & ~odd
             if level.any():
                 own = _with(rules, adjustments, table, level)
-                got = beam_step(logits, torch.from_numpy(table.sums), fixed.offsets, fixed.width, own)
+                got = _candidates(logits, table, fixed, own)
                 found.put(level, *(part.numpy()[level] for part in got))
         sampled = fixed.sampled & alive
         if sampled.any():
@@ -96,17 +105,20 @@ class Chooser:
     ) -> None:
         fixed, groups = self._fixed(table), table.groups[table.group]
         numbers = uniforms(groups["seed"], groups["number"], table.steps[table.group])
-        drawn, gains = (x.numpy() for x in sample_step(logits, torch.from_numpy(numbers), rules, **fixed.filters))
+        tokens, log_probs = sample_step(logits, torch.from_numpy(numbers), rules, **fixed.filters)
+        if on_gpu(_values(logits)):
+            refuse_invalid_draws(tokens)
+        drawn, gains = tokens.cpu().numpy(), log_probs.cpu().numpy()
         rows = sampled[table.group]  # one of each group
-        tokens, gains = drawn[rows, None], gains[rows, None]
-        found.put(sampled, table.sums[rows, None] + gains, np.zeros_like(tokens), tokens, gains)
+        chosen, gains = drawn[rows, None], gains[rows, None]
+        found.put(sampled, table.sums[rows, None] + gains, np.zeros_like(chosen), chosen, gains)
 
     def _fixed(self, table: Table) -> _Fixed:
         if self._kept is None or self._version != table.version:
             self._kept, self._version = _fixed(table, self._special, self._automata), table.version
         return self._kept
 
-    def _rules(self, fixed: _Fixed, table: Table, *, ragged: bool) -> StepRules:
+    def _rules(self, fixed: _Fixed, table: Table, logits: Tensor | RaggedLogits) -> StepRules:
         """The rules of this step, for all rows."""
         groups, steps, rows = table.groups, table.steps, table.group
         changes: dict[str, Any] = {}
@@ -114,7 +126,7 @@ class Chooser:
             first = int(groups["counted"].min())
             changes["history"] = torch.from_numpy(table.tokens[:, first:])
             changes["counted_from"] = _int32((groups["counted"] - first)[rows])
-        if ragged:  # closed sets and ranges: neither a prefix, nor an end, nor free text
+        if isinstance(logits, RaggedLogits):  # closed sets and ranges: neither a prefix, nor an end, nor free text
             return replace(fixed.rules, ngram=None, **changes)
         at_end = steps >= groups["limit"]
         in_prefix = np.flatnonzero((steps < groups["prefix"]) & ~at_end)
@@ -128,8 +140,24 @@ class Chooser:
         if (fixed.base >= 0).any():
             outside = (fixed.base < 0) | (steps < groups["prefix"])[rows]
             changes["states"] = _int32(np.where(outside, -1, table.states + fixed.base))
-            changes["tables"] = self._automata.tables
+            changes["tables"] = self._automata.tables_for(logits)
         return replace(fixed.rules, **changes)
+
+
+def _candidates(logits: Tensor | RaggedLogits, table: Table, fixed: _Fixed, rules: StepRules) -> BeamCandidates:
+    """On the CPU. A GPU's come back in one copy, which is what a step waits for."""
+    sums = torch.from_numpy(table.sums)
+    found = beam_step(logits, sums, fixed.offsets, fixed.width, rules)
+    if not on_gpu(_values(logits)):
+        return found
+    bits = torch.stack([part.view(torch.int32) for part in found]).cpu()
+    found = BeamCandidates(bits[0].view(torch.float32), bits[1], bits[2], bits[3].view(torch.float32))
+    refuse_invalid_candidates(found, fixed.offsets)
+    return found
+
+
+def _values(logits: Tensor | RaggedLogits) -> Tensor:
+    return logits if isinstance(logits, Tensor) else logits.values
 
 
 def _fixed(table: Table, special: SpecialTokens, automata: Automata) -> _Fixed:

@@ -23,7 +23,7 @@ from ofakern.generate.search.choose import Chooser
 from ofakern.generate.search.contract import Finished, Hypothesis, SearchRequest, SpecialTokens, StepDecoder, TokenEvent
 from ofakern.generate.search.plan import Running, plan_request
 from ofakern.generate.search.restrict import forbidden_ids
-from ofakern.generate.search.states import DecodeStates
+from ofakern.generate.search.states import DecodeStates, choosable
 from ofakern.generate.search.stream import certain_tokens, last_tokens
 from ofakern.generate.search.table import EARLY, NEVER_EARLY, Array, Table
 from ofakern.ops.beam_step import InvalidLogitsError, RaggedLogits
@@ -119,10 +119,9 @@ class SearchSession:
         weight = model.output_weight
         self._check_ids(weight.shape[0])
         if span is not None:
-            return _of_range(model.step_logits(state, hidden, span).cpu(), span, weight.shape[0])
+            return _of_range(choosable(model.step_logits(state, hidden, span)), span, weight.shape[0])
         if hidden.device.type != "cpu" or hidden.dtype != weight.dtype:
-            whole: Tensor = model.step_logits(state, hidden).cpu()
-            return whole
+            return choosable(model.step_logits(state, hidden))
         tables, rows = self._automata.tables, torch.from_numpy(states.astype(np.int32))
         return RaggedLogits(*gathered_linear(hidden, weight, rows, tables.first, tables.tokens), weight.shape[0])
 
@@ -275,6 +274,6 @@ class SearchSession:
 
 def _of_range(logits: Tensor, span: tuple[int, int], vocabulary: int) -> RaggedLogits:
     """Logits `[rows, hi - lo]` of the ids in a range."""
-    first = torch.arange(len(logits) + 1, dtype=torch.int32) * logits.shape[1]
-    tokens = torch.arange(*span, dtype=torch.int32).repeat(len(logits))
+    first = torch.arange(len(logits) + 1, dtype=torch.int32, device=logits.device) * logits.shape[1]
+    tokens = torch.arange(*span, dtype=torch.int32, device=logits.device).repeat(len(logits))
     return RaggedLogits(logits.flatten(), first, tokens, vocabulary)

@@ -11,8 +11,19 @@ from torch import Tensor
 
 from ofakern.generate.search.contract import StepDecoder
 from ofakern.generate.search.table import Array
+from ofakern.ops.beam_step.op import BACKENDS
 
-__all__ = ["DecodeStates"]
+__all__ = ["DecodeStates", "choosable", "on_gpu"]
+
+
+def choosable(logits: Tensor) -> Tensor:
+    """Logits where candidates are chosen from them: on a GPU whose kernel `auto` takes, else on the CPU."""
+    return logits if on_gpu(logits) else logits.cpu()
+
+
+def on_gpu(logits: Tensor) -> bool:
+    """Whether `beam_step` and `sample_step` choose on a GPU."""
+    return BACKENDS.automatic(logits) == "cuda" and BACKENDS.refusal("cuda", logits) is None
 
 
 class _Part:
@@ -49,10 +60,10 @@ class DecodeStates:
         return hidden, part.model, part.state
 
     def logits(self, tokens: Array) -> Tensor:
-        """`[rows, V]` after one more token per row, on the CPU: the bookkeeping is there, wherever the model is."""
+        """`[rows, V]` after one more token per row, where `choosable` has them."""
         feed, found, begin = torch.from_numpy(tokens.astype(np.int64)), [], 0
         for part in self._parts:
-            found.append(part.model.decode_step(part.state, feed[begin : begin + part.rows]).cpu())
+            found.append(choosable(part.model.decode_step(part.state, feed[begin : begin + part.rows])))
             begin += part.rows
         return found[0] if len(found) == 1 else torch.cat(found)
 

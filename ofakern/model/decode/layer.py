@@ -19,9 +19,9 @@ from ofakern.ops.decode_attention import KeyValueCache, decode_attention
 
 @dataclass(frozen=True)
 class StepShape:
-    """What all layers share in a step; integers are int32 and on the CPU but for `slots`.
+    """What all layers share in a step; integers are int32, and all is on the model's device.
 
-    row_offsets: `[B + 1]`, rows of each sample. slots: `[R]` on the model's device, where this step's keys are written.
+    row_offsets: `[B + 1]`, rows of each sample. slots: `[R]`, where this step's keys are written.
     table `[R, T]`, counts `[B]`: each row's slots up to this step. cross_bias: f32 `[H, sum of S]` or None. everybody:
     `[2]`, offsets of all rows as one sample. experts: (expert, its rows), empty without experts. backend: of
     `decode_attention`.

@@ -152,7 +152,7 @@ class DecodeState:
                 )
         # The weights' dtype, whatever autocast would make of it: they are packed in that.
         with torch.autocast(self._device.type, enabled=False):
-            return self._step(tokens.to(self._device))
+            return self._step(tokens.to(self._device, non_blocking=True))
 
     def _step(self, tokens: Tensor) -> Tensor:
         x, shape, own_bias = self._embed(tokens), self._shape(), self._own_bias()
@@ -186,7 +186,7 @@ class DecodeState:
         return x
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        positions = self.positions.to(self._device)
+        positions = self.positions.to(self._device, non_blocking=True)
         if len(self._groups) == 1:
             return self._groups[0].segment.embed(tokens, positions)
         parts = [group.segment.embed(tokens[group.rows], positions[group.rows]) for group in self._groups]
@@ -197,14 +197,17 @@ class DecodeState:
     def _shape(self) -> StepShape:
         """Gives every row a slot for its next token."""
         slots = self._past.extend(self._counts())
-        positions = self._positions.tolist()
+        counts = torch.from_numpy((self._positions + 1).astype(np.int32))
+        tables = (self._offsets, slots, self._past.table[:, : self.length + 1], counts, self._everybody)
+        # Once for all layers, and without waiting for a GPU.
+        offsets, slots, table, counts, everybody = (x.to(self._device, non_blocking=True) for x in tables)
         return StepShape(
-            self._offsets,
-            slots.to(self._device),
-            self._past.table[:, : self.length + 1],
-            torch.from_numpy((self._positions + 1).astype(np.int32)),
-            self._source.bias(self._segments, positions),
-            self._everybody,
+            offsets,
+            slots,
+            table,
+            counts,
+            self._source.bias(self._segments, self._positions.tolist()),
+            everybody,
             self._experts,
             self._decoder.backend,
         )
