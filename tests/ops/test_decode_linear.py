@@ -193,3 +193,19 @@ def test_refusals(message: str, error: type[Exception], changes: dict[str, Any])
     packed: PackedWeight = prepack_weight(W)
     with pytest.raises(error, match=message):
         decode_linear(**({"x": torch.ones(2, 6), "weight": packed} | changes))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_weights_that_are_not_packed_take_torchs_products(int8: bool) -> None:
+    """As they stand on a GPU; here by name."""
+    g = torch.Generator().manual_seed(5)
+    x, weights = torch.randn(3, 8, generator=g), [torch.randn(n, 8, generator=g) for n in (4, 6)]
+    biases = [None, torch.randn(6, generator=g)]
+    plain = prepack_weight(weights, biases, int8=int8, backend="reference")
+    packed = prepack_weight(weights, biases, int8=int8)
+    for have, want in zip(decode_linear(x, plain), decode_linear(x, packed), strict=True):
+        torch.testing.assert_close(have, want, atol=1e-5, rtol=1e-5)
+    text = ofakern.explain("decode_linear", x, plain)
+    assert "runs on 'reference'" in text and "not packed for the CPU" in text
+    with pytest.raises(BackendError, match="not packed for the CPU"):
+        decode_linear(x, plain, backend="cpu")

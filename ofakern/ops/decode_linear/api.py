@@ -12,11 +12,12 @@ from torch import Tensor
 from ofakern.errors import BackendError, OfakernError, OfakernRuntimeError, OfakernTypeError, OfakernValueError
 from ofakern.ops import log
 from ofakern.ops.decode_linear import op
-from ofakern.ops.decode_linear.reference import quantize_rows
+from ofakern.ops.decode_linear.reference import decode_linear_reference, quantize_rows
 from ofakern.ops.library import STRAIGHT, straight
 
 _WHERE = "decode_linear"
-_UNPACKED = "takes no packed weight"
+_PACKED = "takes no packed weight"
+_PLAIN = "takes packed weights, and this one was not packed for the CPU"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _logger = logging.getLogger("ofakern.ops.decode_linear")
 
@@ -25,8 +26,9 @@ _logger = logging.getLogger("ofakern.ops.decode_linear")
 class PackedWeight:
     """One or several weights that share an input, in the form that `decode_linear` streams.
 
-    data: uint8, opaque, for the CPU of this process. widths: outputs of each weight. depth: K. dtype: of the rows that
-    it multiplies. scale: float32 `[sum of widths]` of int8 weights. bias: float32 `[sum of widths]`.
+    data: uint8, opaque, for the CPU of this process; of a GPU the weights themselves `[sum of widths, K]`, which
+    torch's products (cuBLAS, backend "reference") take as they are. widths: outputs of each weight. depth: K. dtype:
+    of the rows that it multiplies. scale: float32 `[sum of widths]` of int8 weights. bias: float32 `[sum of widths]`.
     """
 
     data: Tensor
@@ -37,22 +39,34 @@ class PackedWeight:
     bias: Tensor | None
 
     @property
+    def packed(self) -> bool:
+        """Whether `data` is for the CPU kernel."""
+        return self.data.dtype == torch.uint8
+
+    @property
     def nbytes(self) -> int:
         """What one product reads of it."""
         return sum(x.numel() * x.element_size() for x in (self.data, self.scale, self.bias) if x is not None)
 
 
 def prepack_weight(
-    weights: Tensor | Sequence[Tensor], biases: Tensor | Sequence[Tensor | None] | None = None, *, int8: bool = False
+    weights: Tensor | Sequence[Tensor],
+    biases: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    int8: bool = False,
+    backend: str = "auto",
 ) -> PackedWeight:
     """Packs linear layers for `decode_linear`; the weights themselves are no longer needed by it.
 
     Args:
         weights: `[N,K]` as torch's Linear has it, or several with one K (query, key and value): one product makes all.
-            float32, bfloat16 or float16, on the CPU.
+            float32, bfloat16 or float16, on one device.
         biases: `[N]` for each weight or None; kept in float32.
         int8: weight-only int8, one scale per output: a quarter or a half of the bytes, each weight off by at most half
             a step (1/254 of its row's largest magnitude). The products stay in the rows' dtype with float32 sums.
+            On a GPU it saves memory only: torch multiplies the weights out at every call.
+        backend: who will multiply: "auto" packs CPU weights for the CPU kernel and leaves a GPU's as they are, for
+            torch's products; "cpu" or "reference" is one of the two.
 
     Raises:
         OfakernTypeError, OfakernValueError: a weight or bias of the wrong type, dtype, device or shape.
@@ -69,8 +83,9 @@ def prepack_weight(
         raise OfakernValueError(f"{_WHERE}: biases must be one per weight ({len(parts)}), got {len(given)}")
     whole = torch.cat([weight.detach() for weight in parts])
     stored, scale = quantize_rows(whole) if int8 else (whole, None)
+    packed = op.BACKENDS.select(backend, whole) == "cpu"
     return PackedWeight(
-        op.pack(stored, whole.dtype),
+        op.pack(stored, whole.dtype) if packed else stored,
         tuple(weight.shape[0] for weight in parts),
         whole.shape[1],
         whole.dtype,
@@ -83,9 +98,9 @@ def decode_linear(x: Tensor, weight: PackedWeight, backend: str = "auto") -> Ten
     """`x @ W.T + b` on a packed weight: each weight is read once, up to 96 rows.
 
     Args:
-        x: `[M,K]` in the weight's dtype, on the CPU.
+        x: `[M,K]` in the weight's dtype, on its device.
         weight: from `prepack_weight`.
-        backend: "auto" or "cpu": a packed weight belongs to the CPU kernel.
+        backend: "auto", "cpu" for packed weights, "reference" (torch's products: on a GPU cuBLAS) for others.
 
     Returns:
         `[M,N]` in x's dtype, or one such view per weight when several were packed together. float32 sums.
@@ -95,15 +110,18 @@ def decode_linear(x: Tensor, weight: PackedWeight, backend: str = "auto") -> Ten
         OfakernRuntimeError: x needs a gradient (it has none), or vmap.
         BackendError: the backend cannot run the call.
     """
-    if type(weight) is PackedWeight and straight(backend, x) and not (torch.is_grad_enabled() and x.requires_grad):
+    plain = type(weight) is PackedWeight and weight.packed and straight(backend, x)
+    if plain and not (torch.is_grad_enabled() and x.requires_grad):
         try:
             return _run(STRAIGHT, x, weight)
         except OfakernError:
             pass  # refused: the checks below say why
     _check(x, weight)
-    chosen = op.BACKENDS.select(backend, x)
-    if chosen == "reference":
-        raise BackendError(f"{_WHERE}: backend 'reference' cannot run this call: {_UNPACKED}\nTry: F.linear.")
+    if backend == "auto":
+        backend = "cpu" if weight.packed else "reference"
+    chosen = op.BACKENDS.select(backend, x, None if weight.packed else _PLAIN)
+    if chosen == "reference" and weight.packed:
+        raise BackendError(f"{_WHERE}: backend 'reference' cannot run this call: {_PACKED}\nTry: F.linear.")
     if log.ENABLED and not torch.compiler.is_compiling():
         log.once(_logger, f"decode_linear x{list(x.shape)} widths {weight.widths} {x.dtype} -> {chosen}")
     return _run(chosen, x, weight)
@@ -111,15 +129,21 @@ def decode_linear(x: Tensor, weight: PackedWeight, backend: str = "auto") -> Ten
 
 def _run(backend: str, x: Tensor, weight: PackedWeight) -> Tensor | tuple[Tensor, ...]:
     widths = weight.widths
-    out: Tensor = op.FORWARD[backend](x, weight.data, sum(widths), weight.scale, weight.bias)
+    out: Tensor
+    if backend == "reference":
+        out = decode_linear_reference(x, weight.data, weight.scale, weight.bias)
+    else:
+        out = op.FORWARD[backend](x, weight.data, sum(widths), weight.scale, weight.bias)
     return out if len(widths) == 1 else torch.split(out, list(widths), dim=1)
 
 
 def refusals(x: Tensor, weight: PackedWeight, backend: str = "auto") -> tuple[str, dict[str, str | None]]:
     """What `ofakern.explain` prints of a call of `decode_linear`."""
     _check(x, weight)
-    wanted, reasons = op.BACKENDS.reasons(backend, x)
-    return wanted, reasons | {"reference": _UNPACKED}
+    wanted, reasons = op.BACKENDS.reasons(backend, x, None if weight.packed else _PLAIN)
+    if backend == "auto":
+        wanted = "cpu" if weight.packed else "reference"
+    return wanted, reasons | {"reference": _PACKED if weight.packed else None}
 
 
 def _check(x: Tensor, weight: PackedWeight) -> None:
@@ -131,6 +155,8 @@ def _check(x: Tensor, weight: PackedWeight) -> None:
         raise OfakernTypeError(f"{_WHERE}: x must be a tensor, got {type(x).__name__}")
     if x.dtype != weight.dtype:
         raise OfakernTypeError(f"{_WHERE}: x must have the packed weight's dtype ({weight.dtype}), got {x.dtype}")
+    if x.device != weight.data.device:
+        raise OfakernValueError(f"{_WHERE}: x must be on the weight's device ({weight.data.device}), got {x.device}")
     if x.ndim != 2 or x.shape[1] != weight.depth:
         raise OfakernValueError(f"{_WHERE}: x must have shape [M,K={weight.depth}], got {list(x.shape)}")
     if torch.is_grad_enabled() and x.requires_grad:
@@ -146,8 +172,10 @@ def _check_weight(name: str, weight: Tensor, first: Tensor) -> None:
         raise OfakernTypeError(f"{_WHERE}: {name} must be float32, bfloat16 or float16, got {weight.dtype}")
     if weight.ndim != 2 or weight.numel() == 0:
         raise OfakernValueError(f"{_WHERE}: {name} must have shape [N,K] and not be empty, got {list(weight.shape)}")
-    if weight.device.type != "cpu":
-        raise OfakernValueError(f"{_WHERE}: {name} must be on the CPU, got {weight.device}")
+    if weight.device != first.device:
+        raise OfakernValueError(
+            f"{_WHERE}: {name} must be on weights[0]'s device ({first.device}), got {weight.device}"
+        )
     if weight.dtype != first.dtype:
         raise OfakernTypeError(f"{_WHERE}: {name} must have weights[0]'s dtype ({first.dtype}), got {weight.dtype}")
     if weight.shape[1] != first.shape[1]:
@@ -163,5 +191,6 @@ def _whole_bias(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> T
             raise OfakernValueError(
                 f"{_WHERE}: biases[{n}] must have shape [N={weight.shape[0]}], got {list(bias.shape)}"
             )
-        whole.append(torch.zeros(weight.shape[0]) if bias is None else bias.detach().float())
+        none = torch.zeros(weight.shape[0], device=weight.device)
+        whole.append(none if bias is None else bias.detach().float())
     return torch.cat(whole)
