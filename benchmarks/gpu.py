@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import catalogue, machine, roofline
-from benchmarks.core import DTYPES, PHASES, Contender, OpBench, Output, Unavailable, Work, tensors
+from benchmarks.core import DTYPES, Contender, OpBench, Output, Unavailable, Work, tensors
 from benchmarks.cutoff import Keep, keep_nothing, terminable
 from benchmarks.moved import moved
 from benchmarks.timing import quantiles
@@ -138,7 +138,7 @@ def _case(session: _Session, op: OpBench, spec: Any, dtype: str, harness: Module
     if not right:
         return
     entries = _agreeing(session, op, spec, dtype, _contenders(session, op, spec, dtype, right))
-    for phase in PHASES:
+    for phase in op.phases_of(spec):
         calls = {}
         for name, entry in entries.items():
             try:

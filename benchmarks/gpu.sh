@@ -36,6 +36,7 @@ BYTES_KEPT=8000000
 WORKERS=$(( $(nproc) / 2 > 0 ? $(nproc) / 2 : 1 ))
 CASES="ofa_base_enc_1024_b32 plain_1024_b32 64mb 64mb_dropout head_scale_22k embed_8192 n4096_v59457"
 CASES="$CASES u8_480_p16_d768_b128 30s_b64 motion_batch"
+CASES="$CASES cross_b32_beam5_s1024 cross_b4_beam5_s1024 self_b32_beam5_t16 self_b4_beam5_t128 r160_v59457 r160_closed"
 export PYTHONUNBUFFERED=1
 declare -A state took note
 

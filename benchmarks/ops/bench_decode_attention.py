@@ -25,11 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.core import DTYPES, Contender, Phase, Unavailable, Work
+from benchmarks.moved import moved
 from ofakern.ops.decode_attention import KeyValueCache, decode_attention
 from ofakern.ops.decode_attention.reference import decode_attention_reference
 
 OP = "decode_attention"
 OURS = "cpu"
+DEVICES = ("cpu", "cuda")
 PHASES = ("fwd",)
 ABOUT = {
     "folded": "torch SDPA with a sample's beams as its query rows, keys stored once",
@@ -40,7 +42,7 @@ ABOUT = {
     "cpu_int8": "ours, keys and values rounded to int8",
 }
 LAYERS = 6
-HEADS, WIDTH = 12, 64
+WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Spec:
     own: bool = False
     quick: bool = False
     default: bool = True
+    heads: int = 12
 
     @property
     def rows(self) -> int:
@@ -66,7 +69,18 @@ CASES: dict[str, Spec] = {
     for spec in (
         Spec("cross_b4_beam5_s1024", "encoder keys: B4 beam 5 H12 S1024 K64", 4, 5, 1024, quick=True),
         Spec("cross_b16_beam5_s1024", "encoder keys: B16 beam 5 H12 S1024 K64", 16, 5, 1024, default=False),
+        Spec("cross_b32_beam5_s1024", "encoder keys: B32 beam 5 H16 S1024 K64", 32, 5, 1024, default=False, heads=16),
         Spec("self_b4_beam5_t16", "own past: B4 beam 5 H12 T16 K64, reordered", 4, 5, 16, own=True, quick=True),
+        Spec(
+            "self_b32_beam5_t16",
+            "own past: B32 beam 5 H16 T16 K64, reordered",
+            32,
+            5,
+            16,
+            True,
+            default=False,
+            heads=16,
+        ),
         Spec("self_b4_beam5_t128", "own past: B4 beam 5 H12 T128 K64, reordered", 4, 5, 128, own=True),
         Spec("self_b4_t1024", "own past: 4 rows without beams, H12 T1024 K64 (an image's codes)", 4, 1, 1024, own=True),
     )
@@ -112,11 +126,11 @@ def make(spec: Spec, dtype: str) -> Problem:
         return torch.randn(shape, generator=generator).to(DTYPES[dtype])
 
     held = spec.rows if spec.own else spec.samples
-    k, v = ([normal(held, spec.keys, HEADS, WIDTH) for _ in range(LAYERS)] for _ in range(2))
-    bias = torch.randn((HEADS, spec.samples * spec.keys), generator=generator)
+    k, v = ([normal(held, spec.keys, spec.heads, WIDTH) for _ in range(LAYERS)] for _ in range(2))
+    bias = torch.randn((spec.heads, spec.samples * spec.keys), generator=generator)
     beam = torch.randint(0, spec.beams, (spec.rows, spec.keys), generator=generator)
     parents = torch.arange(spec.rows)[:, None] // spec.beams * spec.beams + beam
-    q = [normal(spec.rows, HEADS, WIDTH) for _ in range(LAYERS)]
+    q = [normal(spec.rows, spec.heads, WIDTH) for _ in range(LAYERS)]
     return Problem(spec, DTYPES[dtype], q, k, v, bias, parents.to(torch.int32))
 
 
@@ -125,18 +139,20 @@ def work(spec: Spec, dtype: str, phase: Phase) -> Work:
 
     Beams of a search share most of their past; counted is what they share here (a random ancestor for every step).
     """
-    flops = 4.0 * spec.rows * HEADS * spec.keys * WIDTH * LAYERS
+    flops = 4.0 * spec.rows * spec.heads * spec.keys * WIDTH * LAYERS
     read: float = spec.samples * spec.keys
     if spec.own:  # of `beams` slots of a step, those that some row names
         read = spec.samples * spec.keys * spec.beams * (1 - (1 - 1 / spec.beams) ** spec.beams)
-    return Work(flops, 2 * DTYPES[dtype].itemsize * read * HEADS * WIDTH * LAYERS)
+    return Work(flops, 2 * DTYPES[dtype].itemsize * read * spec.heads * WIDTH * LAYERS)
 
 
-def verify(spec: Spec, dtype: str, harness: Any) -> None:
+def verify(spec: Spec, dtype: str, harness: Any, backend: str = "auto") -> None:
     """Raises AssertionError when one layer's result is wrong."""
     problem = make(spec, dtype)
-    got = _ours(problem, OURS, int8=False, layers=1).forward()
+    there = moved(problem, "cuda") if backend == "cuda" else problem
+    got = _ours(there, OURS, int8=False, layers=1, backend=backend).forward()
     assert isinstance(got, Tensor)
+    got = got.cpu()
     k, v = problem.k[0].flatten(0, 1), problem.v[0].flatten(0, 1)
     first = torch.arange(spec.samples) * spec.keys
     table = problem.parents * spec.keys + torch.arange(spec.keys)
@@ -151,14 +167,14 @@ def verify(spec: Spec, dtype: str, harness: Any) -> None:
     harness.assert_kept("out", got, exact, oracle(problem.dtype, v), size, problem.dtype)
 
 
-def _ours(problem: Problem, name: str, int8: bool, layers: int = LAYERS) -> Contender:
+def _ours(problem: Problem, name: str, int8: bool, layers: int = LAYERS, backend: str = "auto") -> Contender:
     spec, rows, bias = problem.spec, problem.row_offsets, problem.bias
-    caches = [_cache(problem, layer, int8) for layer in range(layers)]
+    caches = [_cache(problem, layer, int8, backend) for layer in range(layers)]
     options = {"slots": problem.table, "counts": problem.counts} if spec.own else {}
 
     def forward() -> Tensor:
         for q, cache in zip(problem.q, caches, strict=False):
-            out = decode_attention(q, cache, rows, bias=bias, **options)
+            out = decode_attention(q, cache, rows, bias=bias, backend=backend, **options)
         return out  # type: ignore[return-value]
 
     if layers == LAYERS:  # all contenders show the first layer
@@ -167,28 +183,31 @@ def _ours(problem: Problem, name: str, int8: bool, layers: int = LAYERS) -> Cont
     return Contender(name, forward, exact=not int8)
 
 
-def _cache(problem: Problem, layer: int, int8: bool) -> KeyValueCache:
+def _cache(problem: Problem, layer: int, int8: bool, backend: str) -> KeyValueCache:
     k, v = problem.k[layer], problem.v[layer]
     if not problem.spec.own:
-        return KeyValueCache.of_source(k.flatten(0, 1), v.flatten(0, 1), problem.counts, int8=int8)
+        return KeyValueCache.of_source(k.flatten(0, 1), v.flatten(0, 1), problem.counts, int8=int8, backend=backend)
     slots = problem.spec.rows * problem.spec.keys
-    cache = KeyValueCache.empty(slots, HEADS, WIDTH, dtype=problem.dtype, int8=int8)
+    cache = KeyValueCache.empty(slots, problem.spec.heads, WIDTH, dtype=problem.dtype, int8=int8, device=k.device)
     cache.write(torch.arange(slots), k.transpose(0, 1).flatten(0, 1), v.transpose(0, 1).flatten(0, 1))
     return cache
 
 
-def ours(problem: Problem) -> Contender:
-    return _ours(problem, OURS, False)
+def ours(problem: Problem, backend: str = "auto") -> Contender:
+    return _ours(problem, OURS, False, backend=backend)
 
 
 def ours_int8(problem: Problem) -> Contender:
-    return _ours(problem, "cpu_int8", True)
+    on_gpu = problem.q[0].is_cuda
+    return _ours(problem, "cpu_int8", True, backend="cuda" if on_gpu else "auto")
 
 
 def _mask(problem: Problem, samples_repeat: int) -> Tensor:
     """`[B * repeat, H, 1, S]` in the dtype of q."""
     spec = problem.spec
-    mask = problem.bias.view(HEADS, spec.samples, 1, spec.keys).transpose(0, 1).repeat_interleave(samples_repeat, 0)
+    mask = (
+        problem.bias.view(spec.heads, spec.samples, 1, spec.keys).transpose(0, 1).repeat_interleave(samples_repeat, 0)
+    )
     return mask.to(problem.dtype).contiguous()
 
 
@@ -218,9 +237,9 @@ def folded(problem: Problem) -> Contender:
     mask = _mask(problem, 1).expand(-1, -1, spec.beams, -1)
 
     def call(layer: int) -> Tensor:
-        q = problem.q[layer].view(spec.samples, spec.beams, HEADS, WIDTH).transpose(1, 2)
+        q = problem.q[layer].view(spec.samples, spec.beams, spec.heads, WIDTH).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k[layer], v[layer], attn_mask=mask)
-        return out.transpose(1, 2).reshape(spec.rows, HEADS, WIDTH)
+        return out.transpose(1, 2).reshape(spec.rows, spec.heads, WIDTH)
 
     return _in_turn(problem, "folded", call)
 
