@@ -31,7 +31,8 @@ def patch_embed_fold(
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, LD, BLOCK):
         k = first + tl.arange(0, BLOCK)
-        inside = (k < DEPTH) & (d < WIDTH)
+        # Not `&` of a block and a number: triton 3.9's interpreter takes the result for no mask.
+        inside = k < tl.where(d < WIDTH, DEPTH, 0)
         if INTERLEAVED:
             channel = k % CHANNELS
             native = channel * VOLUME + k // CHANNELS
