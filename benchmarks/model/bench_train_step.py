@@ -24,11 +24,11 @@ from benchmarks.core import DTYPES, Contender, Phase, Unavailable, Work
 from benchmarks.model.train_step_peers import ATTENTION, EPSILON, plain_loss
 from ofakern.data.batch import Example, PackedBatch, Segment
 from ofakern.instruction import Modality
-from ofakern.modality.image import resnet as resnet_module
 from ofakern.modality.image.adaptor import ImageResnetAdaptor, ImageResnetConfig
 from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import OFAConfig, OFAPlus
 from ofakern.nn import attention as nn_attention
+from ofakern.nn import recompute
 from ofakern.nn.loss import label_smoothed_cross_entropy
 
 OP = "train_step"
@@ -36,9 +36,9 @@ OURS = "ofakern"
 PHASES: tuple[Phase, ...] = ("resnet", "transformer", "step")
 ABOUT = {
     "sdpa_mask": "the same model on SDPA: the bias of each layer as a dense mask, its position term shared by the "
-    "layers; all logits at once; nothing of the ResNet computed again",
+    "layers; all logits at once; nothing computed again",
     "ofasys": "the same model by OFASys' formula: the bias cloned per layer, bmm, float32 softmax, einsum; all logits "
-    "at once; nothing of the ResNet computed again",
+    "at once; nothing computed again",
 }
 _BACKBONE = "image_resnet.embed_images"
 _STRIDE = 16
@@ -141,13 +141,13 @@ def _steps(problem: Problem, attention: Any, loss: Callable[[Tensor], Tensor]) -
     """The phases' calls with `attention` in the place of ours (None: ours)."""
 
     def step(phase: Phase) -> Tensor:
-        with _attention(attention), _features(problem, given=phase == "transformer"), _backbone(attention is None):
+        with _attention(attention), _features(problem, given=phase == "transformer"), _kept(attention is not None):
             value = loss(problem.model(problem.batch))
             torch.autograd.grad(value, problem.parameters(phase), allow_unused=True)
         return value.detach()
 
     def resnet() -> Tensor:
-        with _backbone(attention is None):
+        with _kept(attention is not None):
             out: Tensor = problem.backbone(_image(problem))
             torch.autograd.grad(out, problem.parameters("resnet"), problem.features.detach())
         return out.detach()
@@ -179,12 +179,12 @@ def _features(problem: Problem, given: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _backbone(recomputing: bool) -> Iterator[None]:
-    """Peers' backbones keep all that their backward pass reads."""
-    if recomputing:
+def _kept(all_of_it: bool) -> Iterator[None]:
+    """Peers keep all that their backward pass reads."""
+    if not all_of_it:
         yield
         return
-    with mock.patch.object(resnet_module, "recomputed", lambda part, x: part(x, True)):
+    with mock.patch.object(recompute, "_FEW", float("inf")):
         yield
 
 

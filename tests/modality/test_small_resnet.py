@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ofakern.errors import OfakernValueError
 from ofakern.modality.adaptors import adaptor_config, adaptor_options
-from ofakern.modality.image import resnet as resnet_module
 from ofakern.modality.image.adaptor import ImageResnetConfig
 from ofakern.modality.image.resnet import ResNet
+from ofakern.nn import recompute
 
 
 def test_features_have_sixteen_times_the_width() -> None:
@@ -47,7 +47,12 @@ def test_wrong_width_is_named() -> None:
 
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that the backward pass reads is kept."""
-    monkeypatch.setattr(resnet_module, "recomputed", lambda part, x: part(x, True))
+    monkeypatch.setattr(recompute, "_FEW", float("inf"))
+
+
+@pytest.fixture(autouse=True)
+def however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "_FEW", 0)
 
 
 def outcome(backbone: ResNet, images: Tensor, times: int = 1) -> list[Tensor]:

@@ -10,15 +10,14 @@ there, batch norms, activations and the last 1x1 convolution, a tenth of the blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import count
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ofakern.errors import OfakernValueError
+from ofakern.nn.recompute import recomputed
 
 STAGES = {"resnet50": (3, 4, 6), "resnet101": (3, 4, 23), "resnet152": (3, 8, 36)}
 STRIDE = 16
@@ -165,20 +164,6 @@ class ResNet(nn.Module):
                 self._folded = {conv: _folded_pair(conv, norm) for conv, norm in self.pairs()}
             self._folded_key = key
         return self._folded
-
-
-def recomputed(part: Callable[[Tensor, bool], Tensor], x: Tensor) -> Tensor:
-    """`part(x, True)`, keeping x alone for the backward pass, which calls `part(x, False)` as far as it needs to.
-
-    The second call must give the same and change nothing. A compiled graph decides for itself what it keeps, and
-    torch.func's transforms know no checkpoints.
-    """
-    needed = torch.is_grad_enabled() and x.requires_grad
-    if not needed or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return part(x, True)
-    calls = count()
-    y: Tensor = checkpoint(lambda x: part(x, next(calls) == 0), x, use_reentrant=False, preserve_rng_state=False)
-    return y
 
 
 def normalise(x: Tensor, norm: nn.BatchNorm2d, first: bool) -> Tensor:
