@@ -277,9 +277,10 @@ __device__ __forceinline__ void attend_rows(const AttendCall& c, const SampleKey
     put_block<kRows>(c, state, splits_of(c, sample.count) <= 1, p.split, first_row, rows, p.head, lanes);
 }
 
-// One block (narrow: one warp) for each row, split and head. A row that no sample has sees no keys.
+// One block (narrow: one warp) for each row, split and head. A row that no sample has sees no keys. The bound for int8:
+// ptxas spills a word on sm_80 without one.
 template <class S>
-__global__ void __launch_bounds__(kLaneWarps * 32) attend_slots(const AttendCall c) {
+__global__ void __launch_bounds__(kLaneWarps * 32, sizeof(S) == 1 ? 5 : 1) attend_slots(const AttendCall c) {
   const LanePlace p = place_of(c);
   if (!p.heads_left) return;
   const int found = sample_of(c, p.outer);
