@@ -170,7 +170,7 @@ def verify(spec: Spec, dtype: str, harness: Any, backend: str = "auto") -> None:
 def _ours(problem: Problem, name: str, int8: bool, layers: int = LAYERS, backend: str = "auto") -> Contender:
     spec, rows, bias = problem.spec, problem.row_offsets, problem.bias
     caches = [_cache(problem, layer, int8, backend) for layer in range(layers)]
-    options = {"slots": problem.table, "counts": problem.counts} if spec.own else {}
+    options: dict[str, Any] = {"slots": problem.table, "counts": problem.counts} if spec.own else {}
 
     def forward() -> Tensor:
         for q, cache in zip(problem.q, caches, strict=False):
