@@ -45,8 +45,6 @@ void decode_attention_pack(const TensorView& k, const TensorView& v, const Tenso
   OFAKERN_DISPATCH(decode_attention_pack, k, v, runs, keys, values, threads);
 }
 
-void check_decode_attention(const DecodeAttentionInputs& inputs) { check_inputs(inputs); }
-
 std::int64_t decode_attention_workspace(const DecodeAttentionInputs& inputs, int threads) {
   check_decode_attention(inputs);
   return OFAKERN_DISPATCH(decode_attention_workspace, inputs, threads);

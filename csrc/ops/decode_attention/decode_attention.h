@@ -62,9 +62,6 @@ std::int64_t check_decode_runs(const TensorView& runs, std::int64_t room);
 void decode_attention_pack(const TensorView& k, const TensorView& v, const TensorView& runs, const TensorView& keys,
                            const TensorView& values, int threads);
 
-// Throws where the inputs do not fit together.
-void check_decode_attention(const DecodeAttentionInputs& inputs);
-
 std::int64_t decode_attention_workspace(const DecodeAttentionInputs& inputs, int threads);
 
 // out [R, H, Kv] of q's dtype, lse f32 [R, H]; both contiguous, fully written. Neither depends on `threads`.
