@@ -55,12 +55,12 @@ lint: setup ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files '*.h' '*.cpp' '*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 format: setup ## rewrite the sources in the house's format
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
-	git ls-files '*.h' '*.cpp' '*.cu' | xargs -r $(BIN)/clang-format -i
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format -i
 
 sanitize: setup ## build _cpu with ASan and UBSan and run the op tests with it (about six minutes)
 	$(PY) -m pytest -q -s -m sanitize tests/ops

@@ -121,7 +121,8 @@ def test_a_disconnect_frees_the_place(held: Held, stream: bool) -> None:
             client = socket.create_connection(("127.0.0.1", port), 60)
             client.sendall(request_bytes(json.dumps({**BODY, "stream": stream}).encode()))
             clients.append(client)
-            until(lambda: held.engine.running + held.engine.waiting == len(clients))
+            # One by one, the first until it runs: two in the queue before that would leave the third no place.
+            until(lambda: held.engine.running == 1 and held.engine.waiting == len(clients) - 1)
         assert post(port, BODY)[0] == 429
         for client in clients:
             client.close()
