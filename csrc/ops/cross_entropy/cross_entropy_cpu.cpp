@@ -29,7 +29,7 @@ struct Pass {
 
   void clear() {
     const std::size_t bytes = static_cast<std::size_t>(p.tokens) * sizeof(float);
-    if (want.losses) {
+    if (want.losses && bytes > 0) {  // without tokens there may be no memory, and memset must not see that
       std::memset(losses.loss.data, 0, bytes);
       std::memset(losses.nll.data, 0, bytes);
       std::memset(losses.lse.data, 0, bytes);
