@@ -448,6 +448,18 @@ def cross_entropy_backward_workspace(
     threads: int,
     /,
 ) -> int: ...
+def decode_attention_project(
+    keys: Tensor,
+    values: Tensor,
+    states: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    runs: Tensor,
+    heads: int,
+    key_width: int,
+    value_width: int,
+    threads: int,
+) -> None: ...
 def decode_attention_pack(
     keys: Tensor, values: Tensor, k: Tensor, v: Tensor, runs: Tensor, threads: int, /
 ) -> None: ...

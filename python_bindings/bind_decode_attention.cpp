@@ -20,6 +20,24 @@ void pack(const py::args& values) {
   decode_attention_pack(k, v, runs, keys, packed_values, threads);
 }
 
+void project(const py::args& values) {
+  Arguments args("decode_attention", values, 10);
+  const TensorView keys = args.tensor("keys"), packed_values = args.tensor("values");
+  SourceProjection source;
+  source.states = args.rows("states");
+  source.packed = args.tensor("packed");
+  source.bias = args.tensor("bias");
+  source.runs = args.tensor("runs");
+  source.heads = args.integer("heads");
+  source.key_width = args.integer("key_width");
+  source.value_width = args.integer("value_width");
+  const int threads = args.threads();
+  Made made;
+  const TensorView workspace = made.workspace(decode_attention_project_workspace(source, threads));
+  const py::gil_scoped_release release;
+  decode_attention_project(source, keys, packed_values, workspace, threads);
+}
+
 std::int64_t workspace_bytes(const py::args& values) {
   Arguments args("decode_attention", values, kDecodeArguments);
   const DecodeAttentionInputs in = read_decode_attention(args);
@@ -56,6 +74,7 @@ py::object make_forward(const py::args& values) {
 void bind_decode_attention(py::module_& m) {
   m.def("decode_attention", make_forward);
   m.def("decode_attention_pack", pack);
+  m.def("decode_attention_project", project);
   m.def("decode_attention_workspace", workspace_bytes);
   m.def("decode_attention_forward", forward);
 }

@@ -199,7 +199,7 @@ class Expanded(Peer):
     position only; everything else as in `Ofasys`."""
 
     def start(self, memory: Memory, beams: int, source: list[tuple[Tensor, Tensor]]) -> PeerState:
-        k_pos = self.decoder.cross_keys(memory)
+        k_pos = self.decoder.cross_keys(memory.positions)
         assert k_pos is not None
         positions = k_pos.view(memory.samples, -1, *k_pos.shape[1:]).permute(0, 2, 3, 1).contiguous()
         self.beams = beams

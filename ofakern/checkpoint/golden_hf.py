@@ -194,7 +194,7 @@ def _bias_checks(
         recorded = case.arrays[key].view(case.samples, -1, *case.arrays[key].shape[1:])
         ours, theirs = [], []
         if attention == "cross_attn":
-            q_pos, k_pos = model.decoder.cross_queries(target), model.decoder.cross_keys(memory)
+            q_pos, k_pos = model.decoder.cross_queries(target), model.decoder.cross_keys(memory.positions)
             relative = None
         else:
             group = stack.adaptor

@@ -112,9 +112,9 @@ class Decoder(nn.Module):
         """q_pos of cross attention `[Nt, H, P]`."""
         return self._split(self.cross_pos_q_linear, positions)
 
-    def cross_keys(self, memory: Memory) -> Tensor | None:
+    def cross_keys(self, positions: Tensor) -> Tensor | None:
         """k_pos of cross attention `[Ns, H, P]`, the same for all layers and steps."""
-        return self._split(self.cross_pos_k_linear, memory.positions)
+        return self._split(self.cross_pos_k_linear, positions)
 
     def forward(self, side: PackedSide, memory: Memory) -> Tensor:
         x, positions = self.adaptor(side)

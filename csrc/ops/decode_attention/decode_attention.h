@@ -62,6 +62,20 @@ std::int64_t check_decode_runs(const TensorView& runs, std::int64_t room);
 void decode_attention_pack(const TensorView& k, const TensorView& v, const TensorView& runs, const TensorView& keys,
                            const TensorView& values, int threads);
 
+// A source made from what keys and values are projections of, without the projections in memory: k = states · Wk and
+// v = states · Wv + bias, rounded to the dtype of states, then packed as above.
+struct SourceProjection {
+  TensorView states;  // [N, D] f32, bf16 or f16, rows contiguous: the runs' samples one after the other
+  TensorView packed;  // Wk then Wv, [H * K + H * Kv, D], from decode_linear_pack for states' dtype
+  TensorView bias;    // f32 [H * K + H * Kv] or undefined
+  TensorView runs;    // i32 [B, 2]
+  std::int64_t heads, key_width, value_width;
+};
+std::int64_t decode_attention_project_workspace(const SourceProjection& source, int threads);
+// keys, values: flat, of states' dtype, fully written, pads included. The result does not depend on `threads`.
+void decode_attention_project(const SourceProjection& source, const TensorView& keys, const TensorView& values,
+                              const TensorView& workspace, int threads);
+
 std::int64_t decode_attention_workspace(const DecodeAttentionInputs& inputs, int threads);
 
 // out [R, H, Kv] of q's dtype, lse f32 [R, H]; both contiguous, fully written. Neither depends on `threads`.

@@ -1,5 +1,5 @@
 // Compiled once per instruction set; see core/isa.h.
-#include "ops/decode_attention/decode_attention_pack.h"
+#include "ops/decode_attention/decode_attention_project.h"
 #include "ops/decode_attention/decode_attention_slots.h"
 #include "ops/decode_attention/decode_attention_source.h"
 
@@ -33,6 +33,21 @@ void decode_attention_pack(const TensorView& k, const TensorView& v, const Tenso
   with_type(k.dtype, [&](auto type) {
     using S = decltype(type);
     pack(k, v, runs, keys.as<S>(), values.as<S>(), threads);
+  });
+}
+
+i64 decode_attention_project_workspace(const SourceProjection& in, int threads) {
+  return with_type(in.states.dtype, [&](auto type) {
+    using T = decltype(type);
+    return matmul_scratch<Packed<T>, T>(projection_plan<T>(in), threads);
+  });
+}
+
+void decode_attention_project(const SourceProjection& in, const void* panels, const TensorView& keys,
+                              const TensorView& values, void* workspace, int threads) {
+  with_type(in.states.dtype, [&](auto type) {
+    using T = decltype(type);
+    project(in, static_cast<const T*>(panels), keys.as<T>(), values.as<T>(), workspace, threads);
   });
 }
 

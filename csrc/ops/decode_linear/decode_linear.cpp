@@ -18,8 +18,7 @@ OFAKERN_DECLARE_FOR_EACH_ISA(std::int64_t decode_linear_elements(std::int64_t n,
 
 namespace {
 
-constexpr std::int64_t kHeaderBytes = 64;
-static_assert(sizeof(PackedHeader) <= kHeaderBytes, "the panels begin at the next line");
+static_assert(sizeof(PackedHeader) <= kPackedHeaderBytes, "the panels begin at the next line");
 constexpr char kMagic[9] = "ofakern1";
 
 constexpr Checker kCheck("decode_linear");
@@ -37,7 +36,7 @@ PackedHeader make_header(std::int64_t n, std::int64_t k, DType dtype, bool int8)
 }
 
 std::int64_t total_bytes(const PackedHeader& header) {
-  return kHeaderBytes + header.elements * (header.bytes ? 1 : size_of(static_cast<DType>(header.dtype)));
+  return kPackedHeaderBytes + header.elements * (header.bytes ? 1 : size_of(static_cast<DType>(header.dtype)));
 }
 
 PackedHeader check_inputs(const DecodeLinearInputs& in) {
@@ -48,7 +47,7 @@ PackedHeader check_inputs(const DecodeLinearInputs& in) {
   kCheck.last_contiguous("x", in.x);
   kCheck.plain("packed", in.packed, "[bytes]", {-1}, DType::u8);
   PackedHeader header = {};
-  if (in.packed.shape[0] >= kHeaderBytes) std::memcpy(&header, in.packed.data, sizeof header);
+  if (in.packed.shape[0] >= kPackedHeaderBytes) std::memcpy(&header, in.packed.data, sizeof header);
   kCheck.that(std::memcmp(header.magic, kMagic, sizeof header.magic) == 0, "packed", "come from prepack_weight",
               describe(in.packed));
   if (header.isa != static_cast<std::int32_t>(active_isa()))
@@ -82,9 +81,9 @@ void decode_linear_pack(const TensorView& weight, DType dtype, const TensorView&
   const std::int64_t bytes = decode_linear_packed_bytes(weight.shape[0], weight.shape[1], dtype, int8);
   kCheck.plain("packed", packed, "[bytes]", {bytes}, DType::u8);
   const PackedHeader header = make_header(weight.shape[0], weight.shape[1], dtype, int8);
-  std::memset(packed.data, 0, kHeaderBytes);
+  std::memset(packed.data, 0, kPackedHeaderBytes);
   std::memcpy(packed.data, &header, sizeof header);
-  OFAKERN_DISPATCH(decode_linear_pack, weight, dtype, packed.as<char>() + kHeaderBytes, threads);
+  OFAKERN_DISPATCH(decode_linear_pack, weight, dtype, packed.as<char>() + kPackedHeaderBytes, threads);
 }
 
 PackedHeader decode_linear_header(const DecodeLinearInputs& inputs) { return check_inputs(inputs); }

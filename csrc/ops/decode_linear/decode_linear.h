@@ -14,6 +14,8 @@
 
 namespace ofakern {
 
+constexpr std::int64_t kPackedHeaderBytes = 64;
+
 struct PackedHeader {
   char magic[8];                             // "ofakern1"
   std::int32_t isa, dtype, bytes, reserved;  // bytes: 1 when the weight is int8

@@ -6,8 +6,6 @@
 namespace ofakern::OFAKERN_ISA {
 namespace {
 
-constexpr i64 kHeaderBytes = 64;
-
 // gemm_driver's prologue: rows of x as they are.
 template <class T>
 struct CopyRows {
@@ -48,7 +46,7 @@ template <class T, class Stored>
 OFAKERN_LOCAL void run(const DecodeLinearInputs& in, const PackedHeader& header, const TensorView& out,
                        const TensorView& workspace, int threads) {
   using Elem = Packed<T>;
-  const Stored* panels = reinterpret_cast<const Stored*>(in.packed.as<const char>() + kHeaderBytes);
+  const Stored* panels = reinterpret_cast<const Stored*>(in.packed.as<const char>() + kPackedHeaderBytes);
   multiply(make_plan<T>(in, header), make_weight<Elem, Stored>(panels, header.n, header.k), workspace.data, threads,
            CopyRows<T>{in.x.as<const T>(), in.x.stride[0], header.k},
            WriteRows<T>{out.as<T>(), header.n, in.scale.as<const float>(), in.bias.as<const float>()});

@@ -10,47 +10,49 @@ import torch
 from torch import Tensor
 
 from ofakern.model.decode.segment import PositionBlock, Segment
+from ofakern.model.decode.weights import DecodeWeights, LayerWeights
 from ofakern.model.stacks import Decoder, Memory
+from ofakern.nn.attention import MultiheadAttention
 from ofakern.ops.decode_attention import KeyValueCache
 
 
 @dataclass
-class _Sample:
-    """k_pos `[S, H, P]`: None without a factored term. bias: f32 `[n, H, S]` of the positions of `block`."""
+class _Keys:
+    """Positions that some samples share. k_pos `[S, H, P]`: None without a factored term. bias: f32 `[n, H, S]` of the
+    positions of `block`."""
 
     k_pos: Tensor | None
     block: PositionBlock | None = None
     bias: Tensor | None = None
 
+    def bias_at(self, segment: Segment, position: int) -> Tensor:
+        """f32 `[H, S]`; samples that share positions stand at one position of one segment."""
+        block = segment.block(position)
+        if self.block is not block:
+            self.block, self.bias = block, _bias(block, self.k_pos)
+        assert self.bias is not None
+        return self.bias[position - block.start]
+
 
 class Source:
     """caches: one per decoder layer. Samples come and go."""
 
-    def __init__(self, decoder: Decoder, memory: Memory) -> None:
+    def __init__(self, decoder: Decoder, weights: DecodeWeights, memory: Memory) -> None:
         self.caches = [
-            KeyValueCache.of_source(
-                *layer.encoder_attn.source_keys_values(memory.states), memory.lengths, backend=decoder.backend
-            )
-            for layer in decoder.decoder_layers()
+            _cache(layer.encoder_attn, own, memory, decoder.backend)
+            for layer, own in zip(decoder.decoder_layers(), weights.layers, strict=True)
         ]
-        k_pos = decoder.cross_keys(memory)
-        parts: Sequence[Tensor | None] = (
-            [None] * memory.samples if k_pos is None else torch.split(k_pos, list(memory.lengths))
-        )
-        self._samples = [_Sample(part) for part in parts]
+        self._samples = list(zip(_keys(decoder, memory), memory.lengths, strict=True))
 
     def bias(self, segments: Sequence[Segment], positions: Sequence[int]) -> Tensor | None:
         """What this step adds to the scores of all layers, f32 `[H, sum of S]`: sample b is at position `positions[b]`
         of `segments[b]`. None: nothing."""
-        if not self._samples or self._samples[0].k_pos is None:
+        if not self._samples or self._samples[0][0].k_pos is None:
             return None
-        rows = []
-        for sample, segment, position in zip(self._samples, segments, positions, strict=True):
-            block = segment.block(position)
-            if sample.block is not block:
-                sample.block, sample.bias = block, _bias(block, sample.k_pos)
-            assert sample.bias is not None
-            rows.append(sample.bias[position - block.start])
+        rows = [
+            keys.bias_at(segment, position)[:, :length]
+            for (keys, length), segment, position in zip(self._samples, segments, positions, strict=True)
+        ]
         return torch.cat(rows, 1)
 
     def keep(self, samples: np.ndarray) -> None:
@@ -62,6 +64,26 @@ class Source:
         """The other's samples come after ours."""
         self._samples += other._samples
         self.caches = [mine.joined(cache) for mine, cache in zip(self.caches, other.caches, strict=True)]
+
+
+def _cache(attention: MultiheadAttention, weights: LayerWeights, memory: Memory, backend: str) -> KeyValueCache:
+    if weights.source.packs and backend in ("auto", "cpu"):
+        return KeyValueCache.of_projection(memory.states, weights.source.packed(), memory.lengths, attention.heads)
+    return KeyValueCache.of_source(*attention.source_keys_values(memory.states), memory.lengths, backend=backend)
+
+
+def _keys(decoder: Decoder, memory: Memory) -> list[_Keys]:
+    """Of each sample; those that share positions share what is made of them."""
+    sets = memory.sets
+    numbers = range(memory.samples) if sets is None else sets.numbers
+    lengths: dict[int, int] = {}
+    for number, length in zip(numbers, memory.lengths, strict=True):
+        lengths[number] = max(lengths.get(number, 0), length)
+    k_pos = decoder.cross_keys(memory.positions if sets is None else sets.take(memory.positions))
+    ordered = sorted(lengths)
+    parts = [None] * len(ordered) if k_pos is None else torch.split(k_pos, [lengths[number] for number in ordered])
+    made = {number: _Keys(part) for number, part in zip(ordered, parts, strict=True)}
+    return [made[number] for number in numbers]
 
 
 def _bias(block: PositionBlock, k_pos: Tensor | None) -> Tensor:

@@ -55,7 +55,7 @@ class DecodeState:
         layers, weight = decoder.decoder_layers(), decoder.adaptor.embed_tokens.weight
         self._dtype = weight.dtype
         with torch.autocast(self._device.type, enabled=False):
-            self._source = Source(decoder, memory.to(weight.dtype))
+            self._source = Source(decoder, weights, memory.to(weight.dtype))
             self._prefixes = _prefix_caches(decoder, weight.dtype)
         config = decoder.config
         width = config.dim // config.heads

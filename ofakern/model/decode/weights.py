@@ -27,6 +27,8 @@ _RANGES = 4
 class Projection:
     """One or several linear layers `(weight [N, K], bias [N] or None)` that share an input.
 
+    packs: whether there is a kernel that takes them packed.
+
     The call takes x `[R, K]` and gives one `[R, N]` for each layer. Packed at the first call of at most `MOST_ROWS`
     rows where there is a kernel for the weights; int8 weights are packed whatever the rows, so that their numbers are
     the same in every batch.
@@ -35,7 +37,7 @@ class Projection:
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor | None]], int8: bool, pack: bool) -> None:
         self._layers = tuple(layers)
         self._int8 = int8
-        self._pack = pack
+        self.packs = pack
         self._packed: PackedWeight | None = None
 
     @classmethod
@@ -43,7 +45,7 @@ class Projection:
         return cls([(module.weight, module.bias) for module in modules], int8, pack)
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        if not self._pack or (x.shape[0] > MOST_ROWS and not self._int8):
+        if not self.packs or (x.shape[0] > MOST_ROWS and not self._int8):
             return tuple(F.linear(x, weight, bias) for weight, bias in self._layers)
         found = decode_linear(x, self.packed())
         return (found,) if isinstance(found, Tensor) else found
@@ -61,7 +63,11 @@ class Projection:
 
 
 class LayerWeights:
-    """One decoder layer's projections. fc: (fc1, fc2) of each expert; None as a key where there are no experts."""
+    """One decoder layer's projections.
+
+    source: of the encoder's states, to keys and values. fc: (fc1, fc2) of each expert; None as a key where there are no
+    experts.
+    """
 
     def __init__(self, layer: DecoderLayer, int8: bool, pack: bool) -> None:
         def of(*modules: nn.Linear) -> Projection:
@@ -72,6 +78,9 @@ class LayerWeights:
         self.own_out = of(own.out_proj)
         self.cross = of(cross.q_proj)
         self.cross_out = of(cross.out_proj)
+        # A bias of k adds the same to all scores of a query, and is left out.
+        parts = [(cross.k_proj.weight, None), (cross.v_proj.weight, cross.v_proj.bias)]
+        self.source = Projection(parts, False, pack)
         self.fc: dict[int | None, tuple[Projection, Projection]] = {None: (of(layer.fc1), of(layer.fc2))}
         if layer.experts_fc1 is not None and layer.experts_fc2 is not None:
             pairs = zip(layer.experts_fc1, layer.experts_fc2, strict=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ofakern.errors import OfakernTypeError, OfakernValueError
 from ofakern.ops.decode_attention import op
 from ofakern.ops.decode_attention.reference import quantize_heads
+from ofakern.ops.decode_linear import PackedWeight
 from ofakern.ops.memory import large_empty
 from ofakern.ops.selection import KERNEL_DTYPES
 
@@ -110,6 +111,21 @@ class KeyValueCache:
         else:
             keys, values = k.clone(), v.clone()
         return KeyValueCache(keys, values, k_scale, v_scale, runs, packed, heads, key_width, value_width, dtype)
+
+    @staticmethod
+    def of_projection(states: Tensor, weight: PackedWeight, lengths: Sequence[int], heads: int) -> KeyValueCache:
+        """A source cache of packed samples whose keys and values are projections of `states` `[N,D]`, in one pass.
+
+        weight: of keys `[H*K,D]` and values `[H*Kv,D]` together, from `prepack_weight`, not int8; its biases are added.
+        lengths: of samples. heads: H. As `of_source` of the products, which are rounded once, behind their bias.
+        Raises OfakernValueError, OfakernTypeError.
+        """
+        counts = [int(n) for n in lengths]
+        _check_projection(states, weight, counts, heads)
+        runs = _runs(counts, op.BLOCK)
+        keys, values = op.project(states.detach(), weight, runs, heads)
+        key_width, value_width = (width // heads for width in weight.widths)
+        return KeyValueCache(keys, values, None, None, runs, True, heads, key_width, value_width, states.dtype)
 
     @property
     def slots(self) -> int:
@@ -281,6 +297,34 @@ def _check_source(k: Tensor, v: Tensor, counts: Sequence[int]) -> None:
     if min(counts, default=0) < 0 or sum(counts) != k.shape[0]:
         raise OfakernValueError(
             f"{_WHERE}.of_source: lengths must be non-negative and add up to {k.shape[0]}, got {list(counts)[:8]}"
+        )
+
+
+def _check_projection(states: Tensor, weight: PackedWeight, counts: list[int], heads: int) -> None:
+    where = f"{_WHERE}.of_projection"
+    if not isinstance(states, Tensor):
+        raise OfakernTypeError(f"{where}: states must be a tensor, got {type(states).__name__}")
+    if not isinstance(weight, PackedWeight) or not weight.packed or weight.scale is not None:
+        got = "another one" if isinstance(weight, PackedWeight) else type(weight).__name__
+        raise OfakernTypeError(
+            f"{where}: weight must be a PackedWeight of a float type for the CPU kernel, got {got}\nTry: prepack_weight"
+        )
+    if states.ndim != 2 or states.shape[1] != weight.depth or states.dtype != weight.dtype:
+        raise OfakernValueError(
+            f"{where}: states must have shape [N,D={weight.depth}] and dtype {weight.dtype}, "
+            f"got {list(states.shape)}, {states.dtype}"
+        )
+    if len(weight.widths) != 2 or heads < 1 or any(width % heads for width in weight.widths):
+        raise OfakernValueError(
+            f"{where}: weight must be of keys and values of {heads} heads, got widths {list(weight.widths)}"
+        )
+    if max(weight.widths) > heads * op.MAX_WIDTH:
+        raise OfakernValueError(
+            f"{where}: heads must be at most {op.MAX_WIDTH} wide, got {max(weight.widths) // heads}"
+        )
+    if min(counts, default=0) < 0 or sum(counts) != states.shape[0]:
+        raise OfakernValueError(
+            f"{where}: lengths must be non-negative and add up to {states.shape[0]}, got {counts[:8]}"
         )
 
 

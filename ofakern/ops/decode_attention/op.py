@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ofakern.ops import native
 from ofakern.ops.decode_attention import kernel_cuda
-from ofakern.ops.library import define, ops_of
+from ofakern.ops.decode_linear import PackedWeight
+from ofakern.ops.library import define, kernel_ready, ops_of
 from ofakern.ops.memory import large_empty
 from ofakern.ops.selection import Backends
 
@@ -35,13 +36,38 @@ def padded_value_width(width: int) -> int:
 
 def pack(k: Tensor, v: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks of keys and panels of values (flat, k's dtype) of samples that follow one another in k and v."""
-    room = int(((runs[:, 1] + BLOCK - 1) // BLOCK * BLOCK).sum())
-    heads = k.shape[1]
-    keys = large_empty((room * heads * padded_key_width(k.shape[2], k.dtype),), k.dtype)
-    values = large_empty((room * heads * padded_value_width(v.shape[2]),), v.dtype)
+    keys, values = _storage(runs, k.shape[1], k.shape[2], v.shape[2], k.dtype)
     sources = [_bits(x if x.stride(-1) == 1 else x.contiguous()) for x in (k.resolve_neg(), v.resolve_neg())]
     native.kernels.decode_attention_pack(_bits(keys), _bits(values), *sources, runs, torch.get_num_threads())
     return keys, values
+
+
+def project(states: Tensor, weight: PackedWeight, runs: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """`pack` of the projections k and v of states `[N,D]`, which are in memory at no time."""
+    key_width, value_width = (width // heads for width in weight.widths)
+    keys, values = _storage(runs, heads, key_width, value_width, states.dtype)
+    ready = kernel_ready(states)
+    native.kernels.decode_attention_project(
+        keys,
+        values,
+        ready,
+        weight.data,
+        weight.bias,
+        runs,
+        heads,
+        key_width,
+        value_width,
+        torch.get_num_threads(),
+    )
+    return keys, values
+
+
+def _storage(runs: Tensor, heads: int, key_width: int, value_width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    room = int(((runs[:, 1] + BLOCK - 1) // BLOCK * BLOCK).sum())
+    return (
+        large_empty((room * heads * padded_key_width(key_width, dtype),), dtype),
+        large_empty((room * heads * padded_value_width(value_width),), dtype),
+    )
 
 
 def _bits(x: Tensor) -> Tensor:
