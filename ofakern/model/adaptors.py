@@ -16,6 +16,7 @@ from ofakern.model.side import SidePlan, find_adaptor, plan_side
 from ofakern.nn.adaptor import Adaptor, SideShape
 from ofakern.nn.attention import split_heads
 from ofakern.nn.relative import RelativeBlock, unfold
+from ofakern.ops.library import readable
 
 
 class AdaptorGroup(nn.Module):
@@ -121,12 +122,7 @@ class AdaptorGroup(nn.Module):
         assert self.order_embedding is not None
         index = side.segment_order if self.source else side.target_slot_id
         limit = self.order_embedding.num_embeddings
-        if (
-            not torch.compiler.is_compiling()
-            and index.device.type == "cpu"
-            and index.numel()
-            and int(index.max()) >= limit
-        ):
+        if readable(index) and index.numel() and int(index.max()) >= limit:
             name = "max_segments" if self.source else "target_slots"
             raise OfakernValueError(f"OFAPlus: {name} ({limit}) must exceed every index, got {int(index.max())}")
         rows: Tensor = self.order_embedding(index)

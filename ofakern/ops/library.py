@@ -99,6 +99,12 @@ def straight(backend: str, *tensors: Any) -> bool:
     )
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether the host may look at a tensor's values: it need not wait for them, and no mode of torch's, which may be
+    recording the step, would lose that what follows depends on them."""
+    return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+
+
 def apply_function(function: Any, *arguments: Any) -> Any:
     """`function.apply(*arguments)` of an autograd.Function, at less than half its overhead where no transform runs.
 

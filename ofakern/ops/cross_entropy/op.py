@@ -20,6 +20,7 @@ from ofakern.ops.library import (
     differentiate_once,
     kernel_ready,
     ops_of,
+    readable,
     refuse_vmap,
     suffix_of,
 )
@@ -118,7 +119,7 @@ class _SummedLoss(torch.autograd.Function):
             grads = differentiate_once(name, each, lse, *tensors, *ctx.numbers, *wanted)
         else:
             grads, ctx.grads = tuple(ctx.grads), None
-            if dloss.is_cuda or float(dloss) != 1.0:  # a GPU is not waited for
+            if not readable(dloss) or float(dloss) != 1.0:
                 for grad, want in zip(grads, wanted, strict=True):
                     if want:
                         grad.mul_(dloss)
