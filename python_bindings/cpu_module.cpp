@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "core/isa.h"
+#include "core/kept_memory.h"
 #include "tensor_caster.h"
 
 namespace ofakern {
@@ -29,6 +30,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_isa", &ofakern::set_isa);
   m.def("describe",
         [](pybind11::handle tensor) { return ofakern::describe(ofakern::view_of("describe", "tensor", tensor)); });
+  m.def("kept_memory", &ofakern::kept_memory);
+  m.def("keep_memory_for", &ofakern::keep_memory_for);
   ofakern::bind_attention(m);
   ofakern::bind_beam_step(m);
   ofakern::bind_cross_entropy(m);

@@ -150,14 +150,19 @@ TensorView view_of(const char* where, const char* argument, py::handle object) {
   return view;
 }
 
-Stream current_stream(const TensorView& x) {
-  if (x.device == Device::cpu) return nullptr;
+const dlpack::ExchangeApi& torch_exchange_api() {
   static const dlpack::ExchangeApi* const api = [] {
     const py::object tensor = py::module_::import("torch").attr("empty")(0);
     return &exchange_api("ofakern", "torch.Tensor", tensor);
   }();
+  return *api;
+}
+
+Stream current_stream(const TensorView& x) {
+  if (x.device == Device::cpu) return nullptr;
   void* stream = nullptr;
-  if (api->current_work_stream(dlpack::kCuda, x.device_index, &stream) != 0) throw py::error_already_set();
+  if (torch_exchange_api().current_work_stream(dlpack::kCuda, x.device_index, &stream) != 0)
+    throw py::error_already_set();
   return stream;
 }
 

@@ -21,6 +21,9 @@ namespace ofakern {
 // Throws TypeError for what is no tensor, BackendError for a torch without the table (before 2.11).
 const dlpack::ExchangeApi& exchange_api(const char* where, const char* argument, pybind11::handle object);
 
+// That of torch.Tensor itself.
+const dlpack::ExchangeApi& torch_exchange_api();
+
 // None gives an undefined view. Refused: no tensor, fake and meta tensors (they have no data), dtypes kernels do not
 // know, devices other than CPU and CUDA, more than 8 dimensions, views with the negative bit (DLPack drops it
 // silently).

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/huge_pages.h"
+#include "core/kept_memory.h"
 #include "tensor_caster.h"
 
 namespace py = pybind11;
@@ -41,9 +42,66 @@ struct Torch {
   }
 };
 
+dlpack::DataType to_dlpack(DType dtype) {
+  const auto code = [dtype] {
+    switch (dtype) {
+      case DType::bf16:
+        return dlpack::kBfloat;
+      case DType::i32:
+      case DType::i64:
+        return dlpack::kInt;
+      case DType::u8:
+        return dlpack::kUInt;
+      default:
+        return dlpack::kFloat;
+    }
+  };
+  return {code(), static_cast<std::uint8_t>(8 * size_of(dtype)), 1};
+}
+
+// A tensor of torch's in memory that is kept when the tensor goes.
+struct LargeTensor {
+  dlpack::ManagedTensor managed;
+  std::int64_t shape[kMaxDims], strides[kMaxDims];
+  std::int64_t held;
+
+  static void drop(dlpack::ManagedTensor* managed) {
+    LargeTensor* const self = static_cast<LargeTensor*>(managed->context);
+    give_memory(managed->tensor.data, self->held);
+    delete self;
+  }
+};
+
+// Row-major and of at least kSmallestKept bytes. Null where torch's allocator has to do.
+py::object make_large(DType dtype, const std::int64_t* shape, int ndim, std::int64_t bytes) {
+  std::int64_t held = 0;
+  void* const data = take_memory(bytes, &held);
+  if (data == nullptr) return py::object();
+  LargeTensor* const large = new LargeTensor{};
+  large->held = held;
+  std::int64_t stride = 1;
+  for (int d = ndim - 1; d >= 0; --d) {
+    large->shape[d] = shape[d];
+    large->strides[d] = stride;
+    stride *= shape[d];
+  }
+  large->managed = {{dlpack::kMajorVersion, dlpack::kMinorVersion}, large, &LargeTensor::drop, 0, {}};
+  large->managed.tensor = {data, {dlpack::kCpu, 0}, ndim, to_dlpack(dtype), large->shape, large->strides, 0};
+  void* tensor = nullptr;
+  if (torch_exchange_api().managed_tensor_to_py_object_no_sync(&large->managed, &tensor) != 0) {
+    LargeTensor::drop(&large->managed);
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(tensor));
+}
+
 }  // namespace
 
 py::object Made::make(DType dtype, const std::int64_t* shape, int ndim) const {
+  std::int64_t bytes = size_of(dtype);
+  for (int d = 0; d < ndim; ++d) bytes *= shape[d];
+  if (device_ == Device::cpu && bytes >= kSmallestKept)
+    if (py::object large = make_large(dtype, shape, ndim, bytes)) return large;
   static Torch* const torch = new Torch();
   py::tuple sizes(static_cast<std::size_t>(ndim)), strides(static_cast<std::size_t>(ndim));
   std::int64_t stride = 1;
