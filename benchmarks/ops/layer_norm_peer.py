@@ -1,10 +1,10 @@
 """What the benchmarks of the fused LayerNorms share: shapes, the count of work, and calls into results that exist.
 
 The phase `reused` writes into result tensors made before, which shows the kernels alone. `fwd` makes its results. Ours
-then stand in memory that is kept for a moment after the last call's (`csrc/core/kept_memory.h`); torch gets fresh pages for
-64 MB from the operating system in every call, which writes zeros into them first. That costs more than the arithmetic:
-torch's own copy into a new tensor runs at a quarter of the bandwidth of a copy into one that is there. Ours is the
-compiled kernel, the peer torch's own kernels with `out=`.
+then stand in memory that is kept for a moment after the last call's (`csrc/core/kept_memory.h`); torch gets fresh
+pages for 64 MB from the operating system in every call, which writes zeros into them first. That costs more than the
+arithmetic: torch's own copy into a new tensor runs at a quarter of the bandwidth of a copy into one that is there.
+Ours is the compiled kernel, the peer torch's own kernels with `out=`.
 """
 
 from __future__ import annotations
