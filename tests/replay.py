@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -35,9 +36,15 @@ _FACTORIES = {
     *(torch.rand, torch.randn, torch.randint, torch.randperm, torch.tril_indices, torch.triu_indices),
 }
 
+_INDEXED = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
+
 
 def _refuse(what: str) -> None:
     raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+
+
+def _no_state() -> None:
+    _refuse("the generator's state waits for the device")
 
 
 class _Calls(TorchFunctionMode):
@@ -122,11 +129,11 @@ def _check(func: Any, args: Any, kwargs: Any) -> None:
         _refuse(f"{name} copies from the host")
     if torch.Tag.data_dependent_output in func.tags:
         _refuse(f"{name} waits for the device")
-    if torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None:
-        _refuse(f"{name} has a size that depends on values")
-    if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+    if func.overloadpacket in _INDEXED:  # by numbers the size is known
         if any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
             _refuse(f"{name} by a mask has a size that depends on values")
+    elif torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None:
+        _refuse(f"{name} has a size that depends on values")
     if kwargs.get("generator") is not None:
         _refuse(f"{name} draws from a generator that the graph does not know")
 
@@ -144,7 +151,7 @@ class Replayer:
     def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         noted, state = _Ops(), torch.get_rng_state()
         try:
-            with _Calls(), noted:
+            with patch.object(torch, "get_rng_state", _no_state), _Calls(), noted:
                 result = function()
         finally:
             with torch.inference_mode():

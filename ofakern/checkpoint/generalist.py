@@ -254,6 +254,15 @@ class GeneralistModel:
             hidden, self.network.output_weight, batch.labels, label_smoothing, batch.allowed
         )
 
+    def prepare_batch(self, batch: PackedBatch) -> bool:
+        """Builds the batch's layouts where CUDA graphs can record `train_step_loss`: not for speech, whose loss goes by
+        the lengths of single samples, for motions, whose noise is drawn on the host, and where activations are computed
+        again, for which the generator's state is read."""
+        if batch.frames is not None or is_motion(batch.target) or self.network.config.checkpoint_activations:
+            return False
+        self.network.prepare(batch, share_positions=False)
+        return True
+
     def _speech_loss(self, batch: PackedBatch, frames: Tensor) -> LossSums:
         network = self.network
         writer = network.frame_adaptor(batch.target.segments[0].adaptor)

@@ -143,7 +143,7 @@ class PackedSide:
 
     @property
     def tokens(self) -> int:
-        return sum(self.lengths_cpu)
+        return self.sample_id.shape[0]
 
     @property
     def samples(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ofakern.data.batch import Example, PackedBatch
+from ofakern.data.padding import pad_examples
 from ofakern.data.readers import Rows
 from ofakern.errors import DataError
 
@@ -79,9 +80,11 @@ class LoadedBatch:
     seen: int
 
 
-def collate_samples(samples: Sequence[Example | BrokenSample]) -> LoadedBatch:
-    """Packs the usable samples in order and lists the broken ones."""
+def collate_samples(samples: Sequence[Example | BrokenSample], pad_to: int = 0) -> LoadedBatch:
+    """Packs the usable samples in order and lists the broken ones. pad_to: as `pad_examples` says; 0: not."""
     examples = [s for s in samples if isinstance(s, Example)]
+    if pad_to and examples:
+        examples = pad_examples(examples, pad_to)
     broken = tuple(s for s in samples if isinstance(s, BrokenSample))
     return LoadedBatch(PackedBatch.collate(examples) if examples else None, broken, len(samples))
 

@@ -56,8 +56,8 @@ class AdaptorGroup(nn.Module):
         found = {name: self.get_submodule(name) for name in self.names}
         return {name: module for name, module in found.items() if isinstance(module, Adaptor)}
 
-    def plan(self, side: PackedSide) -> SidePlan:
-        """The side's plan, built at the first call and kept in the side's cache."""
+    def plan(self, side: PackedSide, share_positions: bool = True) -> SidePlan:
+        """The side's plan, built at the first call and kept in the side's cache. share_positions: where it pays."""
         routed = "ofasys" if self.config.compat == "ofasys" else "modality"
         experts = routed if self.config.modal_ffn else ""
         factored = self.pos_q_linear is not None
@@ -66,7 +66,8 @@ class AdaptorGroup(nn.Module):
         if not isinstance(plan, SidePlan):
             relative = self.config.use_self_attn_bias
             causal = not self.source and self._is_ordered(side)
-            plan = plan_side(side, self.adaptors, causal=causal, relative=relative, experts=experts, factored=factored)
+            share = factored and share_positions
+            plan = plan_side(side, self.adaptors, causal=causal, relative=relative, experts=experts, factored=share)
             side.cache[key] = plan
         return plan
 

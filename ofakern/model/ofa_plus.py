@@ -48,9 +48,14 @@ class OFAPlus(nn.Module):
             self._decode_weights.clear()
         return super().train(mode)
 
-    def prepare(self, batch: PackedBatch) -> PackedBatch:
-        """Builds the batch's layouts now, e.g. before it moves to a device, instead of at its first use."""
-        source = self.encoder.adaptor.plan(batch.source)
+    def prepare(self, batch: PackedBatch, share_positions: bool = True) -> PackedBatch:
+        """Builds the batch's layouts now, e.g. before it moves to a device, instead of at its first use.
+
+        share_positions: let samples share position embeddings where it pays; False: the layouts' sizes then follow from
+        the numbers of tokens alone.
+        """
+        source = self.encoder.adaptor.plan(batch.source, share_positions)
+        self.decoder.adaptor.plan(batch.target, share_positions)
         self.decoder.cross_layout(batch.target, batch.source.lengths_cpu, source.sets)
         return batch
 

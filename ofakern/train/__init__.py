@@ -3,7 +3,8 @@
 from ofakern.train.config import TrainConfig
 from ofakern.train.evaluate import Evaluable, evaluate
 from ofakern.train.log import read_log
-from ofakern.train.run import Trainable, TrainResult
+from ofakern.train.run import TrainResult
+from ofakern.train.step import Trainable
 from ofakern.train.trainer import Trainer
 
 __all__ = [

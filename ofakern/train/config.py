@@ -38,6 +38,10 @@ class TrainConfig:
         save_every, keep_last: updates between checkpoints (0: only the last one) and how many to keep (0: all).
         evaluate_every: updates between evaluations of the valid splits (0: only at the end).
         log_every: updates between lines of the log.
+        cuda_graphs: on a GPU, record micro-batches whose shapes come again and the optimizer's step, and replay them:
+            the host then does almost nothing. Losses that read or draw on the host (speech, motions) run as without.
+        pad_to: fill the text tokens of every micro-batch, and its longest text, up to a multiple of this, so that
+            shapes come again (a divisor of the longest text that the model takes, say 64); 0 adds nothing.
         num_workers: processes per task that prepare its samples; 0: this one does.
         progress: show a progress bar. tensorboard: write its events too; None: when it is installed.
         device: "cpu", "cuda", ...; None leaves the model where it is.
@@ -67,6 +71,8 @@ class TrainConfig:
     keep_last: int = 2
     evaluate_every: int = 0
     log_every: int = 1
+    cuda_graphs: bool = False
+    pad_to: int = 0
     num_workers: int = 0
     progress: bool = True
     tensorboard: bool | None = None
@@ -79,6 +85,7 @@ class TrainConfig:
                 raise OfakernValueError(f"{_WHERE}: {name} must be at least 1, got {value!r}")
         for name in (
             "num_workers",
+            "pad_to",
             "save_every",
             "keep_last",
             "evaluate_every",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
@@ -40,11 +41,13 @@ class Feed:
         world: int = 1,
         num_workers: int = 0,
         max_broken_share: float = 0.1,
+        pad_to: int = 0,
     ) -> None:
         self.dataset = dataset
         self.position = 0
         self.tally = BrokenTally(max_broken_share, name=dataset.name)
         self._batch_size, self._rank, self._world, self._num_workers = batch_size, rank, world, num_workers
+        self._pad_to = pad_to
         self._batches: Iterator[LoadedBatch] | None = None
 
     @property
@@ -66,7 +69,7 @@ class Feed:
             self.dataset,
             batch_sampler=RankBatches(self._batch_size, self.position, self._rank, self._world),
             num_workers=self._num_workers,
-            collate_fn=collate_samples,
+            collate_fn=partial(collate_samples, pad_to=self._pad_to),
             multiprocessing_context="fork" if self._num_workers else None,
         )
 

@@ -8,42 +8,27 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ofakern.data.batch import IGNORE_LABEL, PackedBatch
+from ofakern.data.batch import IGNORE_LABEL
 from ofakern.data.dataset import TaskDataset
-from ofakern.errors import CheckpointError, OfakernRuntimeError
-from ofakern.nn.loss import LossSums
+from ofakern.errors import CheckpointError, OfakernRuntimeError, OfakernValueError
 from ofakern.tasks import Task
 from ofakern.train.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from ofakern.train.config import TrainConfig
 from ofakern.train.distributed import Ranks
-from ofakern.train.evaluate import Evaluable, evaluate
+from ofakern.train.evaluate import evaluate
 from ofakern.train.feed import Feed
 from ofakern.train.log import RunLog
-from ofakern.train.optimizer import (
-    WeightAverage,
-    build_optimizer,
-    clip_gradients,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from ofakern.train.optimizer import WeightAverage, optimizer_tensors, restore_optimizer
+from ofakern.train.recorded import RecordedStep
 from ofakern.train.schedule import learning_rate, warmup_share
+from ofakern.train.step import Step, Trainable
 
 _RAW = "weight|"
-
-
-class Trainable(Evaluable, Protocol):
-    """What the trainer needs of a model."""
-
-    def prepare(self, tasks: Sequence[Task]) -> None: ...
-
-    def save_pretrained(self, directory: str | Path) -> None: ...
-
-    def load_weights(self, directory: str | Path) -> None: ...
 
 
 @dataclass
@@ -58,6 +43,8 @@ class TrainResult:
         broken: one line per task about samples that could not be used.
         checkpoint: the last checkpoint's folder, None without an output_dir.
         interrupted: whether SIGINT or SIGTERM ended the run.
+        graphs: with `cuda_graphs` how this process ran its micro-batches: "replayed" and "eager", and how many graphs
+            were "recorded" for them.
     """
 
     updates: int = 0
@@ -67,6 +54,7 @@ class TrainResult:
     broken: list[str] = field(default_factory=list)
     checkpoint: Path | None = None
     interrupted: bool = False
+    graphs: dict[str, int] = field(default_factory=dict)
 
 
 class Run:
@@ -82,7 +70,11 @@ class Run:
         self.feeds = [self._feed(index, task) for index, task in enumerate(tasks)]
         self.total_updates = config.max_updates or self._updates_of_epochs()
         self.warmup = warmup_share(config, self.total_updates)
-        self.optimizer = build_optimizer(model.network, config)
+        if config.cuda_graphs and self.ranks.world > 1:
+            raise OfakernValueError(
+                f"TrainConfig: cuda_graphs must be False with several ranks (WORLD_SIZE={self.ranks.world}), got True"
+            )
+        self.step = (RecordedStep if config.cuda_graphs else Step)(model, config, self.device)
         self.average = WeightAverage(model.network, config.ema_decay) if config.ema_decay else None
         self.result = TrainResult()
         self._saved_at = -1
@@ -101,6 +93,7 @@ class Run:
             world=self.ranks.world,
             num_workers=self.config.num_workers,
             max_broken_share=self.config.max_broken_share,
+            pad_to=self.config.pad_to,
         )
 
     def _draws(self, task: Task) -> int:
@@ -163,7 +156,7 @@ class Run:
     def _update(self) -> dict[str, Any]:
         update = self.result.updates + 1
         drawn = [
-            (task, batch.to(self.device))
+            (task, batch)
             for feed, task in zip(self.feeds, self.tasks, strict=True)
             for batch in (feed.draw() for _ in range(self._draws(task)))
             if batch is not None
@@ -172,59 +165,24 @@ class Run:
         torch.manual_seed((self.config.seed * 1_000_003 + update) * 4_096 + self.ranks.rank)
         tokens = sum(int((batch.labels != IGNORE_LABEL).sum()) for _, batch in drawn)
         total = max(1.0, self.ranks.total(tokens, self.device))
-        sums = [(task, self._backward(task, batch, total)) for task, batch in drawn]
-        losses = self._losses(sums, update)
+        sums = [self.step.backward(task, batch, total) for task, batch in drawn]
         self.ranks.sum_gradients(self.model.network)
-        norm = clip_gradients(self.model.network.parameters(), self.config.clip_norm)
-        if not math.isfinite(norm):
+        rate = self._learning_rate()
+        norm = self.step.optimize(rate)
+        *values, norm_value = torch.cat([*sums, norm.to(self.device)]).tolist()  # the one time an update waits
+        losses = _losses([task for task, _ in drawn], values, update)
+        if not math.isfinite(norm_value):
             raise OfakernRuntimeError(
-                f"train: gradient must be finite, its norm got {norm} at update {update}\n"
+                f"train: gradient must be finite, its norm got {norm_value} at update {update}\n"
                 "Try: a lower learning_rate, a longer warm-up, or bf16=False"
             )
-        rate = self._learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.ranks.broadcast_buffers(self.model.network)
         self.result.updates = update
         if self.average is not None:
             self.average.update(self.model.network, update)
-        return {"update": update, "lr": rate, "grad_norm": norm, "tokens": int(total), **losses}
-
-    def _backward(self, task: Task, batch: PackedBatch, total: float) -> LossSums:
-        smoothing = self.config.label_smoothing if task.label_smoothing is None else task.label_smoothing
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
-            sums = self.model.train_step_loss(batch, smoothing)
-        (sums.loss * (task.weight / total)).backward()  # type: ignore[no-untyped-call]
-        return LossSums(sums.loss.detach(), sums.nll, sums.tokens)
-
-    def _losses(self, sums: Sequence[tuple[Task, LossSums]], update: int) -> dict[str, Any]:
-        """Loss and nll per target token, of everything and of each task, on this rank."""
-        if not sums:
-            return {"loss": 0.0, "nll": 0.0, "tasks": {}}
-        values = torch.stack(
-            [torch.stack((s.loss.double(), s.nll.double(), s.tokens.double())) for _, s in sums]
-        ).tolist()
-        by_task: dict[str, list[float]] = {}
-        for (task, _), (loss, nll, count) in zip(sums, values, strict=True):
-            if not math.isfinite(loss):
-                raise OfakernRuntimeError(
-                    f"train: loss must be finite, got {loss} in task {task.name!r} at update {update}\n"
-                    "Try: a lower learning_rate, a longer warm-up, or bf16=False; the last checkpoint is untouched"
-                )
-            entry = by_task.setdefault(task.name, [0.0, 0.0, 0.0])
-            for place, value in enumerate((loss, nll, count)):
-                entry[place] += value
-        whole = [sum(column) for column in zip(*by_task.values(), strict=True)]
-        return {
-            "loss": whole[0] / max(1.0, whole[2]),
-            "nll": whole[1] / max(1.0, whole[2]),
-            "tasks": {
-                name: {"loss": loss / max(1.0, count), "nll": nll / max(1.0, count), "tokens": int(count)}
-                for name, (loss, nll, count) in by_task.items()
-            },
-        }
+        graphs = self.step.report()
+        self.result.graphs = graphs.get("graphs", {})
+        return {"update": update, "lr": rate, "grad_norm": norm_value, "tokens": int(total), **losses, **graphs}
 
     def _learning_rate(self) -> float:
         """Of the update about to be taken, at the middle of its share of the run, so none is taken with rate 0."""
@@ -274,7 +232,7 @@ class Run:
             return
         if self.ranks.first:
             network = self.model.network
-            tensors = optimizer_tensors(network, self.optimizer)
+            tensors = optimizer_tensors(network, self.step.optimizer)
             state = {
                 "update": self.result.updates,
                 "seconds": self.result.seconds,
@@ -307,7 +265,7 @@ class Run:
             )
         self.model.load_weights(path)
         self._restore_average(tensors)
-        restore_optimizer(self.model.network, self.optimizer, tensors)
+        restore_optimizer(self.model.network, self.step.optimizer, tensors)
         for feed in self.feeds:
             feed.load_state_dict(state["tasks"][feed.dataset.name])
         self.result.updates = self._saved_at = int(state["update"])
@@ -324,6 +282,33 @@ class Run:
             self.average.shadow = {n: p.detach().clone().float() for n, p in self.model.network.named_parameters()}
             for name, parameter in self.model.network.named_parameters():
                 parameter.copy_(raw[_RAW + name])
+
+
+def _losses(tasks: Sequence[Task], values: Sequence[float], update: int) -> dict[str, Any]:
+    """Loss and nll per target token, of everything and of each task, on this rank.
+
+    values: loss, nll and tokens of each micro-batch, one after the other; tasks: of each.
+    """
+    by_task: dict[str, list[float]] = {}
+    for number, task in enumerate(tasks):
+        sums = values[3 * number : 3 * number + 3]
+        if not math.isfinite(sums[0]):
+            raise OfakernRuntimeError(
+                f"train: loss must be finite, got {sums[0]} in task {task.name!r} at update {update}\n"
+                "Try: a lower learning_rate, a longer warm-up, or bf16=False; the last checkpoint is untouched"
+            )
+        entry = by_task.setdefault(task.name, [0.0, 0.0, 0.0])
+        for place, value in enumerate(sums):
+            entry[place] += value
+    whole = [sum(column) for column in zip(*by_task.values(), strict=True)] or [0.0, 0.0, 0.0]
+    return {
+        "loss": whole[0] / max(1.0, whole[2]),
+        "nll": whole[1] / max(1.0, whole[2]),
+        "tasks": {
+            name: {"loss": loss / max(1.0, count), "nll": nll / max(1.0, count), "tokens": int(count)}
+            for name, (loss, nll, count) in by_task.items()
+        },
+    }
 
 
 def _shown(found: Mapping[str, Mapping[str, float]]) -> str:

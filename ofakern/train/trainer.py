@@ -13,8 +13,9 @@ from ofakern.errors import OfakernTypeError, OfakernValueError
 from ofakern.tasks import Task
 from ofakern.train.config import TrainConfig
 from ofakern.train.evaluate import Evaluable, evaluate
-from ofakern.train.run import Run, Trainable, TrainResult
+from ofakern.train.run import Run, TrainResult
 from ofakern.train.signals import graceful_stop
+from ofakern.train.step import Trainable
 
 
 class Trainer:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from replay import Replayer, stand_in
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ofakern.errors import OfakernRuntimeError, OfakernValueError
 from ofakern.ops.attention import AttentionLayout, attention, intervals
@@ -150,6 +151,7 @@ FAULTS: dict[str, Callable[[], object]] = {
     "unique": lambda: X.unique(),
     "repeat_interleave": lambda: X.repeat_interleave(INDEX),
     "equal": lambda: torch.equal(X, X + 1),
+    "generator's state": lambda: checkpoint(torch.square, X, use_reentrant=False),
     "generator": lambda: torch.rand(3, generator=torch.Generator(), device="cpu"),
 }
 
@@ -157,9 +159,7 @@ FAULTS: dict[str, Callable[[], object]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_a_gpu_would_not_record_is_found(name: str) -> None:
     FAULTS[name]()  # it runs where nothing records
-    with pytest.raises(
-        OfakernRuntimeError, match="decode must leave its values on the device .*, got: operation"
-    ):
+    with pytest.raises(OfakernRuntimeError, match="decode must leave its values on the device .*, got: operation"):
         StepGraph(FAULTS[name], recorder_for(CPU), warmups=0, name="decode")
     assert torch.equal(record(lambda: X + 1).replay(), X + 1)  # nothing is left behind
 

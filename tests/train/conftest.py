@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "checkpoint")]  # the small model of the checkpoint tests
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import OFAConfig, OFAPlus
 from ofakern.train import TrainConfig
-from ofakern.train.optimizer import build_optimizer
+from ofakern.train.optimizer import build_optimizer, clipped_step
 from ofakern.train.schedule import learning_rate, warmup_share
 
 
@@ -50,3 +51,26 @@ def test_only_matrices_decay() -> None:
     assert not [name for name in decayed if "embed" in name or "rel_pos" in name]
     assert "encoder.layers.0.fc1.weight" in decayed
     assert "encoder.adaptor.embed_tokens.weight" in plain
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
+def test_the_clipped_step_is_clip_and_step(limit: float) -> None:
+    """torch's own clip and AdamW, and what the norm was; a norm that is not finite changes nothing."""
+    made = [[torch.nn.Parameter(torch.tensor([1.0, -2.0])), torch.nn.Parameter(torch.ones(2, 2))] for _ in range(2)]
+    optimizers = [torch.optim.AdamW(parameters, lr=0.1, fused=True) for parameters in made]
+    for step in range(3):
+        for one, two in zip(*made, strict=True):
+            one.grad = torch.full_like(one, 0.3 * (step + 1))
+            two.grad = one.grad.clone()
+        expected = torch.nn.utils.get_total_norm([p.grad for p in made[1] if p.grad is not None])
+        if limit:
+            torch.nn.utils.clip_grad_norm_(made[1], limit)
+        assert clipped_step(optimizers[0], limit) == pytest.approx(expected.item())
+        optimizers[1].step()
+        for one, two in zip(*made, strict=True):
+            torch.testing.assert_close(one, two)
+    before = [p.clone() for p in made[0]]
+    made[0][0].grad = torch.tensor([torch.inf, 1.0])
+    assert clipped_step(optimizers[0], limit).isinf()
+    assert all(torch.equal(p, q) for p, q in zip(before, made[0], strict=True))
+    assert optimizers[0].state[made[0][0]]["step"] == 3

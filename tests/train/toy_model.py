@@ -56,6 +56,9 @@ class ToyModel:
 
         return encode
 
+    def prepare_batch(self, batch: PackedBatch) -> bool:
+        return True
+
     def train_step_loss(self, batch: PackedBatch, label_smoothing: float) -> LossSums:
         if self.network.training:
             self.batches.append(batch.columns["x"])

@@ -66,7 +66,7 @@ def attention_reference(
         if dropout_p > 0.0:
             if dropout_seed is None:
                 raise ValueError("attention_reference: dropout_seed must be given when dropout_p > 0, got None")
-            keep = dropout_keep(dropout_seed, dropout_p, q.shape[1], q_offsets, k_offsets, k.shape[0])
+            keep = dropout_keep(dropout_seed, dropout_p, q.shape[1], q_offsets, k_offsets, k.shape[0], q.shape[0])
             probs = torch.where(keep, probs * (1.0 / (1.0 - dropout_p)), 0.0)
         values = _guard(v.to(stat), seen[:, None, None]).repeat_interleave(group, dim=1)
         out = torch.einsum("hij,jhv->ihv", probs, values)
@@ -77,11 +77,20 @@ def attention_reference(
 
 
 def dropout_keep(
-    dropout_seed: Tensor, dropout_p: float, heads: int, q_offsets: Tensor, k_offsets: Tensor, keys: int
+    dropout_seed: Tensor,
+    dropout_p: float,
+    heads: int,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    keys: int,
+    queries: int | None = None,
 ) -> Tensor:
-    """bool `[H,Nq,Nk]`: which probabilities survive. The exact bits are specified in README.md beside this file."""
+    """bool `[H,Nq,Nk]`: which probabilities survive. The exact bits are specified in README.md beside this file.
+
+    queries: Nq; None: read from q_offsets, for which a GPU is waited for.
+    """
     device = q_offsets.device
-    queries = int(q_offsets[-1])
+    queries = int(q_offsets[-1]) if queries is None else queries
     i = torch.arange(queries, device=device)
     sample = torch.searchsorted(q_offsets.long(), i, right=True) - 1
     i_local = i - q_offsets.long()[sample]

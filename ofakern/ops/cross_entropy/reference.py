@@ -39,13 +39,20 @@ def cross_entropy_reference(
         rows = slice(begin, min(begin + chunk, hidden.shape[0]))
         mask = _disallowed(rows, weight.shape[0], offsets, ids, allowed_range, always_allowed)
         arguments = (hidden[rows], weight, bias, labels[rows], epsilon, mask)
-        parts = checkpoint(_chunk, *arguments, use_reentrant=False) if again else _chunk(*arguments)
+        parts = _again(*arguments) if again else _chunk(*arguments)
         for total, part in zip(results, parts, strict=True):
             total.append(part)
     if not results[0]:
         nothing = (hidden.sum() + weight.sum() * 0).float() * labels.float()
         return nothing, nothing, labels.clone()
     return torch.cat(results[0]), torch.cat(results[1]), torch.cat(results[2])
+
+
+def _again(*arguments: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`_chunk`, which draws nothing, computed again in the backward pass."""
+    parts: tuple[Tensor, Tensor, Tensor]
+    parts = checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return parts
 
 
 def _chunk(
@@ -86,9 +93,11 @@ def _disallowed(
         return (every >= always_allowed) & ((every < lo[:, None]) | (every >= hi[:, None]))
     if offsets is None or ids is None:
         return None
-    part = offsets[rows.start : rows.stop + 1]
-    counts = part.diff()
-    mask = (counts > 0)[:, None].expand(-1, vocabulary).clone()
-    row = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
-    mask[row, ids[part[0] : part[-1]]] = False
-    return mask
+    count = rows.stop - rows.start
+    some = offsets.diff()[rows] > 0
+    mask = torch.cat([some, some[:1]])[:, None].expand(-1, vocabulary).clone()
+    every = torch.arange(ids.shape[0], device=ids.device)
+    row = torch.searchsorted(offsets, every, right=True) - 1 - rows.start
+    row = row.where((row >= 0) & (row < count), count)  # ids of other rows: in one row too many
+    # Not mask[row, ids] = False, which brings the False from the host.
+    return mask.index_put_((row, ids), mask.new_zeros(()))[:count]
