@@ -161,8 +161,12 @@ OFAKERN_LOCAL void gemm_vector(i64 m, i64 n, i64 k, const Elem* a, i64 lda, Pane
 
 #if defined(OFAKERN_AMX)
 
-// Eight tiles of 16 rows x 64 bytes: C 0..3, A 4..5, B 6..7. Where there are fewer rows than two tiles hold, `upper`
-// and `lower` of them: what A and C lack is neither loaded nor multiplied.
+// Five tiles of 16 rows x 64 bytes: C 0..1, A 2..3, B 4. Where there are fewer rows than two tiles hold, `upper` and
+// `lower` of them: what A and C lack is neither loaded nor multiplied.
+//
+// Not all eight, two columns of C at a time, though that loads a third less: a core whose other hardware thread is at
+// work has few tiles to rename these to. With eight in use every load waits for a product (36 ns for one product of two
+// tiles, of which 18 are left with five); on a core of its own five cost a tenth.
 struct AmxTiles {
   explicit AmxTiles(i64 upper = 16, i64 lower = 16) {
     alignas(64) struct {
@@ -171,10 +175,10 @@ struct AmxTiles {
       std::uint8_t rows[16];
     } config = {};
     config.palette = 1;
-    for (int t = 0; t < 8; ++t) {
+    const i64 rows[] = {upper, lower, upper, lower, 16};
+    for (int t = 0; t < 5; ++t) {
       config.columns[t] = 64;
-      const bool of_b = t >= 6, second = t == 2 || t == 3 || t == 5;
-      config.rows[t] = static_cast<std::uint8_t>(of_b ? 16 : second ? lower : upper);
+      config.rows[t] = static_cast<std::uint8_t>(rows[t]);
     }
     // gcc's intrinsic names only the first eight bytes as read: the other stores must not be taken for dead.
     __asm__ volatile("" : : "m"(config));
@@ -186,64 +190,42 @@ struct AmxTiles {
 // How far ahead a B that comes from memory is asked for: the hardware sees no further than the end of a page.
 constexpr i64 kStreamAhead = 16 * 1024;
 
-// A 16*ROWS x 16*COLS block of C (ROWS, COLS in {1, 2}). STREAM: B is read once, from memory, and goes on behind this
-// block's end (it is asked for past that, which harms nothing where it does not).
-template <int ROWS, int COLS, bool STREAM = false>
+// A 16*ROWS x 16 block of C (ROWS in {1, 2}). STREAM: B is read once, from memory, and goes on behind this block's end
+// (it is asked for past that, which harms nothing where it does not).
+template <int ROWS, bool STREAM = false>
 OFAKERN_LOCAL void amx_block(i64 k, const bf16* a, i64 lda, const bf16* b, i64 b_row, float* c, i64 ldc, Onto onto) {
   const i64 c_bytes = ldc * 4, a_bytes = lda * 2, b_bytes = b_row * 2;
-  float* c1 = c + 16 * ldc;
   if (onto.data != nullptr) {
-    const i64 onto_bytes = onto.stride * 4;
-    const float* onto1 = onto.data + 16 * onto.stride;
-    _tile_loadd(0, onto.data, onto_bytes);
-    if (COLS == 2) _tile_loadd(1, onto.data + 16, onto_bytes);
-    if (ROWS == 2) _tile_loadd(2, onto1, onto_bytes);
-    if (ROWS == 2 && COLS == 2) _tile_loadd(3, onto1 + 16, onto_bytes);
+    _tile_loadd(0, onto.data, onto.stride * 4);
+    if (ROWS == 2) _tile_loadd(1, onto.data + 16 * onto.stride, onto.stride * 4);
   } else {
     _tile_zero(0);
-    if (COLS == 2) _tile_zero(1);
-    if (ROWS == 2) _tile_zero(2);
-    if (ROWS == 2 && COLS == 2) _tile_zero(3);
+    if (ROWS == 2) _tile_zero(1);
   }
   for (i64 k0 = 0; k0 < k; k0 += 32) {
     const bf16* b0 = b + k0 / 2 * b_row;
     if (STREAM)
       for (i64 byte = 0; byte < 16 * b_bytes; byte += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(b0) + kStreamAhead + byte, 0, 2);
-    _tile_loadd(4, a + k0, a_bytes);
-    _tile_loadd(6, b0, b_bytes);
-    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(4, b0, b_bytes);
+    _tile_loadd(2, a + k0, a_bytes);
+    _tile_dpbf16ps(0, 2, 4);
     if (ROWS == 2) {
-      _tile_loadd(5, a + 16 * lda + k0, a_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if (COLS == 2) {
-      _tile_loadd(7, b0 + 32, b_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-      if (ROWS == 2) _tile_dpbf16ps(3, 5, 7);
+      _tile_loadd(3, a + 16 * lda + k0, a_bytes);
+      _tile_dpbf16ps(1, 3, 4);
     }
   }
   _tile_stored(0, c, c_bytes);
-  if (COLS == 2) _tile_stored(1, c + 16, c_bytes);
-  if (ROWS == 2) _tile_stored(2, c1, c_bytes);
-  if (ROWS == 2 && COLS == 2) _tile_stored(3, c1 + 16, c_bytes);
+  if (ROWS == 2) _tile_stored(1, c + 16 * ldc, c_bytes);
 }
 
 OFAKERN_LOCAL void gemm_amx(i64 m, i64 n, i64 k, const bf16* a, i64 lda, Panels<bf16> b, float* c, i64 ldc, Onto onto) {
-  for (i64 n0 = 0; n0 < n; n0 += 32) {
+  for (i64 n0 = 0; n0 < n; n0 += 16) {
     const bf16* columns = b.data + n0 / kPanel * b.panel_stride + n0 % kPanel * 2;
-    const bool two = n0 + 32 <= n;
-    for (i64 m0 = 0; m0 < m; m0 += 32) {
-      const bf16* rows = a + m0 * lda;
-      float* block = c + m0 * ldc + n0;
-      const Onto from = onto.from(m0, n0);
-      if (m0 + 32 <= m)
-        two ? amx_block<2, 2>(k, rows, lda, columns, b.row_stride, block, ldc, from)
-            : amx_block<2, 1>(k, rows, lda, columns, b.row_stride, block, ldc, from);
-      else
-        two ? amx_block<1, 2>(k, rows, lda, columns, b.row_stride, block, ldc, from)
-            : amx_block<1, 1>(k, rows, lda, columns, b.row_stride, block, ldc, from);
-    }
+    i64 m0 = 0;
+    for (; m0 + 32 <= m; m0 += 32)
+      amx_block<2>(k, a + m0 * lda, lda, columns, b.row_stride, c + m0 * ldc + n0, ldc, onto.from(m0, n0));
+    if (m0 < m) amx_block<1>(k, a + m0 * lda, lda, columns, b.row_stride, c + m0 * ldc + n0, ldc, onto.from(m0, n0));
   }
 }
 
