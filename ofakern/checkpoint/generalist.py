@@ -383,9 +383,14 @@ class GeneralistModel:
         with evaluating(self.network):
             return encode_sources(self.network, prepared)
 
-    def search_session(self, writer_key: tuple[str, int] = ("text", int(Modality.TEXT))) -> SearchSession:
-        """A session for prepared requests; `add(..., model=self.writer(key))` takes those with another key."""
-        return SearchSession(self.writer(writer_key), self.special_tokens)
+    def search_session(
+        self, writer_key: tuple[str, int] = ("text", int(Modality.TEXT)), *, cuda_graphs: bool = False
+    ) -> SearchSession:
+        """A session for prepared requests; `add(..., model=self.writer(key))` takes those with another key.
+
+        cuda_graphs: its steps run as CUDA graphs: docs/GPU.md.
+        """
+        return SearchSession(self.writer(writer_key), self.special_tokens, cuda_graphs=cuda_graphs)
 
     @property
     def special_tokens(self) -> SpecialTokens:

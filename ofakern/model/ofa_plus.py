@@ -142,6 +142,7 @@ class OFAPlus(nn.Module):
         target_slot: int = 0,
         modality: int = 1,
         adaptor: str = "text",
+        cuda_graphs: bool = False,
     ) -> DecodeState:
         """Starts incremental decoding of one segment of tokens: rows_per_sample hypotheses (beams) per sample.
 
@@ -149,6 +150,8 @@ class OFAPlus(nn.Module):
         modality: of the segment, as in a batch's `modality_id` (models with `modal_ffn` choose their experts by it).
         adaptor: of the segment, "text" or "image_vqgan". The decoder's weights are packed for steps of a few rows at
         the first call in evaluation mode and again when a parameter has changed: a second copy of them in memory.
+        cuda_graphs: steps run as CUDA graphs (docs/GPU.md), on a GPU and by our CUDA kernels: OfakernValueError on
+        other devices, BackendError where there are none. `state.graph_use` tells which steps went without.
         """
         if self.training and self._decode_weights.kind is not None:
             raise OfakernRuntimeError(
@@ -157,7 +160,7 @@ class OFAPlus(nn.Module):
             )
         weights = self._decode_weights.of(self.decoder, self.output_weight, keep=not self.training)
         kind = SegmentKind(adaptor, modality, target_slot, max_length)
-        return DecodeState(self.decoder, weights, memory, rows_per_sample, kind)
+        return DecodeState(self.decoder, weights, memory, rows_per_sample, kind, cuda_graphs)
 
     def decode_hidden(self, state: DecodeState, tokens: Tensor) -> Tensor:
         """Feeds one token per row, int64 `[rows]`; returns the decoder's output `[rows, D]`."""
@@ -188,9 +191,16 @@ class SegmentWriter:
     def __init__(self, model: OFAPlus, adaptor: str, modality: int) -> None:
         self._model, self._adaptor, self._modality = model, adaptor, modality
 
-    def begin_decode(self, memory: Memory, rows_per_sample: int, max_length: int) -> DecodeState:
+    def begin_decode(
+        self, memory: Memory, rows_per_sample: int | Sequence[int], max_length: int, cuda_graphs: bool = False
+    ) -> DecodeState:
         return self._model.begin_decode(
-            memory, rows_per_sample, max_length, modality=self._modality, adaptor=self._adaptor
+            memory,
+            rows_per_sample,
+            max_length,
+            modality=self._modality,
+            adaptor=self._adaptor,
+            cuda_graphs=cuda_graphs,
         )
 
     def decode_step(self, state: DecodeState, tokens: Tensor) -> Tensor:

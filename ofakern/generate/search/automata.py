@@ -6,7 +6,6 @@ from dataclasses import fields
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ofakern.generate.automaton import TokenAutomaton
 from ofakern.generate.search.table import Array
@@ -58,12 +57,12 @@ class Automata:
             assert self._tables is not None
         return self._tables
 
-    def tables_for(self, logits: Tensor) -> AutomatonTables:
+    def tables_on(self, device: torch.device) -> AutomatonTables:
         """`tables` where the logits are; a GPU's copy is made once, for all steps."""
-        if logits.device.type == "cpu":
+        if device.type == "cpu":
             return self.tables
-        if self._moved is None or self._moved[0] is not self.tables or self._moved[1].first.device != logits.device:
-            there = (getattr(self.tables, field.name).to(logits.device) for field in fields(AutomatonTables))
+        if self._moved is None or self._moved[0] is not self.tables or self._moved[1].first.device != device:
+            there = (getattr(self.tables, field.name).to(device) for field in fields(AutomatonTables))
             self._moved = self.tables, AutomatonTables(*there)
         return self._moved[1]
 

@@ -39,6 +39,11 @@ class Candidates:
         for own, new in ((self.scores, scores), (self.origins, origins), (self.tokens, tokens), (self.gains, gains)):
             own[groups, :w] = new[:, :w]
 
+    def put_draws(self, groups: Array, rows: Array, sums: Array, tokens: Array, gains: Array) -> None:
+        """Fill in what was drawn in `rows` (bool [R]), one of each of `groups` (bool [G]); the rest is of all rows."""
+        chosen, own = tokens[rows, None], gains[rows, None]
+        self.put(groups, sums[rows, None] + own, np.zeros_like(chosen), chosen, own)
+
     def ending(self, widths: Array, eos: int) -> Array:
         """bool [G, W]: answers end from within the best `widths` candidates only."""
         rank = np.arange(self.scores.shape[1])

@@ -19,6 +19,7 @@ from ofakern.generate.search.random import uniforms
 from ofakern.generate.search.restrict import Adjustments, restrictions
 from ofakern.generate.search.states import on_gpu
 from ofakern.generate.search.table import Array, Table
+from ofakern.generate.search.whole import WholeChoice
 from ofakern.ops.beam_step import (
     BeamCandidates,
     RaggedLogits,
@@ -30,6 +31,9 @@ from ofakern.ops.beam_step import (
 )
 
 __all__ = ["Chooser"]
+
+_KEPT_RULES = ("temperature", "repetition_penalty", "ngram", "unk_penalty")  # of `_Fixed.rules`
+_WIDEST = 1024  # `beam_step` on a GPU
 
 
 @dataclass(frozen=True)
@@ -108,40 +112,93 @@ class Chooser:
         tokens, log_probs = sample_step(logits, torch.from_numpy(numbers), rules, **fixed.filters)
         if on_gpu(_values(logits)):
             refuse_invalid_draws(tokens)
-        drawn, gains = tokens.cpu().numpy(), log_probs.cpu().numpy()
         rows = sampled[table.group]  # one of each group
-        chosen, gains = drawn[rows, None], gains[rows, None]
-        found.put(sampled, table.sums[rows, None] + gains, np.zeros_like(chosen), chosen, gains)
+        found.put_draws(sampled, rows, table.sums, tokens.cpu().numpy(), log_probs.cpu().numpy())
 
     def _fixed(self, table: Table) -> _Fixed:
         if self._kept is None or self._version != table.version:
             self._kept, self._version = _fixed(table, self._special, self._automata), table.version
         return self._kept
 
+    def whole(
+        self,
+        table: Table,
+        configs: Mapping[int, GenerationConfig],
+        alive: Array,
+        span: tuple[int, int] | None,
+        weight: Tensor,
+    ) -> WholeChoice | str:
+        """The same choice as the ending of a CUDA graph, or why it cannot be one.
+
+        span: of the logits, where they are those of a range only. weight: the output's `[V, D]`.
+        """
+        fixed = self._fixed(table)
+        if (reason := _why_not_whole(fixed, table, alive)) is not None:
+            return reason
+        rows = len(table.group)
+        given = ((name, getattr(fixed.rules, name)) for name in _KEPT_RULES if span is None or name != "ngram")
+        rules: dict[str, Array] = {name: values.numpy() for name, values in given if values is not None}
+        if span is None:  # there at every step, so that one graph serves them all
+            rules |= {"forced": np.full(rows, -1, np.int32), "no_eos": np.zeros(rows, np.bool_)}
+        rules |= self._told(fixed, table, span is not None)
+        restricted = None
+        if table.groups["restricted"].any():
+            empty = np.zeros(rows + 1, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
+            restricted = restrictions(table, configs).csr(rows) or empty
+        filters = {name: values.numpy() for name, values in fixed.filters.items()}
+        groups = table.groups[table.group]
+        if fixed.sampled.any():
+            filters["uniforms"] = uniforms(groups["seed"], groups["number"], table.steps[table.group])
+        tables = (self._automata.tables, self._automata.tables_on(weight.device)) if "states" in rules else None
+        return WholeChoice(
+            rules=rules,
+            filters=filters,
+            restricted=restricted,
+            tables=tables,
+            searched=fixed.levels[0] & alive,
+            drawn=fixed.sampled & alive,
+            sums=table.sums,
+            offsets=table.offsets,
+            group=table.group,
+            width=fixed.width,
+            span=span,
+            vocabulary=weight.shape[0],
+            ids=(self._special.pad, self._special.eos, self._special.unk),
+        )
+
     def _rules(self, fixed: _Fixed, table: Table, logits: Tensor | RaggedLogits) -> StepRules:
         """The rules of this step, for all rows."""
+        ragged = isinstance(logits, RaggedLogits)
+        told: dict[str, Any] = {name: torch.from_numpy(x) for name, x in self._told(fixed, table, ragged).items()}
+        if "states" in told:
+            told["tables"] = self._automata.tables_on(_values(logits).device)
+        if ragged:
+            told["ngram"] = None
+        return replace(fixed.rules, **told)
+
+    def _told(self, fixed: _Fixed, table: Table, ragged: bool) -> dict[str, Array]:
+        """Rules that change from step to step, by their names in `StepRules`, where any row has one."""
         groups, steps, rows = table.groups, table.steps, table.group
-        changes: dict[str, Any] = {}
+        changes: dict[str, Array] = {}
         if fixed.counts_history:
             first = int(groups["counted"].min())
-            changes["history"] = torch.from_numpy(table.tokens[:, first:])
-            changes["counted_from"] = _int32((groups["counted"] - first)[rows])
-        if isinstance(logits, RaggedLogits):  # closed sets and ranges: neither a prefix, nor an end, nor free text
-            return replace(fixed.rules, ngram=None, **changes)
+            changes["history"] = table.tokens[:, first:]
+            changes["counted_from"] = (groups["counted"] - first)[rows].astype(np.int32)
+        if ragged:  # closed sets and ranges: neither a prefix, nor an end, nor free text
+            return changes
         at_end = steps >= groups["limit"]
         in_prefix = np.flatnonzero((steps < groups["prefix"]) & ~at_end)
         if len(in_prefix) or at_end.any():
             forced = np.where(at_end, self._special.eos, -1)
             forced[in_prefix] = table.prefixes[in_prefix, steps[in_prefix]]
-            changes["forced"] = _int32(forced[rows])
+            changes["forced"] = forced[rows].astype(np.int32)
         early = steps < groups["earliest"]
         if early.any():
-            changes["no_eos"] = torch.from_numpy(early[rows])
+            changes["no_eos"] = early[rows]
         if (fixed.base >= 0).any():
             outside = (fixed.base < 0) | (steps < groups["prefix"])[rows]
-            changes["states"] = _int32(np.where(outside, -1, table.states + fixed.base))
-            changes["tables"] = self._automata.tables_for(logits)
-        return replace(fixed.rules, **changes)
+            changes["states"] = np.where(outside, -1, table.states + fixed.base).astype(np.int32)
+        return changes
 
 
 def _candidates(logits: Tensor | RaggedLogits, table: Table, fixed: _Fixed, rules: StepRules) -> BeamCandidates:
@@ -204,6 +261,16 @@ def _with(rules: StepRules, adjustments: Adjustments, table: Table, groups: Arra
         names = ("adjust_first", "adjust_tokens", "adjust_values")
         changes.update(zip(names, map(torch.from_numpy, csr), strict=True))
     return replace(rules, **changes) if changes else rules
+
+
+def _why_not_whole(fixed: _Fixed, table: Table, alive: Array) -> str | None:
+    if len(fixed.levels) > 1:
+        return "groups of diverse beams choose one after the other"
+    if bool((_leaves_prefix(table) & alive).any()):
+        return "beams in a forced prefix that they may leave choose on the CPU"
+    if fixed.width > _WIDEST:
+        return f"the kernel chooses at most {_WIDEST} candidates, got {fixed.width}"
+    return None
 
 
 def _leaves_prefix(table: Table) -> Array:

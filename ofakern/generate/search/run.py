@@ -25,6 +25,7 @@ def generate(
     prefix: Tensor | None = None,
     special: SpecialTokens | None = None,
     max_positions: int | None = None,
+    cuda_graphs: bool = False,
 ) -> list[list[Hypothesis]]:
     """For each of `batch_size` samples its `config.num_return_sequences` best answers, best first.
 
@@ -33,6 +34,7 @@ def generate(
         automaton: what a target may look like; None leaves every token allowed, as OFASys does.
         prefix: int64 [B, P] forced first tokens, padded with `special.pad` behind.
         max_positions: most tokens the decoder takes, start token included.
+        cuda_graphs: steps run as CUDA graphs: docs/GPU.md.
 
     Raises:
         OfakernValueError: the answers cannot fit into `max_positions`, or a prefix of another batch size.
@@ -41,7 +43,7 @@ def generate(
     if prefix is not None and (prefix.dim() != 2 or len(prefix) != batch_size):
         raise OfakernValueError(f"generate: prefix must be [{batch_size}, P], got {list(prefix.shape)}")
     forced = [()] * batch_size if prefix is None else [tuple(row) for row in prefix.tolist()]
-    session = SearchSession(model, special)
+    session = SearchSession(model, special, cuda_graphs=cuda_graphs)
     requests = [SearchRequest(config, automaton, own, max_positions) for own in forced]
     ids = session.add(memory, requests)
     answers = finish(session)

@@ -26,8 +26,10 @@ from ofakern.generate.search.restrict import forbidden_ids
 from ofakern.generate.search.states import DecodeStates, choosable
 from ofakern.generate.search.stream import certain_tokens, last_tokens
 from ofakern.generate.search.table import EARLY, NEVER_EARLY, Array, Table
+from ofakern.generate.search.whole import LogitsEnding, of_range
 from ofakern.ops.beam_step import InvalidLogitsError, RaggedLogits
 from ofakern.ops.gathered_linear import gathered_linear
+from ofakern.ops.graph_use import GraphUse
 
 __all__ = ["SearchSession"]
 
@@ -40,15 +42,16 @@ class SearchSession:
     Args:
         model: what writes the answers; `add` may name another.
         special: vocabulary ids.
+        cuda_graphs: steps run as CUDA graphs, of models whose `begin_decode` takes the argument: docs/GPU.md.
     """
 
-    def __init__(self, model: StepDecoder, special: SpecialTokens | None = None) -> None:
+    def __init__(self, model: StepDecoder, special: SpecialTokens | None = None, *, cuda_graphs: bool = False) -> None:
         self._model = model
         self._special = special or SpecialTokens()
         self._automata = Automata()
         self._chooser = Chooser(self._special, self._automata)
         self._table = Table()
-        self._states = DecodeStates()
+        self._states = DecodeStates(cuda_graphs)
         self._running: dict[int, Running] = {}
         self._configs: dict[int, GenerationConfig] = {}
         self._unchecked: list[Running] = []
@@ -58,6 +61,11 @@ class SearchSession:
     def running(self) -> int:
         """Requests that are not finished."""
         return len(self._running)
+
+    @property
+    def graph_use(self) -> GraphUse:
+        """Which steps ran as CUDA graphs, and why others did not."""
+        return self._states.graph_use
 
     @torch.inference_mode()
     def add(self, memory: Any, requests: Sequence[SearchRequest], model: StepDecoder | None = None) -> list[int]:
@@ -94,8 +102,9 @@ class SearchSession:
         """One more token for every running request: the tokens that became certain, and the requests that ended."""
         if not self._running:
             return []
-        logits = self._logits(self._table.tokens[:, -1])
-        self._continue(self._choose(logits))
+        tokens = self._table.tokens[:, -1]
+        found = self._by_graph(tokens) if self._states.cuda_graphs else self._logits(tokens)
+        self._continue(found if isinstance(found, Candidates) else self._choose(found))
         events = self._streamed()
         ended = [one for one in self._running.values() if one.groups == 0 or one.error is not None]
         for one in ended:
@@ -107,8 +116,7 @@ class SearchSession:
 
     def _logits(self, tokens: Array) -> Tensor | RaggedLogits:
         """Those of the next token; only of what is allowed, where that is known to be little."""
-        states = self._chooser.bound(self._table)
-        span = None if states is None else self._automata.span(states)
+        states, span = self._allowed()
         narrow = states is not None and span is None and self._automata.narrow(states)
         fed = self._states.hidden(tokens) if span is not None or narrow else None
         if states is None or fed is None:
@@ -119,11 +127,40 @@ class SearchSession:
         weight = model.output_weight
         self._check_ids(weight.shape[0])
         if span is not None:
-            return _of_range(choosable(model.step_logits(state, hidden, span)), span, weight.shape[0])
+            return of_range(choosable(model.step_logits(state, hidden, span)), span, weight.shape[0])
         if hidden.device.type != "cpu" or hidden.dtype != weight.dtype:
             return choosable(model.step_logits(state, hidden))
         tables, rows = self._automata.tables, torch.from_numpy(states.astype(np.int32))
         return RaggedLogits(*gathered_linear(hidden, weight, rows, tables.first, tables.tokens), weight.shape[0])
+
+    def _allowed(self) -> tuple[Array | None, tuple[int, int] | None]:
+        """The states of all rows, where all follow automata, and the one range that they then choose from, if any."""
+        states = self._chooser.bound(self._table)
+        return states, None if states is None else self._automata.span(states)
+
+    def _by_graph(self, tokens: Array) -> Tensor | RaggedLogits | Candidates:
+        """The step as one CUDA graph, its choice in it where that can be; without a graph where there can be none."""
+        model: Any = self._states.only_model
+        if model is None:
+            self._states.note_chosen_after("the states of several models run beside each other")
+            return self._logits(tokens)
+        weight: Tensor = model.output_weight
+        _, span = self._allowed()
+        self._check_ids(weight.shape[0])
+        choice = self._chooser.whole(self._table, self._configs, self._alive(), span, weight)
+        ending = LogitsEnding(span) if isinstance(choice, str) else choice
+        results = self._states.replay(tokens, ending)
+        if results is None:
+            return self._logits(tokens)
+        if isinstance(choice, str):
+            self._states.note_chosen_after(choice)
+        else:
+            try:
+                return choice.read(results[0], len(results[-1]))
+            except InvalidLogitsError as error:
+                self._fail(error)
+        logits = choosable(results[-1][: len(tokens)])
+        return logits if span is None else of_range(logits, span, weight.shape[0])
 
     def _check_ids(self, vocabulary: int) -> None:
         """A request that forbids ids beyond the vocabulary fails alone."""
@@ -135,20 +172,27 @@ class SearchSession:
                 )
         self._unchecked.clear()
 
+    def _alive(self) -> Array:
+        """bool [G]: groups of requests without an error."""
+        failed = [one.id for one in self._running.values() if one.error is not None]
+        groups = self._table.groups["request"]
+        return ~np.isin(groups, failed) if failed else np.ones(len(groups), np.bool_)
+
     def _choose(self, logits: Tensor | RaggedLogits) -> Candidates:
         """The candidates; a request whose logits are no numbers fails alone."""
         while True:
-            failed = [one.id for one in self._running.values() if one.error is not None]
-            groups = self._table.groups["request"]
-            alive = ~np.isin(groups, failed) if failed else np.ones(len(groups), np.bool_)
             try:
-                return self._chooser(logits, self._table, self._configs, alive)
+                return self._chooser(logits, self._table, self._configs, self._alive())
             except InvalidLogitsError as error:
-                group = self._table.groups[self._table.group[error.row]]
-                step = self._table.clock - int(group["start"])
-                failure = OfakernRuntimeError(f"generate: logits must be finite, got NaN at step {step}")
-                failure.__cause__ = error
-                self._running[int(group["request"])].error = failure
+                self._fail(error)
+
+    def _fail(self, error: InvalidLogitsError) -> None:
+        """The request of that row ends with an error."""
+        group = self._table.groups[self._table.group[error.row]]
+        step = self._table.clock - int(group["start"])
+        failure = OfakernRuntimeError(f"generate: logits must be finite, got NaN at step {step}")
+        failure.__cause__ = error
+        self._running[int(group["request"])].error = failure
 
     # ------------------------------------------------------------------------------------------------ its results
 
@@ -270,10 +314,3 @@ class SearchSession:
             has = groups["automaton"] >= 0
             groups["automaton"][has] = renumbered[groups["automaton"][has]]
             self._table.version += 1
-
-
-def _of_range(logits: Tensor, span: tuple[int, int], vocabulary: int) -> RaggedLogits:
-    """Logits `[rows, hi - lo]` of the ids in a range."""
-    first = torch.arange(len(logits) + 1, dtype=torch.int32, device=logits.device) * logits.shape[1]
-    tokens = torch.arange(*span, dtype=torch.int32, device=logits.device).repeat(len(logits))
-    return RaggedLogits(logits.flatten(), first, tokens, vocabulary)

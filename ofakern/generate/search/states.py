@@ -12,6 +12,7 @@ from torch import Tensor
 from ofakern.generate.search.contract import StepDecoder
 from ofakern.generate.search.table import Array
 from ofakern.ops.beam_step.op import BACKENDS
+from ofakern.ops.graph_use import GraphUse
 
 __all__ = ["DecodeStates", "choosable", "on_gpu"]
 
@@ -32,21 +33,46 @@ class _Part:
 
 
 class DecodeStates:
-    """Rows of states that were begun one after the other, in that order."""
+    """Rows of states that were begun one after the other, in that order. cuda_graphs: their steps run as such."""
 
-    def __init__(self) -> None:
+    def __init__(self, cuda_graphs: bool = False) -> None:
         self._parts: list[_Part] = []
+        self.cuda_graphs = cuda_graphs
+        self._use = GraphUse()  # of states that are gone
 
     def begin(self, model: StepDecoder, memory: Any, rows: Sequence[int], max_length: int) -> None:
         """New samples behind those that run. rows: of each sample."""
         same = len(set(rows)) == 1
-        state = model.begin_decode(memory, rows[0] if same else list(rows), max_length)
+        graphs: dict[str, Any] = {"cuda_graphs": True} if self.cuda_graphs else {}
+        state = model.begin_decode(memory, rows[0] if same else list(rows), max_length, **graphs)
         last = self._parts[-1] if self._parts else None
         if last is not None and last.model is model and hasattr(last.state, "join"):
             last.state.join(state)
             last.rows += sum(rows)
         else:
             self._parts.append(_Part(model, state, sum(rows)))
+
+    @property
+    def graph_use(self) -> GraphUse:
+        """Of all states so far."""
+        return sum((part.state.graph_use for part in self._parts if self.cuda_graphs), self._use)
+
+    @property
+    def only_model(self) -> StepDecoder | None:
+        """The model of the only state; None where there are several."""
+        return self._parts[0].model if len(self._parts) == 1 else None
+
+    def replay(self, tokens: Array, ending: Any) -> tuple[Tensor, ...] | None:
+        """The only state's step as a CUDA graph that goes on with `ending`."""
+        found: tuple[Tensor, ...] | None = self._parts[0].state.replay(
+            torch.from_numpy(tokens.astype(np.int64)), ending
+        )
+        return found
+
+    def note_chosen_after(self, reason: str) -> None:
+        """The step's graph ended before the choice."""
+        state: Any = self._parts[0].state
+        state.graph_use.chosen_after[reason] += 1
 
     def hidden(self, tokens: Array) -> tuple[Tensor, Any, Any] | None:
         """`[rows, D]` after one more token per row, and the model and state that make logits of it.
@@ -79,4 +105,6 @@ class DecodeStates:
                     part.state.reorder(torch.from_numpy(own))
                 part.rows = len(own)
                 kept.append(part)
+            elif self.cuda_graphs:
+                self._use += part.state.graph_use
         self._parts = kept

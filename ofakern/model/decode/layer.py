@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofakern.model.decode.weights import LayerWeights
+from ofakern.model.decode.weights import DecodeWeights, LayerWeights
+from ofakern.model.stacks import Decoder
 from ofakern.nn.attention import MultiheadAttention, split_heads
 from ofakern.nn.layers import DecoderLayer
 from ofakern.nn.light import merge
@@ -23,8 +24,8 @@ class StepShape:
 
     row_offsets: `[B + 1]`, rows of each sample. slots: `[R]`, where this step's keys are written.
     table `[R, T]`, counts `[B]`: each row's slots up to this step. cross_bias: f32 `[H, sum of S]` or None. everybody:
-    `[2]`, offsets of all rows as one sample. experts: (expert, its rows), empty without experts. backend: of
-    `decode_attention`.
+    `[2]`, offsets of all rows as one sample. experts: (expert, its rows: int64, or bool `[R, 1]` in a CUDA graph),
+    empty without experts. backend: of `decode_attention`.
     """
 
     row_offsets: Tensor
@@ -44,6 +45,21 @@ class LayerCaches:
     own: KeyValueCache
     source: KeyValueCache
     prefix: KeyValueCache | None
+
+
+def run_layers(
+    decoder: Decoder,
+    weights: DecodeWeights,
+    caches: Sequence[LayerCaches],
+    shape: StepShape,
+    own_bias: Tensor | None,
+    x: Tensor,
+) -> Tensor:
+    """All layers' steps, in turn. own_bias: f32 `[layers, H, sum of counts]`, one layer where all share it."""
+    for number, layer in enumerate(decoder.decoder_layers()):
+        bias = None if own_bias is None else own_bias[min(number, len(own_bias) - 1)]
+        x = step_layer(layer, weights.layers[number], caches[number], shape, bias, x)
+    return x
 
 
 def step_layer(
@@ -96,7 +112,10 @@ def _feed_forward(layer: DecoderLayer, weights: LayerWeights, shape: StepShape, 
         return _through(layer, weights, shape.experts[0][0], seen)
     out = torch.empty_like(seen)
     for expert, rows in shape.experts:
-        out[rows] = _through(layer, weights, expert, seen[rows])
+        if rows.dtype == torch.bool:  # their number is not known: all go through every expert
+            out = torch.where(rows, _through(layer, weights, expert, seen), out)
+        else:
+            out[rows] = _through(layer, weights, expert, seen[rows])
     return out
 
 

@@ -25,15 +25,23 @@ class Past:
         self.caches = [make(max(rows * first, 1)) for _ in range(layers)]
         self.table = torch.zeros((rows, first), dtype=torch.int32)
         self._free = np.arange(rows * first)
+        self._kept_free = 2
 
     @property
     def rows(self) -> int:
         return self.table.shape[0]
 
-    def extend(self, counts: np.ndarray) -> Tensor:
-        """Gives every row a slot for its next step, the `counts[r]`-th, and returns them, int32 `[R]`."""
-        if len(self._free) < self.rows:
-            self._reclaim(counts, self.rows)
+    @property
+    def spare_slot(self) -> int:
+        """One that no row reaches, where the last call of `extend` was asked for a spare one."""
+        return int(self._free[0])
+
+    def extend(self, counts: np.ndarray, spare: int = 0) -> Tensor:
+        """Gives every row a slot for its next step, the `counts[r]`-th, and returns them, int32 `[R]`.
+
+        spare: slots that stay free."""
+        if len(self._free) < self.rows + spare:
+            self._reclaim(counts, self.rows + spare)
         slots = torch.from_numpy(self._free[: self.rows].astype(np.int32))
         self._free = self._free[self.rows :]
         last = int(counts.max(initial=0))
@@ -48,6 +56,19 @@ class Past:
     def select(self, index: Tensor) -> None:
         """Row r becomes what row `index[r]` was."""
         self.table = self.table.index_select(0, index)
+
+    def reserve(self, slots: int) -> None:
+        """At least so many slots, which grow no more before three quarters of them are in use."""
+        self._kept_free = 4
+        if self.caches[0].slots < slots:
+            self._grow(slots)
+
+    def settle(self, counts: np.ndarray, caches: list[KeyValueCache]) -> None:
+        """Everything moves into these caches, whose content is lost. counts: steps of each row so far."""
+        fresh = Past(0, 0, FIRST_STEPS, lambda slots: caches[0])
+        fresh.caches, fresh._free = caches, np.arange(caches[0].slots)
+        fresh.join(np.zeros(0, np.int64), self, counts)
+        self.caches, self.table, self._free = fresh.caches, fresh.table, fresh._free
 
     def join(self, counts: np.ndarray, other: Past, other_counts: np.ndarray) -> None:
         """The other's rows come after ours, their slots copied into free ones. counts: steps of each row so far."""
@@ -66,15 +87,18 @@ class Past:
         self.table = torch.cat([_widened(self.table, steps), _widened(renamed, steps)])
 
     def _reclaim(self, counts: np.ndarray, wanted: int) -> None:
-        """Finds `wanted` free slots: those that no row reaches, and a larger cache where half of it is in use."""
+        """Finds `wanted` free slots: those that no row reaches, and a larger cache where most of it is in use."""
         slots = self.caches[0].slots
         free = np.ones(slots, dtype=bool)
         free[_reached(self.table, counts)] = False
         self._free = np.flatnonzero(free)
-        if len(self._free) < max(wanted, slots // 2):
-            larger = slots + max(wanted, slots, FIRST_STEPS * self.rows)
-            self.caches = [cache.grown(larger) for cache in self.caches]
-            self._free = np.concatenate([self._free, np.arange(slots, larger)])
+        if len(self._free) < max(wanted, slots // self._kept_free):
+            self._grow(slots + max(wanted, slots, FIRST_STEPS * self.rows))
+
+    def _grow(self, slots: int) -> None:
+        have = self.caches[0].slots
+        self.caches = [cache.grown(slots) for cache in self.caches]
+        self._free = np.concatenate([self._free, np.arange(have, slots)])
 
 
 def _reached(table: Tensor, counts: np.ndarray) -> np.ndarray:

@@ -143,7 +143,7 @@ class Segment:
         return self._adaptor.position_embedding(self._tokens(value, places))
 
     def _tokens(self, value: Tensor, positions: Tensor) -> _Tokens:
-        return _Tokens(value, torch.ones(len(positions), dtype=torch.int32), positions)
+        return _Tokens(value, torch.ones(len(positions), dtype=torch.int32, device="cpu"), positions)
 
 
 def _by_head(x: Tensor) -> Tensor:

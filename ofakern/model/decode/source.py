@@ -15,6 +15,9 @@ from ofakern.model.stacks import Decoder, Memory
 from ofakern.nn.attention import MultiheadAttention
 from ofakern.ops.decode_attention import KeyValueCache
 
+#: Of a sample: what the positions of its block add to scores, f32 `[n, H, S or more]`, the row of its position, and S.
+SampleBias = tuple[Tensor, int, int]
+
 
 @dataclass
 class _Keys:
@@ -27,19 +30,24 @@ class _Keys:
 
     def bias_at(self, segment: Segment, position: int) -> Tensor:
         """f32 `[H, S]`; samples that share positions stand at one position of one segment."""
+        bias, row = self.biases_at(segment, position)
+        return bias[row]
+
+    def biases_at(self, segment: Segment, position: int) -> tuple[Tensor, int]:
+        """f32 `[n, H, S]` of the position's block, and its row in it."""
         block = segment.block(position)
         if self.block is not block:
             self.block, self.bias = block, _bias(block, self.k_pos)
         assert self.bias is not None
-        return self.bias[position - block.start]
+        return self.bias, position - block.start
 
 
 class Source:
     """caches: one per decoder layer. Samples come and go."""
 
-    def __init__(self, decoder: Decoder, weights: DecodeWeights, memory: Memory) -> None:
+    def __init__(self, decoder: Decoder, weights: DecodeWeights, memory: Memory, backend: str) -> None:
         self.caches = [
-            _cache(layer.encoder_attn, own, memory, decoder.backend)
+            _cache(layer.encoder_attn, own, memory, backend)
             for layer, own in zip(decoder.decoder_layers(), weights.layers, strict=True)
         ]
         self._samples = list(zip(_keys(decoder, memory), memory.lengths, strict=True))
@@ -54,6 +62,17 @@ class Source:
             for (keys, length), segment, position in zip(self._samples, segments, positions, strict=True)
         ]
         return torch.cat(rows, 1)
+
+    def biases(self, segments: Sequence[Segment], positions: Sequence[int]) -> list[SampleBias]:
+        """The same before it is looked up, of a decoder that has it."""
+        return [
+            (*keys.biases_at(segment, position), length)
+            for (keys, length), segment, position in zip(self._samples, segments, positions, strict=True)
+        ]
+
+    def settle(self, caches: Sequence[KeyValueCache]) -> None:
+        """The keys are copied into these caches of no samples, or moved to where there is room for them."""
+        self.caches = [cache.joined(own) for cache, own in zip(caches, self.caches, strict=True)]
 
     def keep(self, samples: np.ndarray) -> None:
         """Only these samples stay, bool `[B]`."""

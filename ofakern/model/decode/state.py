@@ -10,23 +10,26 @@ import torch
 from torch import Tensor
 
 from ofakern.errors import OfakernTypeError, OfakernValueError
-from ofakern.model.decode.layer import LayerCaches, StepShape, step_layer
+from ofakern.model.decode.graphs import Graphs
+from ofakern.model.decode.layer import LayerCaches, StepShape, run_layers
 from ofakern.model.decode.native import whole_step
 from ofakern.model.decode.past import Past
+from ofakern.model.decode.recorded import Ending, HiddenEnding, StepNow
 from ofakern.model.decode.segment import Segment, SegmentKind
 from ofakern.model.decode.source import Source
 from ofakern.model.decode.weights import DecodeWeights
 from ofakern.model.stacks import Decoder, Memory
 from ofakern.ops.decode_attention import KeyValueCache
 from ofakern.ops.decode_layers import decode_layers
+from ofakern.ops.graph_use import GraphUse
 
 
 class DecodeState:
     """The state of `rows` hypotheses; rows of one sample stand together, in the samples' order, at one position.
 
-    Opaque: callers use `rows`, `rows_of_sample`, `positions`, `length`, `reorder`, `rewind` and
-    `join`. weights: those that the
-    model had when it began. All of it runs in inference mode.
+    Opaque: callers use `rows`, `rows_of_sample`, `positions`, `length`, `reorder`, `rewind`, `join`, `step` and, of
+    CUDA graphs, `replay` and `graph_use`. weights: those that the model had when it began. All of it runs in inference
+    mode.
     """
 
     @torch.inference_mode()
@@ -37,6 +40,7 @@ class DecodeState:
         memory: Memory,
         rows_per_sample: int | Sequence[int],
         kind: SegmentKind,
+        cuda_graphs: bool = False,
     ) -> None:
         counts = [rows_per_sample] * memory.samples if isinstance(rows_per_sample, int) else list(rows_per_sample)
         if len(counts) != memory.samples or min(counts, default=0) < 0 or kind.max_length < 1:
@@ -47,6 +51,8 @@ class DecodeState:
         self.weights = weights
         self._decoder = decoder
         self._device = memory.states.device
+        # A graph cannot hold what `auto` may take on a GPU: the reference reads its tables on the host.
+        self._backend = "cuda" if cuda_graphs and self._device.type == "cuda" else decoder.backend
         segment = Segment(decoder, kind)
         self._segments = [segment] * memory.samples
         self._token_shape = segment.token_shape
@@ -55,8 +61,8 @@ class DecodeState:
         layers, weight = decoder.decoder_layers(), decoder.adaptor.embed_tokens.weight
         self._dtype = weight.dtype
         with torch.autocast(self._device.type, enabled=False):
-            self._source = Source(decoder, weights, memory.to(weight.dtype))
-            self._prefixes = _prefix_caches(decoder, weight.dtype)
+            self._source = Source(decoder, weights, memory.to(weight.dtype), self._backend)
+            self._prefixes = _prefix_caches(decoder, weight.dtype, self._backend)
         config = decoder.config
         width = config.dim // config.heads
 
@@ -64,6 +70,7 @@ class DecodeState:
             return KeyValueCache.empty(slots, config.heads, width, width, weight.dtype, device=self._device)
 
         self._past = Past(sum(counts), len(layers), kind.max_length, empty)
+        self._graphs = Graphs(decoder, weights, self._prefixes, self._device, self._backend) if cuda_graphs else None
         self._keep(self._rows > 0)
 
     @property
@@ -75,6 +82,11 @@ class DecodeState:
         """Of the samples that still have rows, in their order."""
         found: list[int] = self._rows.tolist()
         return found
+
+    @property
+    def graph_use(self) -> GraphUse:
+        """What ran as CUDA graphs, and why the rest did not."""
+        return GraphUse() if self._graphs is None else self._graphs.use
 
     @property
     def positions(self) -> Tensor:
@@ -132,6 +144,8 @@ class DecodeState:
         self._source.join(other._source)
         known = {segment.kind: segment for segment in self._segments}
         self._segments = [*self._segments, *(known.setdefault(s.kind, s) for s in other._segments)]
+        if self._graphs is not None and other._graphs is not None:
+            self._graphs.use += other._graphs.use
         self._rows = np.concatenate([self._rows, other._rows])
         self._positions = np.concatenate([self._positions, other._positions])
         self._keep(self._rows > 0)
@@ -144,22 +158,49 @@ class DecodeState:
             raise OfakernValueError(
                 f"OFAPlus.decode_step: tokens must have shape {wanted} (the rows), got {list(tokens.shape)}"
             )
+        self._refuse_more_than_fits()
+        if self._graphs is not None:
+            found = self._replayed(tokens, HiddenEnding())
+            if found is not None:
+                return found[0][: len(tokens)].clone()  # which the next step overwrites
+        # The weights' dtype, whatever autocast would make of it: they are packed in that.
+        with torch.autocast(self._device.type, enabled=False):
+            return self._step(tokens.to(self._device, non_blocking=True))
+
+    @torch.inference_mode()
+    def replay(self, tokens: Tensor, ending: Ending) -> tuple[Tensor, ...] | None:
+        """A step as one CUDA graph that goes on with `ending`; tokens int64 `[rows]`, on the CPU.
+
+        Returns the ending's results, of more rows than there are; the next step overwrites them. None, and nothing has
+        been fed, where the step cannot be a graph: `graph_use` tells why.
+        """
+        self._refuse_more_than_fits()
+        return self._replayed(tokens, ending) if self._graphs is not None else None
+
+    def _replayed(self, tokens: Tensor, ending: Ending) -> tuple[Tensor, ...] | None:
+        assert self._graphs is not None
+        now = StepNow(tokens.cpu().numpy(), self._rows, self._positions, self._segments, self._past, self._source)
+        with torch.autocast(self._device.type, enabled=False):
+            found = self._graphs.step(now, ending)
+        if found is not None:
+            self._advance()
+        return found
+
+    def _refuse_more_than_fits(self) -> None:
         for group in self._groups:
             fed, most = int(self._positions[group.samples].max()), group.segment.kind.max_length
             if fed >= most:
                 raise OfakernValueError(
                     f"OFAPlus.decode_step: max_length ({most}) must exceed the tokens fed, got {fed}"
                 )
-        # The weights' dtype, whatever autocast would make of it: they are packed in that.
-        with torch.autocast(self._device.type, enabled=False):
-            return self._step(tokens.to(self._device, non_blocking=True))
 
     def _step(self, tokens: Tensor) -> Tensor:
         x, shape, own_bias = self._embed(tokens), self._shape(), self._own_bias()
         experts = tuple(expert for expert, _ in shape.experts)
         prepared = whole_step(self._decoder, self.weights, len(x), experts)
         if prepared is None:
-            out = self._decoder.finish(self._by_layer(x, shape, own_bias))
+            caches = list(map(LayerCaches, self._past.caches, self._source.caches, self._prefixes))
+            out = self._decoder.finish(run_layers(self._decoder, self.weights, caches, shape, own_bias, x))
         else:
             out = decode_layers(
                 x,
@@ -173,17 +214,13 @@ class DecodeState:
                 own_bias=own_bias,
                 cross_bias=shape.cross_bias,
             )
+        self._advance()
+        return out
+
+    def _advance(self) -> None:
         self._positions += 1
         for group in self._groups:
             group.segment.forget_before(int(self._positions[group.samples].min()))
-        return out
-
-    def _by_layer(self, x: Tensor, shape: StepShape, own_bias: Tensor | None) -> Tensor:
-        for number, layer in enumerate(self._decoder.decoder_layers()):
-            caches = LayerCaches(self._past.caches[number], self._source.caches[number], self._prefixes[number])
-            bias = None if own_bias is None else own_bias[min(number, len(own_bias) - 1)]
-            x = step_layer(layer, self.weights.layers[number], caches, shape, bias, x)
-        return x
 
     def _embed(self, tokens: Tensor) -> Tensor:
         positions = self.positions.to(self._device, non_blocking=True)
@@ -209,7 +246,7 @@ class DecodeState:
             self._source.bias(self._segments, self._positions.tolist()),
             everybody,
             self._experts,
-            self._decoder.backend,
+            self._backend,
         )
 
     def _own_bias(self) -> Tensor | None:
@@ -261,11 +298,9 @@ class _Group:
     rows: Tensor
 
 
-def _prefix_caches(decoder: Decoder, dtype: torch.dtype) -> list[KeyValueCache | None]:
+def _prefix_caches(decoder: Decoder, dtype: torch.dtype, backend: str) -> list[KeyValueCache | None]:
     """Each layer's learned keys, one run that all rows see."""
     prompt = decoder.decoder_prompt_encoder
     if prompt is None:
         return [None] * len(decoder.layers)
-    return [
-        KeyValueCache.of_source(k.to(dtype), v.to(dtype), [prompt.length], backend=decoder.backend) for k, v in prompt()
-    ]
+    return [KeyValueCache.of_source(k.to(dtype), v.to(dtype), [prompt.length], backend=backend) for k, v in prompt()]

@@ -91,7 +91,7 @@ class DecodeWeights:
     """All of a decoder's projections, and the output's `[V, D]`.
 
     packs, int8: how. by_layer, prepared: of `native.py`, why no step is one native call (once it has been asked), and
-    what such calls multiply by, for each expert.
+    what such calls multiply by, for each expert. rooms: of `graphs.py`.
     """
 
     def __init__(self, decoder: Decoder, output: Tensor, int8: bool = False, pack: bool = False) -> None:
@@ -101,6 +101,7 @@ class DecodeWeights:
         self.by_layer: str | None = None
         self.by_layer_asked = False
         self.prepared: dict[int | None, PreparedLayers] = {}
+        self.rooms: list[Any] = []
         self._parts: dict[tuple[int, int], Projection] = {}
 
     def output_of(self, ids: tuple[int, int]) -> Projection:

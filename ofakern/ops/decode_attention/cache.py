@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -133,6 +134,11 @@ class KeyValueCache:
         return self.keys.shape[0] if self.runs is None else int(self.runs[:, 1].sum())
 
     @property
+    def room(self) -> int:
+        """Keys that a source cache's storage has room for, pads included."""
+        return self.keys.shape[0] // self._entries("keys")
+
+    @property
     def nbytes(self) -> int:
         parts = (self.keys, self.values, self.key_scales, self.value_scales)
         return sum(x.numel() * x.element_size() for x in parts if x is not None)
@@ -179,6 +185,17 @@ class KeyValueCache:
         index = torch.as_tensor(samples, dtype=torch.int64, device="cpu")
         return replace(self, runs=self._source_runs("select")[index])
 
+    def standing(self, runs: Tensor, longest: int) -> KeyValueCache:
+        """The source cache on this storage whose samples stand where `runs` says: int32 `[B,2]` on the keys' device.
+
+        Nothing reads `runs` here, so that it may be written between calls of the op, as the inputs of a CUDA graph are.
+        longest: no sample has more keys.
+        """
+        found = copy(self)
+        for name, value in (("runs", runs), ("device_runs", runs), ("longest", longest)):
+            object.__setattr__(found, name, value)
+        return found
+
     def joined(self, other: KeyValueCache) -> KeyValueCache:
         """A source cache of this one's samples, then the other's, for requests that come and go.
 
@@ -190,7 +207,7 @@ class KeyValueCache:
         if mine != theirs:
             raise OfakernValueError(f"{_WHERE}.joined: other must be of the same kind {mine}, got {theirs}")
         runs, incoming = self._source_runs("joined"), other._source_runs("joined")
-        first = _free_places(runs, incoming[:, 1].tolist(), self._room(), self._unit())
+        first = _free_places(runs, incoming[:, 1].tolist(), self.room, self._unit())
         if first is None:
             needed = sum(_whole(count, self._unit()) for count in torch.cat([runs, incoming])[:, 1].tolist())
             return self._moved(_whole(needed * 3 // 2, self._unit())).joined(other)
@@ -256,10 +273,6 @@ class KeyValueCache:
         if self.runs is None:
             raise OfakernValueError(f"{_WHERE}.{method}: the cache must be of a source, got slots\nTry: of_source")
         return self.runs
-
-    def _room(self) -> int:
-        """Keys that a source cache's storage has room for, pads included."""
-        return self.keys.shape[0] // self._entries("keys")
 
     def _mapped(self, change: Any) -> KeyValueCache:
         scales = [None if x is None else change(x) for x in (self.key_scales, self.value_scales)]
