@@ -159,8 +159,7 @@ def prefixes_of(
     """Per layer its prefix (None without any), and the layout by which every one of `queries` tokens sees all of it."""
     if prompt is None:
         return [None] * layers, None
-    visible = torch.tensor([[0, prompt.length]], dtype=torch.int32).repeat(queries, 1)
-    return prompt(), AttentionLayout.build(visible, [queries], [prompt.length]).to(device)
+    return prompt(), AttentionLayout.even(1, queries, prompt.length, device)
 
 
 def _prompt(config: OFAConfig, length: int, layers: int) -> PromptEncoder | None:

@@ -34,6 +34,16 @@ def test_interval_builders() -> None:
     assert intervals.causal([3]).dtype == torch.int32
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 5, 2), (3, 0, 2), (2, 3, 0), (0, 3, 4)])
+def test_even_layouts_are_what_build_makes(shape: tuple[int, int, int]) -> None:
+    samples, queries, keys = shape
+    q_lengths, k_lengths = [queries] * samples, [keys] * samples
+    built = AttentionLayout.build(intervals.cross(q_lengths, k_lengths), q_lengths, k_lengths)
+    even = AttentionLayout.even(samples, queries, keys, "cpu")
+    for mine, other in zip(_pytree.tree_leaves(even), _pytree.tree_leaves(built), strict=True):
+        assert mine.dtype == other.dtype and torch.equal(mine, other) and mine.is_contiguous()
+
+
 def test_prefix_keys_renumber_the_keys() -> None:
     lengths = [2, 1]
     visible = intervals.with_prefix_keys(intervals.causal(lengths), lengths, lengths, 3, visible=True)

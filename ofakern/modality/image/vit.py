@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ofakern.errors import OfakernValueError
 from ofakern.nn.attention import split_heads
 from ofakern.ops.attention import AttentionLayout, attention
-from ofakern.ops.attention.intervals import full
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,7 @@ class VisionTransformer(nn.Module):
         height, width = self.grid(images.shape[2], images.shape[3])
         x: Tensor = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         x = self.ln_pre(x + self._positions(height, width).to(x.dtype)).flatten(0, 1)
-        counts = [height * width] * images.shape[0]
-        layout = AttentionLayout.build(full(counts), counts, counts).to(x.device)
+        layout = AttentionLayout.even(images.shape[0], height * width, height * width, x.device)
         for block in self.transformer.resblocks:
             x = block(x, images.shape[0], layout, self.backend)
         return x

@@ -112,6 +112,26 @@ class AttentionLayout:
             shared=share_rows(_WHERE, q_sets, k_sets, q_counts, k_counts, k_range),
         )
 
+    @classmethod
+    def even(cls, samples: int, queries: int, keys: int, device: torch.device | str) -> AttentionLayout:
+        """What `build` makes of samples of so many queries each, which see all of their sample's so many keys.
+
+        It is made on the device, to which nothing is copied: a step that is recorded (CUDA graphs) may call it.
+        """
+
+        def steps(count: int, width: int) -> Tensor:
+            return torch.arange(count, dtype=torch.int32, device=device) * width
+
+        begin, seen = steps(samples, keys), int(queries > 0)
+        k_range = torch.stack([begin, begin + keys], dim=1) * seen
+        return cls(
+            visible=k_range[:, None].expand(-1, queries, -1).reshape(-1, 2).contiguous(),
+            q_offsets=steps(samples + 1, queries),
+            k_offsets=steps(samples + 1, keys),
+            key_seen=torch.full((samples * keys,), seen, dtype=torch.uint8, device=device),
+            k_range=k_range,
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionLayout:
         """The same layout on a device; itself when it is there already."""
         if self.device == torch.device(device):
