@@ -49,7 +49,9 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # A recording that breaks leaves its stream the current one; the outer context takes it back.
+        current = torch.cuda.stream(torch.cuda.current_stream(self._device))
+        with current, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = function()
         return result, graph.replay
 
@@ -68,9 +70,10 @@ def recorder_for(device: torch.device, where: str = "StepGraph") -> Recorder:
 class StepGraph(Generic[T]):
     """A recorded step.
 
-    function: reads and writes tensors that live as long as the graph, and returns tensors (in any structure). It is
-    called `warmups` times for real (lazy initialisation, compilation) and once more to be recorded, which changes no
-    tensor and draws no random number. recorder: of `recorder_for`; name: of the step, for errors.
+    function: reads and writes tensors that live as long as the graph (it is kept, and so is what it refers to), and
+    returns tensors (in any structure). It is called `warmups` times for real (lazy initialisation, compilation) and
+    once more to be recorded, which changes no tensor and draws no random number. recorder: of `recorder_for`; name: of
+    the step, for errors.
 
     Attributes:
         result: what `function` returned when it was recorded; every replay writes it. Until the first one it holds
@@ -81,6 +84,7 @@ class StepGraph(Generic[T]):
     """
 
     def __init__(self, function: Callable[[], T], recorder: Recorder, *, warmups: int = 2, name: str = "step") -> None:
+        self._function = function
         recorder.warm_up(function, warmups)
         try:
             self.result, self._replay = recorder.record(function)

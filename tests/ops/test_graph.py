@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +179,72 @@ def test_a_read_that_nothing_sees_is_frozen_and_shows_in_the_results() -> None:
     assert torch.equal(recorded.replay(), step())
     x.fill_(3.0)
     assert not torch.equal(recorded.replay(), step())
+
+
+class Cuda:
+    """What `CudaRecorder` uses of torch.cuda: the current stream, and graphs as torch 2.13 ends their recording."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current, self.calls = "main", list[str]()
+        for name in ("Stream", "current_stream", "graph_pool_handle", "stream", "CUDAGraph", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def Stream(self, device: torch.device) -> Any:  # noqa: N802
+        return SimpleNamespace(name="side", wait_stream=lambda other: self.calls.append(f"side waits {other.name}"))
+
+    def current_stream(self, device: torch.device) -> Any:
+        own = self.current
+        return SimpleNamespace(name=own, wait_stream=lambda other: self.calls.append(f"{own} waits {other.name}"))
+
+    def graph_pool_handle(self) -> str:
+        return "pool"
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream.name
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def CUDAGraph(self) -> Any:  # noqa: N802
+        return SimpleNamespace(replay=lambda: self.calls.append("replay"))
+
+    @contextmanager
+    def graph(self, graph: Any, pool: str, stream: Any) -> Iterator[None]:
+        self.current, before = stream.name, self.current
+        self.calls.append(f"record in {pool}")
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("capture invalidated")  # noqa: B904  # and the stream stays
+        self.current = before
+
+
+def test_a_gpu_records_on_a_side_stream_and_gives_the_current_one_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch)
+    recorder, streams = recorder_for(torch.device("cuda:0")), list[str]()
+    step = StepGraph(lambda: streams.append(cuda.current), recorder, warmups=2)
+    step.replay()
+    assert streams == ["side"] * 3 and cuda.current == "main"
+    assert cuda.calls == ["side waits main", "main waits side", "record in pool", "replay"]
+
+    def broken() -> None:
+        raise RuntimeError("item in a capture")
+
+    with pytest.raises(OfakernRuntimeError, match="got: item in a capture"):
+        StepGraph(broken, recorder, warmups=0)
+    assert cuda.current == "main"
+
+
+def test_what_a_step_reads_lives_as_long_as_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cuda(monkeypatch)
+    x = torch.ones(2)
+    alive, step = weakref.ref(x), StepGraph(partial(torch.mul, x, 2), recorder_for(torch.device("cuda")), warmups=0)
+    del x
+    assert alive() is not None
+    del step
+    assert alive() is None
 
 
 def test_our_errors_pass_unchanged() -> None:
