@@ -22,6 +22,7 @@ def pad_examples(examples: Sequence[Example], multiple: int) -> list[Example]:
 
     The new tokens see each other alone and have no label, so all losses and gradients stay as they are. Allowed ids are
     filled up to a power of two. Batches whose source or target has no text are left alone: they have other sizes, too.
+    (One model routes by the whole batch: experts under compat="ofasys", where OFASys pads.)
     """
     sides = [_texts([e.source for e in examples]), _texts([e.target for e in examples])]
     if not all(sides):
