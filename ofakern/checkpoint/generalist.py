@@ -68,6 +68,9 @@ class GeneralistModel:
         generation: defaults of `inference`. seed: of the first weights. backend: of every attention.
         overrides: single fields of the configuration (`dim=64`, `encoder_layers=2`, ...).
 
+    Attributes:
+        cuda_graphs: whether searches run their steps as CUDA graphs (docs/GPU.md); False until it is set.
+
     Raises:
         OfakernTypeError, OfakernValueError: a configuration that cannot be built. OfakernRuntimeError: the network or
             tokenizer is used before there is a vocabulary.
@@ -99,6 +102,7 @@ class GeneralistModel:
         self.tasks: dict[str, KnownTask] = {}
         self._vocab_size, self._bins, self._seed, self._backend = vocab_size, bins, seed, backend
         self._phones = phones
+        self.cuda_graphs = False
         self.image_tokenizer = None if image_tokenizer is None else image_tokenizer.eval()
         # Adaptors that nobody has chosen follow from the tasks, as the vocabulary does.
         self._adaptors_open = config is None and "adaptors" not in overrides
@@ -383,14 +387,9 @@ class GeneralistModel:
         with evaluating(self.network):
             return encode_sources(self.network, prepared)
 
-    def search_session(
-        self, writer_key: tuple[str, int] = ("text", int(Modality.TEXT)), *, cuda_graphs: bool = False
-    ) -> SearchSession:
-        """A session for prepared requests; `add(..., model=self.writer(key))` takes those with another key.
-
-        cuda_graphs: its steps run as CUDA graphs: docs/GPU.md.
-        """
-        return SearchSession(self.writer(writer_key), self.special_tokens, cuda_graphs=cuda_graphs)
+    def search_session(self, writer_key: tuple[str, int] = ("text", int(Modality.TEXT))) -> SearchSession:
+        """A session for prepared requests; `add(..., model=self.writer(key))` takes those with another key."""
+        return SearchSession(self.writer(writer_key), self.special_tokens, cuda_graphs=self.cuda_graphs)
 
     @property
     def special_tokens(self) -> SpecialTokens:

@@ -30,30 +30,29 @@ class Staged:
     """
 
     def __init__(self, like: Mapping[str, Entry], device: torch.device) -> None:
-        self._device = device
-        self._places: dict[str, tuple[int, int]] = {}
+        places: dict[str, slice] = {}
         words = 0
         for name, entry in like.items():
             size = int(np.prod(entry.shape))
-            self._places[name] = (words, words + size)
+            places[name] = slice(words, words + size)
             words += -(-size // _ALIGNED) * _ALIGNED
-        self._block = torch.zeros(words, dtype=torch.int32, device=device)
-        self.tensors: dict[str, Tensor] = {
-            name: self._block[slice(*self._places[name])].view(_DTYPES[entry.values.dtype]).view(entry.shape)
-            for name, entry in like.items()
-        }
+        self._host = np.zeros(words, np.int32)
+        self._device = torch.zeros(words, dtype=torch.int32, device=device)
+        self._parts: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+        for name, entry in like.items():
+            own, dtype = places[name], entry.values.dtype
+            self._parts[name] = self._host[own].view(dtype).reshape(entry.shape)
+            self.tensors[name] = self._device[own].view(_DTYPES[dtype]).view(entry.shape)
 
     def send(self, entries: Mapping[str, Entry]) -> None:
         """Does not wait for the device. Entries have the names, shapes and dtypes of those that came first."""
-        # A block of its own for each call: the copy of the one before may still be on its way.
-        words = torch.zeros(len(self._block), dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        host = words.numpy()
         for name, entry in entries.items():
-            self._part(host, name, entry)
-        self._block.copy_(words, non_blocking=True)
-
-    def _part(self, host: np.ndarray, name: str, entry: Entry) -> None:
-        part: Any = host[slice(*self._places[name])].view(entry.values.dtype).reshape(entry.shape)
-        if entry.values.shape != entry.shape:
-            part[...] = entry.fill
-        part[tuple(slice(size) for size in entry.values.shape)] = entry.values
+            part, values = self._parts[name], entry.values
+            if values.shape != entry.shape:
+                part[...] = entry.fill
+            part[tuple(map(slice, values.shape))] = values
+        words = torch.from_numpy(self._host)
+        if self._device.is_cuda:  # a copy for each call, since that of the one before may still be on its way
+            words = words.pin_memory()
+        self._device.copy_(words, non_blocking=True)

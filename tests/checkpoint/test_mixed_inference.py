@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from replay import stand_in
 from scenes import COLOURS, scenes, small_model, tasks
 
 from ofakern.checkpoint import GeneralistModel, StreamPiece
@@ -65,6 +66,33 @@ def test_each_row_of_a_mixed_batch_gets_its_own_answer(model: GeneralistModel, b
     assert len(found[0].token_log_probs) == len(found[0].tokens)
     total = sum(found[0].token_log_probs) / len(found[0].tokens)
     assert found[0].score == pytest.approx(total, abs=1e-5)
+
+
+def test_steps_as_cuda_graphs_give_the_same(model: GeneralistModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the CPU's stand-in, all kinds of requests together: codes and boxes, streams of rows that end and join."""
+    sessions: list[SearchSession] = []
+    began = GeneralistModel.search_session
+
+    def begin(self: GeneralistModel) -> SearchSession:
+        sessions.append(began(self))
+        return sessions[-1]
+
+    expected = model.inference(REQUESTS, batch_size=4, **SETTINGS)
+    monkeypatch.setattr(model, "cuda_graphs", True)
+    monkeypatch.setattr(GeneralistModel, "search_session", begin)
+    with stand_in():
+        found = model.inference(REQUESTS, batch_size=4, **SETTINGS)
+    assert all(map(same, found, expected)), [(f, e) for f, e in zip(found, expected, strict=True) if not same(f, e)]
+    use = sessions[0].graph_use
+    assert (
+        use.replayed > 10
+        and not use.without
+        and set(use.chosen_after)
+        == {
+            "groups of diverse beams choose one after the other",
+            "beams in a forced prefix that they may leave choose on the CPU",
+        }
+    )
 
 
 def test_places_that_become_free_are_taken(model: GeneralistModel, monkeypatch: pytest.MonkeyPatch) -> None:

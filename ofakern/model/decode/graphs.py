@@ -120,19 +120,24 @@ class Graphs:
         if (reason := self._why_not(now)) is not None:
             self.use.without[reason] += 1
             return None
-        room, bounds, blocks = self._room, self._bounds(now), self._blocks(now)
+        positions = now.positions.tolist()
+        blocks = [segment.block(position) for segment, position in zip(now.segments, positions, strict=True)]
+        room, bounds = self._room, self._bounds(now, blocks)
         assert room is not None
         now.past.reserve(_slots(bounds))
         room.follow(now.past, now.source)
         held = self._held(room, now, bounds, blocks)
         numbers = [bounds.kinds.index(self._kind(segment)) for segment in now.segments]
         inputs = step_inputs(now, blocks, numbers, bounds, held) | ending.inputs(bounds.rows)
-        recorded = room.graphs.get((bounds, ending.key))
+        key = bounds, ending.key
+        recorded = room.graphs.get(key)
         if recorded is None:
-            recorded = self._record(room, now, bounds, held, ending, inputs)
+            recorded = room.graphs[key] = self._record(room, now, bounds, held, ending, inputs)
+            if len(room.graphs) > _GRAPHS:
+                room.graphs.popitem(last=False)
         else:
             recorded.staged.send(inputs)
-        room.graphs.move_to_end((bounds, ending.key))
+            room.graphs.move_to_end(key)
         self.use.replayed += 1
         return recorded.graph.replay()
 
@@ -157,11 +162,11 @@ class Graphs:
                 free.take(self, now)
         return free
 
-    def _bounds(self, now: StepNow) -> Bounds:
+    def _bounds(self, now: StepNow, blocks: Sequence[PositionBlock]) -> Bounds:
         runs = now.source.caches[0].runs
         assert runs is not None
         self._rows = size_for(len(now.tokens), self._rows)
-        self._places = max(self._places, len({id(block) for block in self._blocks(now)}))
+        self._places = max(self._places, len({id(block) for block in blocks}))
         return Bounds(
             self._rows,
             power_of_two(int(now.positions.max()) + 1),
@@ -169,10 +174,6 @@ class Graphs:
             1 << (self._places - 1).bit_length(),
             tuple(sorted({self._kind(segment) for segment in now.segments}, key=str)),
         )
-
-    def _blocks(self, now: StepNow) -> list[PositionBlock]:
-        positions = now.positions.tolist()
-        return [segment.block(position) for segment, position in zip(now.segments, positions, strict=True)]
 
     def _kind(self, segment: Segment) -> tuple[str, int, int | None]:
         return kind_of(segment, self._decoder.config.modal_ffn)
@@ -191,9 +192,6 @@ class Graphs:
         kinds = [segments[kind] for kind in bounds.kinds]
         step = DecodeStep(self._decoder, self._weights, kinds, bounds, held, ending, staged.tensors, self._backend)
         recorded = _Recorded(staged, held, StepGraph(step, room.recorder, name="a decode step"))
-        if len(room.graphs) == _GRAPHS:
-            room.graphs.popitem(last=False)
-        room.graphs[bounds, ending.key] = recorded
         self.use.recorded += 1
         return recorded
 

@@ -147,6 +147,8 @@ class WeightCache:
             self.clear()
 
     def clear(self) -> None:
+        if self._weights is not None:
+            self._weights.rooms.clear()  # graphs know the weights: their memory would wait for Python's collector
         self._weights, self._seen, self._values = None, [], torch.empty(0)
 
     def of(self, decoder: Decoder, output: Tensor, keep: bool = True) -> DecodeWeights:
@@ -156,6 +158,7 @@ class WeightCache:
         parameters = [*decoder.parameters(), output]
         values = _some_values(parameters)
         if self._weights is None or not (_unchanged(parameters, self._seen) and torch.equal(values, self._values)):
+            self.clear()
             self._weights = DecodeWeights(decoder, output, self._kind == "int8", can_pack(output))
             # Aliases keep the storage, so that no other tensor can have its address while this one is compared with.
             self._seen = [(parameter.detach(), _version(parameter)) for parameter in parameters]
