@@ -1,7 +1,7 @@
 // ops.attention: every argument becomes a checked view with the GIL held, the kernel runs without it.
 #include <pybind11/pybind11.h>
 
-#include "ops/attention/attention.h"
+#include "ops/attention/attention_checked.h"
 #include "tensor_caster.h"
 #include "torch_tensors.h"
 
@@ -67,15 +67,15 @@ py::object make_forward(const py::args& values) {
   Arguments args("attention", values, kInputs, Unready::copied);
   const Call call = read_inputs(args);
   const AttentionInputs& in = call.inputs;
-  const std::int64_t bytes =
-      attention_forward_workspace(in, call.threads);  // after its checks q and v have 3 dimensions
+  check_attention(in);  // q and v have 3 dimensions then
+  const std::int64_t bytes = checked_attention_forward_workspace(in, call.threads);
   Made made;
   const TensorView out = made.empty(in.q.dtype, {in.q.shape[0], in.q.shape[1], in.v.shape[2]});
   const TensorView lse = made.empty(DType::f32, {in.q.shape[0], in.q.shape[1]});
   const TensorView workspace = made.workspace(bytes);
   {
     const py::gil_scoped_release release;
-    attention_forward_cpu(in, out, lse, workspace, call.threads);
+    checked_attention_forward(in, out, lse, workspace, call.threads);
   }
   return made.results();
 }
@@ -112,7 +112,8 @@ py::object make_backward(const py::args& values) {
   const TensorView dlse = args.tensor("dlse");
   const Call call = read_inputs(args);
   const AttentionInputs& in = call.inputs;
-  const std::int64_t bytes = attention_backward_workspace(in, call.threads);
+  check_attention(in);
+  const std::int64_t bytes = checked_attention_backward_workspace(in, call.threads);
   Made made;
   AttentionGradients gradients;
   gradients.dq = made.like(in.q);
@@ -122,10 +123,12 @@ py::object make_backward(const py::args& values) {
   gradients.dk_pos = make_like(made, in.k_pos);
   for (int t = 0; t < 2; ++t) gradients.dtables[t] = make_like(made, in.terms[t].table);
   gradients.dhead_scale = make_like(made, in.head_scale);
+  check_attention_results(in, out, lse);
+  check_attention_gradients(in, dout, dlse, gradients);
   const TensorView workspace = made.workspace(bytes);
   {
     const py::gil_scoped_release release;
-    attention_backward_cpu(in, out, lse, dout, dlse, gradients, workspace, call.threads);
+    checked_attention_backward(in, out, lse, dout, dlse, gradients, workspace, call.threads);
   }
   return made.results();
 }

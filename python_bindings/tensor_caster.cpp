@@ -55,8 +55,10 @@ bool to_dtype(dlpack::DataType type, DType* out) {
   return false;
 }
 
-// torch may keep a negation as a bit of the tensor; DLPack hands over the memory without it.
-bool is_negated(py::handle tensor) {
+// torch may keep a negation as a bit of the tensor (the imaginary part of a conjugate, which no integer is); DLPack
+// hands over the memory without it.
+bool is_negated(py::handle tensor, DType dtype) {
+  if (dtype == DType::i32 || dtype == DType::i64 || dtype == DType::u8) return false;
   static PyObject* const name = PyUnicode_InternFromString("is_neg");
   PyObject* const result = PyObject_CallMethodNoArgs(tensor.ptr(), name);
   if (result == nullptr) throw py::error_already_set();
@@ -143,7 +145,7 @@ TensorView memory_of(const char* where, const char* argument, py::handle object)
 
 TensorView view_of(const char* where, const char* argument, py::handle object) {
   const TensorView view = memory_of(where, argument, object);
-  if (view.defined() && is_negated(object)) {
+  if (view.defined() && is_negated(object, view.dtype)) {
     Checker(where).fail_value(argument, "not be a negative-bit view", describe(view),
                               argument + std::string(".resolve_neg()"));
   }
@@ -185,7 +187,7 @@ py::handle Arguments::next() {
 TensorView Arguments::read(const char* argument, py::handle object, bool (*ready)(const TensorView&)) {
   if (unready_ == Unready::refused) return view_of(where_, argument, object);
   const TensorView view = memory_of(where_, argument, object);
-  if (!view.defined() || (ready(view) && !is_negated(object))) return view;
+  if (!view.defined() || (ready(view) && !is_negated(object, view.dtype))) return view;
   copies_.push_back(object.attr("resolve_neg")());
   if (!ready(memory_of(where_, argument, copies_.back()))) copies_.back() = copies_.back().attr("contiguous")();
   return memory_of(where_, argument, copies_.back());

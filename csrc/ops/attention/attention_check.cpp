@@ -14,9 +14,11 @@ constexpr std::int64_t kMaxWidth = 256;
 
 constexpr Checker kCheck("attention");
 
+// Words for what is wrong are made only when it is: a call passes here before any work.
+
 void check_width(const char* argument, std::int64_t width) {
-  kCheck.that(width > 0 && width % 8 == 0 && width <= kMaxWidth, argument,
-              "have a width that is a multiple of 8, at most 256", std::to_string(width));
+  if (width <= 0 || width % 8 != 0 || width > kMaxWidth)
+    kCheck.fail_value(argument, "have a width that is a multiple of 8, at most 256", std::to_string(width));
 }
 
 void check_operand(const char* argument, const TensorView& x, const char* letters, std::int64_t tokens,
@@ -35,8 +37,15 @@ void check_offsets(const char* argument, const TensorView& offsets, std::int64_t
   const std::int32_t* o = offsets.as<const std::int32_t>();
   bool rising = o[0] == 0 && o[samples] == tokens;
   for (std::int64_t s = 0; s < samples; ++s) rising = rising && o[s] <= o[s + 1];
-  kCheck.that(rising, argument, "rise from 0 to the token count " + std::to_string(tokens),
-              "first " + std::to_string(o[0]) + ", last " + std::to_string(o[samples]));
+  if (!rising)
+    kCheck.fail_value(argument, "rise from 0 to the token count " + std::to_string(tokens),
+                      "first " + std::to_string(o[0]) + ", last " + std::to_string(o[samples]));
+}
+
+[[noreturn]] void fail_range(const std::string& rule, const std::int32_t* range, std::int64_t sample) {
+  kCheck.fail_value("layout.k_range", rule,
+                    "[" + std::to_string(range[2 * sample]) + ", " + std::to_string(range[2 * sample + 1]) +
+                        ") for sample " + std::to_string(sample));
 }
 
 void check_layout(const AttentionLayoutView& layout, std::int64_t queries, std::int64_t keys) {
@@ -52,10 +61,8 @@ void check_layout(const AttentionLayoutView& layout, std::int64_t queries, std::
   if (layout.k_range.device != Device::cpu) return;
   const std::int32_t* range = layout.k_range.as<const std::int32_t>();
   for (std::int64_t s = 0; s < samples; ++s)
-    kCheck.that(0 <= range[2 * s] && range[2 * s] <= range[2 * s + 1] && range[2 * s + 1] <= keys, "layout.k_range",
-                "lie inside the keys (" + std::to_string(keys) + ")",
-                "[" + std::to_string(range[2 * s]) + ", " + std::to_string(range[2 * s + 1]) + ") for sample " +
-                    std::to_string(s));
+    if (range[2 * s] < 0 || range[2 * s] > range[2 * s + 1] || range[2 * s + 1] > keys)
+      fail_range("lie inside the keys (" + std::to_string(keys) + ")", range, s);
 }
 
 std::int64_t longest(const TensorView& offsets, const TensorView& members, std::int32_t from, std::int32_t to) {
@@ -97,10 +104,8 @@ void check_shared(const AttentionLayoutView& layout, std::int64_t q_rows, std::i
   const std::int32_t *range = layout.k_range.as<const std::int32_t>(),
                      *keys = layout.k_offsets.as<const std::int32_t>();
   for (std::int64_t s = 0; s < samples; ++s)
-    kCheck.that(range[2 * s] == range[2 * s + 1] || (keys[s] <= range[2 * s] && range[2 * s + 1] <= keys[s + 1]),
-                "layout.k_range", "lie inside the sample's keys where samples share positions",
-                "[" + std::to_string(range[2 * s]) + ", " + std::to_string(range[2 * s + 1]) + ") for sample " +
-                    std::to_string(s));
+    if (range[2 * s] != range[2 * s + 1] && (range[2 * s] < keys[s] || range[2 * s + 1] > keys[s + 1]))
+      fail_range("lie inside the sample's keys where samples share positions", range, s);
 }
 
 void check_gradient(const char* argument, const TensorView& gradient, const TensorView& of) {
@@ -120,8 +125,8 @@ void check_attention(const AttentionInputs& in) {
   kCheck.given("k", in.k);
   kCheck.ndim("k", in.k, 3, "[Nk, Hk, K]");
   const std::int64_t queries = in.q.shape[0], heads = in.q.shape[1], keys = in.k.shape[0], key_heads = in.k.shape[1];
-  kCheck.that(heads > 0 && key_heads > 0 && heads % key_heads == 0, "H",
-              "be a multiple of k's heads (" + std::to_string(key_heads) + ")", std::to_string(heads));
+  if (heads <= 0 || key_heads <= 0 || heads % key_heads != 0)
+    kCheck.fail_value("H", "be a multiple of k's heads (" + std::to_string(key_heads) + ")", std::to_string(heads));
   check_operand("q", in.q, "[Nq, H, K]", queries, heads, in.q);
   check_operand("k", in.k, "[Nk, Hk, K]", keys, key_heads, in.q);
   kCheck.shape("k", in.k, "[Nk, Hk, K]", {keys, key_heads, in.q.shape[2]});
@@ -145,8 +150,9 @@ void check_attention(const AttentionInputs& in) {
     kCheck.plain("terms.same", term.same, "[Nq, 2]", {queries, 2}, DType::i32);
   }
   if (in.head_scale.defined()) kCheck.plain("head_scale", in.head_scale, "[H]", {heads}, DType::f32);
-  kCheck.that(std::isfinite(in.scale), "scale", "be finite", std::to_string(in.scale));
-  kCheck.that(in.dropout_p >= 0 && in.dropout_p < 1, "dropout_p", "be in [0, 1)", std::to_string(in.dropout_p));
+  if (!std::isfinite(in.scale)) kCheck.fail_value("scale", "be finite", std::to_string(in.scale));
+  if (!(in.dropout_p >= 0 && in.dropout_p < 1))
+    kCheck.fail_value("dropout_p", "be in [0, 1)", std::to_string(in.dropout_p));
   if (in.dropout_p > 0) kCheck.plain("dropout_seed", in.dropout_seed, "[2]", {2}, DType::i64);
   check_layout(in.layout, queries, keys);
   if (shared && in.q_pos.defined()) check_shared(in.layout, in.q_pos.shape[0], in.k_pos.shape[0]);

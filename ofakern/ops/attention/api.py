@@ -17,11 +17,10 @@ from ofakern.ops.attention import flash, op
 from ofakern.ops.attention.backends import BACKENDS, cuda_limit, limit
 from ofakern.ops.attention.layout import AttentionLayout
 from ofakern.ops.attention.reference import attention_reference
-from ofakern.ops.library import STRAIGHT, draw_seed, straight
+from ofakern.ops.library import draw_seed, straight
 
 _WHERE = "attention"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NO_TERMS: tuple[None, ...] = (None,) * 8  # table, q_coord, k_coord, same of two
 _logger = logging.getLogger("ofakern.ops.attention")
 
 
@@ -317,29 +316,14 @@ def _run_reference(call: _Call) -> tuple[Tensor, Tensor]:
 
 def _run_op(backend: str, call: _Call) -> tuple[Tensor, Tensor]:
     q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed = call
-    terms = _terms(tables, layout)
-    fixed = _fixed(layout)
+    first, second, fixed = layout.list_arguments()
     if backend != "cpu" and layout.shared is not None:  # the other kernels have a row per token
         if q_pos is not None and k_pos is not None:
             q_pos, k_pos = layout.shared.spelled_out(q_pos, k_pos)
         fixed = (*fixed[:5], None, None)
+    table0, table1 = (*tables, None, None)[:2]
+    terms = (table0, *first, table1, *second)
     return op.run(backend, q, k, v, q_pos, k_pos, *terms, head_scale, dropout_seed, *fixed, scale, dropout_p)
-
-
-def _terms(tables: Sequence[Tensor], layout: AttentionLayout) -> Sequence[Tensor | None]:
-    if not tables:
-        return _NO_TERMS
-    terms: list[Tensor | None] = []
-    for table, term in zip(tables, layout.terms, strict=True):
-        terms += (table, term.q_coord, term.k_coord, term.same)
-    terms += _NO_TERMS[len(terms) :]
-    return terms
-
-
-def _fixed(layout: AttentionLayout) -> tuple[Tensor | None, ...]:
-    shared = layout.shared
-    sharing = (None, None) if shared is None else (shared.sets, shared.members)
-    return layout.visible, layout.q_offsets, layout.k_offsets, layout.key_seen, layout.k_range, *sharing
 
 
 def _run_straight(
@@ -357,20 +341,20 @@ def _run_straight(
 ) -> tuple[Tensor, Tensor]:
     """A call that only the binding checks, but for what it cannot know: types, and how long a table has to be."""
     fits = type(layout) is AttentionLayout and len(tables) == len(layout.terms) and q.ndim == 3
-    for n in range(len(tables) if fits else 0):
-        fits = fits and tables[n].shape[-1:] == (layout.terms[n].rows,)
+    if fits and tables:
+        fits = all(table.shape[-1:] == (term.rows,) for table, term in zip(tables, layout.terms, strict=True))
     if fits and layout.shared is not None and q_pos is not None and k_pos is not None:
         fits = (q_pos.shape[0], k_pos.shape[0]) == (layout.shared.q_rows, layout.shared.k_rows)
     if not fits:
         raise OfakernValueError(f"{_WHERE}: layout and tables must fit each other, got others")
-    scale = q.shape[2] ** -0.5 if scale is None else scale
+    scale = q.size(2) ** -0.5 if scale is None else scale
     if dropout_p == 0.0:
         dropout_seed = None
     elif dropout_seed is None:
         dropout_seed = draw_seed(q.device)
-    terms = _terms(tables, layout)
-    fixed = _fixed(layout)
-    return op.run(STRAIGHT, q, k, v, q_pos, k_pos, *terms, head_scale, dropout_seed, *fixed, scale, dropout_p)
+    table0, table1 = (*tables, None, None)[:2]
+    leaves = (q, k, v, q_pos, k_pos, table0, table1, head_scale)
+    return op.run_straight(leaves, layout.arguments, dropout_seed, scale, dropout_p)
 
 
 def _describe(call: _Call, backend: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -70,6 +71,21 @@ class AttentionLayout:
     @property
     def device(self) -> torch.device:
         return self.visible.device
+
+    @cached_property
+    def arguments(self) -> tuple[tuple[Tensor | None, ...], ...]:
+        """`list_arguments()`, kept: not for code that torch.compile traces."""
+        return self.list_arguments()
+
+    def list_arguments(self) -> tuple[tuple[Tensor | None, ...], ...]:
+        """What kernels take of it, in their order: q_coord, k_coord and same of two terms (None where there is none),
+        then visible, q_offsets, k_offsets, key_seen, k_range and the sets and members of `shared`."""
+        first, second = [(term.q_coord, term.k_coord, term.same) for term in self.terms] + [(None,) * 3] * (
+            2 - len(self.terms)
+        )
+        sharing = (None, None) if self.shared is None else (self.shared.sets, self.shared.members)
+        fixed = (self.visible, self.q_offsets, self.k_offsets, self.key_seen, self.k_range, *sharing)
+        return first, second, fixed
 
     @classmethod
     def build(

@@ -7,6 +7,7 @@ the binding, which also brings them into the form that kernels take.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ofakern.errors import OfakernValueError
 from ofakern.ops import native
 from ofakern.ops.attention import kernel_cuda
 from ofakern.ops.library import (
+    STRAIGHT,
     apply_function,
     define,
     differentiate_once,
@@ -48,6 +50,78 @@ def run(backend: str, *inputs: Any) -> tuple[Tensor, Tensor]:
     return _FORWARD[backend](*inputs)  # type: ignore[no-any-return]
 
 
+def run_straight(
+    leaves: tuple[Tensor | None, ...],
+    arguments: tuple[tuple[Tensor | None, ...], ...],
+    dropout_seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """The same past the dispatcher; leaves: what is differentiated, in their order; arguments: the layout's."""
+    if torch.is_grad_enabled():
+        for leaf in leaves:
+            if leaf is not None and leaf.requires_grad:
+                return _apply_straight(arguments, dropout_seed, scale, dropout_p, *leaves)  # type: ignore[no-any-return]
+    return _FORWARD[STRAIGHT](*_inputs(leaves, arguments, dropout_seed), scale, dropout_p)  # type: ignore[no-any-return]
+
+
+def _inputs(
+    leaves: Sequence[Tensor | None], arguments: tuple[tuple[Tensor | None, ...], ...], dropout_seed: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The tensors of `_INPUTS`."""
+    *operands, table0, table1, head_scale = leaves
+    first, second, fixed = arguments
+    return (*operands, table0, *first, table1, *second, head_scale, dropout_seed, *fixed)
+
+
+class _Straight(torch.autograd.Function):
+    """`_Attention` where no transform runs: autograd is shown only what has a gradient, which is half of its time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        arguments: tuple[tuple[Tensor | None, ...], ...],
+        dropout_seed: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        *leaves: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _FORWARD[STRAIGHT](*_inputs(leaves, arguments, dropout_seed), scale, dropout_p)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out, lse, *leaves)
+        ctx.rest = arguments, dropout_seed, scale, dropout_p
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, *leaves = ctx.saved_tensors
+        arguments, dropout_seed, *numbers = ctx.rest
+        grads = _gradients("", dout, dlse, out, lse, _inputs(leaves, arguments, dropout_seed), numbers)
+        return None, None, None, None, *grads
+
+
+# What apply_function calls, found once.
+_apply_straight: Any = super(torch.autograd.Function, _Straight).apply
+
+
+def _gradients(
+    suffix: str,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[float],
+) -> list[Tensor | None]:
+    """One for each of `_DIFFERENTIABLE`: None of what is None, and of all where there is no gradient to begin with."""
+    if dout is None and dlse is None:
+        return [None] * len(_DIFFERENTIABLE)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    results = differentiate_once("attention_bwd" + suffix, dout, dlse, out, lse, *tensors, *numbers)
+    return [None if tensors[n] is None else result for n, result in zip(_DIFFERENTIABLE, results, strict=True)]
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(backend: str, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -64,16 +138,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = [None] * (_TENSORS + len(ctx.numbers))
-        if dout is None and dlse is None:
-            return None, *grads
         out, lse, *tensors = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        arguments = (dout, dlse, out, lse, *tensors, *ctx.numbers)
-        results = differentiate_once("attention_bwd" + suffix_of(ctx.backend), *arguments)
-        for n, result in zip(_DIFFERENTIABLE, results, strict=True):
-            if tensors[n] is not None:
-                grads[n] = result
+        for n, grad in zip(
+            _DIFFERENTIABLE, _gradients(suffix_of(ctx.backend), dout, dlse, out, lse, tensors, ctx.numbers), strict=True
+        ):
+            grads[n] = grad
         return None, *grads
 
     vmap = staticmethod(refuse_vmap("attention"))
