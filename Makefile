@@ -15,7 +15,7 @@ INSTALL_STAMP := .venv/.ofakern-installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-triton-newest demo bench lint format sanitize arm clean distclean
+.PHONY: help setup build test triton-newest test-triton-newest demo bench lint format sanitize arm clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,9 +41,14 @@ test: setup ## all tests, compile checks included
 	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
 # Beside the pinned one, in a folder of its own: CPU torch does not depend on triton, so nothing else changes.
-test-triton-newest: setup ## the Triton tests (interpreted, compiled ahead of time) with the newest Triton there is
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target build/triton-newest triton
-	PYTHONPATH=$(CURDIR)/build/triton-newest $(PY) -m pytest -q -n 2 --dist loadfile $(TRITON_TESTS)
+triton-newest: setup ## fetch the newest Triton there is into build/
+	rm -rf build/triton-newest build/triton-fetched
+	timeout 300 $(PY) -m pip install -q --disable-pip-version-check --no-deps --target build/triton-fetched triton
+	mv build/triton-fetched build/triton-newest
+
+test-triton-newest: setup ## the Triton tests (interpreted, compiled ahead of time) with what triton-newest fetched
+	test -d build/triton-newest
+	PYTHONPATH=$(CURDIR)/build/triton-newest $(PY) -m pytest -q -n 2 $(TRITON_TESTS)
 
 demo: setup ## train one model on three instructions and show it (about six minutes)
 	$(PY) examples/demo.py
@@ -62,8 +67,8 @@ format: setup ## rewrite the sources in the house's format
 	$(BIN)/ruff format .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format -i
 
-sanitize: setup ## build _cpu with ASan and UBSan and run the op tests with it (about six minutes)
-	$(PY) -m pytest -q -s -m sanitize tests/ops
+sanitize: setup ## build _cpu with ASan and UBSan and run the op tests with it (about five minutes)
+	$(PY) -m pytest -q -s -m sanitize tests/ops/test_sanitizers.py
 
 arm: setup ## cross-compile every object of the scalar path (about a minute)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt ziglang

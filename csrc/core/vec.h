@@ -11,7 +11,12 @@
 #error "OFAKERN_ISA names the namespace of the instruction set this file is compiled for"
 #endif
 
+#if defined(__SANITIZE_ADDRESS__)
+// Under sanitizers a forced copy of each checked access would take gcc minutes.
+#define OFAKERN_HOT static inline __attribute__((unused))
+#else
 #define OFAKERN_HOT static inline __attribute__((always_inline, unused))
+#endif
 #define OFAKERN_LOCAL static __attribute__((unused))
 
 namespace ofakern::OFAKERN_ISA {

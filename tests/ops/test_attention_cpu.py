@@ -10,6 +10,7 @@ import torch
 from harness import DTYPES, Case, assert_same_bits, check, make_case, oracle, run_backend
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from short import examples
 
 from ofakern.ops.attention import AttentionLayout, attention, intervals
 
@@ -47,7 +48,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(
-    max_examples=100,
+    max_examples=examples(100),
     deadline=None,
     derandomize=True,  # the same cases on every machine; nothing is stored
     database=None,

@@ -12,6 +12,7 @@ import torch
 from harness import make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from short import examples
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -80,7 +81,7 @@ def test_derived_fields() -> None:
     assert (layout.queries, layout.keys, layout.samples) == (4, 7, 4)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(60), deadline=None, derandomize=True, database=None)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 20), max_size=3), st.sampled_from(["full", "causal", "random"]))
 def test_table_bounds_are_exact(seed: int, lengths: list[int], mask: str) -> None:
     """make_case sizes tables to the pair: one row less at either end must be refused, and nothing else."""

@@ -22,6 +22,7 @@ from beam_step_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from short import examples
 from torch import Tensor
 
 import ofakern
@@ -46,7 +47,7 @@ def check_beams(logits: Tensor | RaggedLogits, sums: Tensor, rows: Tensor, width
     assert_same(have, beam_step(logits, sums, rows, width, rules, backend="reference"), sums, rows)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(case=CASES)
 def test_beams_with_all_rules_mixed(case: Any) -> None:
     seed, vocabulary, samples, width, which, dtype = case
@@ -124,7 +125,7 @@ def test_rows_outside_of_all_samples_are_not_looked_at() -> None:
         assert torch.equal(have.scores, want.scores)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(case=CASES)
 def test_ragged(case: Any) -> None:
     seed, vocabulary, samples, width, which, dtype = case
@@ -209,7 +210,7 @@ FILTERS = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(seed=st.integers(0, 2**20), vocabulary=st.sampled_from((1, 3, 50, 300, 2000)),
        which=st.integers(0, 1023), filters=st.lists(FILTERS, min_size=1, max_size=4))  # fmt: skip
 def test_draws(seed: int, vocabulary: int, which: int, filters: Any) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cross_entropy_cases import DTYPES, check, make_case, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from short import examples
 from torch import Tensor
 
 from ofakern import explain
@@ -27,7 +28,7 @@ def _kernels(cpu: Any) -> None:
 
 
 @settings(
-    max_examples=25,
+    max_examples=examples(25),
     deadline=None,
     derandomize=True,
     database=None,

@@ -11,6 +11,7 @@ import torch
 from decode_attention_cases import DTYPES, SOURCES, TABLES, WIDTHS, Case, check, draw, spoil
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from short import examples
 from torch import Tensor
 
 import ofakern
@@ -43,7 +44,7 @@ def test_widths(isa: str, widths: tuple[int, int], dtype: torch.dtype, table: bo
     check(draw(dtype, [3, 2], [40, 70], table=table, heads=3, width=widths[0], value_width=widths[1], plain=True))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 19), st.integers(0, 70)), min_size=1, max_size=4),
     st.sampled_from(DTYPES),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from layer_norm_cases import DTYPES, OPS, check, make_case, run_cpu
+from short import examples
 
 from ofakern.ops.layer_norm import add_layer_norm, gelu_layer_norm
 
@@ -39,7 +40,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(
-    max_examples=70,
+    max_examples=examples(70),
     deadline=None,
     derandomize=True,  # the same cases on every machine; nothing is stored
     database=None,

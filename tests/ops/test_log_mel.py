@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from log_mel_rule import assert_right
+from short import examples
 from torch import Tensor
 
 import ofakern
@@ -115,7 +116,7 @@ def test_the_rule_bites() -> None:
             assert_right(log_mel(x.roll(1), convention=c), x, [3000], c), name
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     lengths=st.lists(st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 399, 400, 401, 2960])), max_size=4),
     name=st.sampled_from(["kaldi", "kaldi_mirrored", "odd", "magnitude", "n_fft_4"]),

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rule import assert_kept
+from short import examples
 from torch import Tensor
 
 import ofakern
@@ -132,7 +133,7 @@ def test_results_and_gradients(isa: str, name: str, dtype: torch.dtype) -> None:
     check(make_case(dtype, **CASES[name]))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.tuples(st.just(1), st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=4),
     layout=st.sampled_from(["chw", "hwc"]),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rule import assert_kept
+from short import examples
 from torch import Tensor
 
 import ofakern
@@ -52,7 +53,7 @@ def check(x: Tensor, weight: Tensor, dout: Tensor, have: tuple[Tensor, ...]) -> 
 
 
 @settings(
-    max_examples=40,
+    max_examples=examples(40),
     deadline=None,
     derandomize=True,
     database=None,

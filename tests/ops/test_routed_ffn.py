@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rule import assert_kept
+from short import examples
 from torch import Tensor
 
 from ofakern import explain
@@ -85,7 +86,7 @@ def _absolute(part: Any) -> Any:
 
 
 @settings(
-    max_examples=25,
+    max_examples=examples(25),
     deadline=None,
     derandomize=True,
     database=None,

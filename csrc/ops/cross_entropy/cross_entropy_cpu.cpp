@@ -29,13 +29,14 @@ struct Pass {
 
   void clear() {
     const std::size_t bytes = static_cast<std::size_t>(p.tokens) * sizeof(float);
-    if (want.losses && bytes > 0) {  // without tokens there may be no memory, and memset must not see that
+    // Without tokens there may be no memory, and memset must not see that.
+    if (want.losses && bytes > 0) {
       std::memset(losses.loss.data, 0, bytes);
       std::memset(losses.nll.data, 0, bytes);
       std::memset(losses.lse.data, 0, bytes);
       for (i64 i = 0; want.best && i < p.tokens; ++i) losses.best.as<i64>()[i] = kIgnored;
     }
-    if (want.dhidden) zero_row(gradients.dhidden.as<T>(), p.tokens * p.width);
+    if (want.dhidden && bytes > 0) zero_row(gradients.dhidden.as<T>(), p.tokens * p.width);
     if (want.dbias) zero_row(c.dbias, p.vocabulary);
   }
 
