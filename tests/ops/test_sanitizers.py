@@ -14,7 +14,7 @@ from ofakern import _cpu
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build/sanitize"
 # Tests of Python alone, of other devices' kernels, or with a process of their own.
-LEFT_OUT = ("triton", "cuda", "gpu", "process", "harness", "reference", "sanitizers", "torch")
+LEFT_OUT = ("triton", "cuda", "gpu", "process", "harness", "reference", "sanitizers", "torch", "graph")
 # Minutes of tracing and nothing new for a kernel; and what measures time.
 NOT = "not compile and not opcheck and not explain and not forked and not triton and not export and not quick"
 
