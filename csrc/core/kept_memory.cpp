@@ -15,7 +15,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr std::int64_t kLargePage = std::int64_t{2} << 20;
-constexpr int kPlaces = 16;
+constexpr int kPlaces = 64;
 
 struct Kept {
   void* data;

@@ -10,7 +10,7 @@
 
 namespace ofakern {
 
-constexpr std::int64_t kSmallestKept = std::int64_t{16} << 20;
+constexpr std::int64_t kSmallestKept = std::int64_t{4} << 20;
 constexpr std::int64_t kMostKept = std::int64_t{512} << 20;
 
 // At least `bytes` of memory in large pages, its contents undefined; `*held` is to be given back with it. Null where

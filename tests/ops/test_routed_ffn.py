@@ -115,6 +115,12 @@ def test_several_blocks_and_slices(dtype: torch.dtype) -> None:
     check(make_case(1, (70, 10), 600, 900, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_that_go_past_the_caches(dtype: torch.dtype) -> None:
+    """From 16 MiB on, all experts' together."""
+    check(make_case(4, (3, 33), 1024, 4160, dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_threads(isa: str, dtype: torch.dtype) -> None:
     case = make_case(2, (100, 3, 60), 300, 600, dtype)

@@ -3,6 +3,7 @@
 #include "core/operand.h"
 #include "core/pack.h"
 #include "core/parallel.h"
+#include "core/vec_stream.h"
 #include "core/with_type.h"
 #include "ops/routed_ffn/routed_ffn_call.h"
 
@@ -12,12 +13,13 @@ namespace {
 constexpr i64 kGroup = 64;            // tokens of a packing task, and of a tile of results
 constexpr i64 kMultiple = 32;         // what every product's own multiples divide
 constexpr i64 kBlockBytes = 3 << 19;  // of a block of weight, which stays in the second-level cache
+constexpr i64 kFewBytes = 3 << 18;    // the same where tokens are few: more tasks, which threads share evenly
 constexpr i64 kSide = 256;            // the most rows (columns) of such a block
 
 // Rows or columns of a block of weight whose other side is `depth`.
 template <class Elem>
-OFAKERN_HOT i64 block_side(i64 depth) {
-  const i64 fit = kBlockBytes / (depth * static_cast<i64>(sizeof(Elem))) / kGroup * kGroup;
+OFAKERN_HOT i64 block_side(i64 depth, i64 bytes = kBlockBytes) {
+  const i64 fit = bytes / (depth * static_cast<i64>(sizeof(Elem))) / kGroup * kGroup;
   return max_of(min_of(fit, kSide), kGroup);
 }
 
@@ -36,6 +38,7 @@ struct Room {
   using Elem = Operand<T>;
   i64 in, out;       // padded widths
   i64 tokens;        // padded
+  bool few;          // tokens: reading weights is most of the work
   Elem* x_columns;   // B [in, tokens]: forward
   Elem* x_rows;      // B [tokens, in]: dweight
   Elem* dy_rows;     // A [tokens, out]: dx
@@ -53,6 +56,7 @@ struct Room {
     room.in = round_up(call.in, kMultiple);
     room.out = round_up(call.out, kMultiple);
     room.tokens = round_up(call.most, kGroup);
+    room.few = room.tokens <= 2 * kGroup;
     if (!backward) room.x_columns = arena.take<Elem>(room.in * room.tokens);
     if (backward && call.wants_dx) room.dy_rows = arena.take<Elem>(room.tokens * room.out);
     if (backward && call.wants_dweight) {
@@ -71,7 +75,8 @@ struct Room {
     }
     return room;
   }
-  i64 row_block() const { return block_side<Elem>(in); }      // rows of weight of a forward or dweight task
+  // Rows of weight of a forward task.
+  i64 row_block() const { return block_side<Elem>(in, few ? kFewBytes : kBlockBytes); }
   i64 column_block() const { return block_side<Elem>(out); }  // columns of weight of a dx task
 };
 
@@ -122,6 +127,7 @@ struct Expert {
   using Elem = Operand<T>;
   using Bench = typename Room<T>::Bench;
   static constexpr int kPair = Gemm<Elem>::kPair;
+  static constexpr i64 kStrip = sizeof(Elem) == 4 ? 96 : 32;  // rows of results
   const RoutedLinearCall& call;
   const RoutedExpert& expert;
   const Room<T>& room;
@@ -142,22 +148,30 @@ struct Expert {
                       as_units(room.x_columns + (group * kGroup + t) * room.in), kPanel);
   }
 
-  // Rows [block] of weight times all tokens: the tile is transposed, so that tokens' rows are written in runs.
+  // Rows [block] of weight times all tokens, a strip of them at a time, which the first-level cache holds until it is
+  // rounded. It is transposed, so that tokens' rows are written in runs.
   void forward_block(const Bench& bench, i64 block) const {
     const i64 row = block * room.row_block(), count = min_of(room.row_block(), call.out - row);
     const Elem* weight = weight_rows(static_cast<const T*>(expert.weight), call.in, room.in, row, count, bench.rows);
-    const T* bias = static_cast<const T*>(expert.bias);
-    const i64 padded = round_up(count, kMultiple);
     for (i64 group = 0; group < groups(); ++group) {
       const Panels<Elem> x = {room.x_columns + group * kGroup * room.in, room.in * kPanel, kPanel * kPair};
-      product(padded, padded_tokens(group), room.in, weight, room.in, x, bench.tile, kGroup);
-      transpose_units(as_units(bench.tile), kGroup, padded, padded_tokens(group), as_units(bench.turned), kSide);
-      for (i64 t = 0; t < group_tokens(group); ++t) {
-        T* y = static_cast<T*>(call.y) + row_of(call.target, group, t) * call.out + row;
-        for (i64 r = 0; r < count; r += kWidth) {
-          const Vec sum = vload(bench.turned + t * kSide + r);
-          vstore_n(y + r, bias == nullptr ? sum : vadd(sum, vload_n(bias + row + r, count - r)), count - r);
-        }
+      for (i64 r = 0; r < count; r += kStrip) {
+        const i64 rows = min_of(kStrip, count - r), padded = round_up(rows, kMultiple);
+        product(padded, padded_tokens(group), room.in, weight + r * room.in, room.in, x, bench.tile, kGroup);
+        transpose_units(as_units(bench.tile), kGroup, padded, padded_tokens(group), as_units(bench.turned), kStrip);
+        write_strip(bench.turned, group, row + r, rows);
+      }
+    }
+  }
+
+  // Columns [row, row + count) of y, of one group of tokens.
+  void write_strip(const float* turned, i64 group, i64 row, i64 count) const {
+    const T* bias = static_cast<const T*>(expert.bias);
+    for (i64 t = 0; t < group_tokens(group); ++t, turned += kStrip) {
+      T* y = static_cast<T*>(call.y) + row_of(call.target, group, t) * call.out + row;
+      for (i64 r = 0; r < count; r += kWidth) {
+        const Vec sum = vload(turned + r);
+        vstore_n(y + r, bias == nullptr ? sum : vadd(sum, vload_n(bias + row + r, count - r)), count - r);
       }
     }
   }
@@ -177,11 +191,19 @@ struct Expert {
                  as_units(room.x_rows + k * room.tokens + group * kGroup * kPanel), kPanel);
   }
 
-  // A panel's rows of weight straight from memory, where that holds operands; returns how many.
-  i64 pack_whole_rows(const T* weight, i64 width, Elem* panel) const {
+  // Columns [column, column + whole panels) of weight straight from memory, where that holds operands; returns how many
+  // of its rows. All panels of a pair of rows in turn, rows further on asked for: they lie too far apart for the
+  // hardware to see them coming.
+  i64 pack_in_place(const Bench& bench, const T* weight, i64 width) const {
     if constexpr (sizeof(T) == sizeof(Elem)) {
+      constexpr i64 kAhead = 16;
       const i64 rows = call.out / kPair * kPair;
-      interleave(reinterpret_cast<const Elem*>(weight), call.in, rows, width, as_units(panel), kPanel);
+      const Elem* row = reinterpret_cast<const Elem*>(weight);
+      for (i64 o = 0; o < rows; o += kPair, row += kPair * call.in) {
+        for (i64 pair = 0; pair < kPair; ++pair) prefetch_row(row + (kAhead + pair) * call.in, width);
+        for (i64 k = 0; k < width; k += kPanel)
+          interleave(row + k, call.in, kPair, kPanel, as_units(bench.panels + k * room.out + o * kPanel), kPanel);
+      }
       return rows;
     } else {
       return 0;
@@ -191,10 +213,10 @@ struct Expert {
   // Columns [block] of weight as a B operand over its rows.
   void pack_columns(const Bench& bench, i64 column, i64 count) const {
     const T* weight = static_cast<const T*>(expert.weight);
+    const i64 in_panels = count / kPanel * kPanel, whole = pack_in_place(bench, weight + column, in_panels);
     for (i64 k = 0; k < round_up(count, kMultiple); k += kPanel) {
       const i64 width = min_of<i64>(kPanel, round_up(count, kMultiple) - k), valid = min_of(width, count - k);
-      const i64 whole = valid == width ? pack_whole_rows(weight + column + k, width, bench.panels + k * room.out) : 0;
-      for (i64 o = whole; o < room.out; o += kPair) {
+      for (i64 o = k < in_panels ? whole : 0; o < room.out; o += kPair) {
         for (i64 pair = 0; pair < kPair; ++pair) {
           Elem* row = bench.rows + pair * kPanel;
           if (o + pair < call.out && valid > 0)
@@ -222,8 +244,10 @@ struct Expert {
   }
 
   void dweight_block(const Bench& bench, i64 block) const {
-    const i64 row = block * kSide, count = min_of(kSide, call.out - row), padded = round_up(count, kMultiple);
+    const i64 row = block * kSide, count = min_of(kSide, call.out - row);
     const Elem* dy = room.dy_columns + row * room.tokens;
+    const i64 bytes = call.expert_count * call.out * call.in * static_cast<i64>(sizeof(T));
+    const bool stream = should_stream(static_cast<const T*>(expert.dweight), call.in, bytes);
     for (i64 k = 0; k < call.in; k += kSide) {
       const Panels<Elem> x = {room.x_rows + k * room.tokens, room.tokens * kPanel, kPanel * kPair};
       const i64 width = min_of(kSide, call.in - k);
@@ -233,12 +257,18 @@ struct Expert {
         product(count, width, tokens, dy, room.tokens, x, direct, call.in);
         continue;
       }
-      product(padded, round_up(width, kMultiple), tokens, dy, room.tokens, x, bench.tile, kSide);
-      for (i64 r = 0; r < count; ++r) {
-        T* out = static_cast<T*>(expert.dweight) + (row + r) * call.in + k;
-        for (i64 c = 0; c < width; c += kWidth) vstore_n(out + c, vload(bench.tile + r * kSide + c), width - c);
+      for (i64 r0 = 0; r0 < count; r0 += kStrip) {
+        const i64 rows = min_of(kStrip, count - r0);
+        product(round_up(rows, kMultiple), round_up(width, kMultiple), tokens, dy + r0 * room.tokens, room.tokens, x,
+                bench.tile, kSide);
+        for (i64 r = 0; r < rows; ++r) {
+          T* out = static_cast<T*>(expert.dweight) + (row + r0 + r) * call.in + k;
+          for (i64 c = 0; c < width; c += kWidth)
+            vstore_out(out + c, vload(bench.tile + r * kSide + c), width - c, stream);
+        }
       }
     }
+    if (stream) stream_fence();
     if (expert.dbias == nullptr) return;
     for (i64 r = 0; r < count; ++r) {
       Vec sum = vzero();
@@ -252,6 +282,13 @@ template <class T>
 OFAKERN_LOCAL void clear_gradient(const RoutedLinearCall& call, const RoutedExpert& expert) {
   if (expert.dweight != nullptr) zero_row(static_cast<T*>(expert.dweight), call.out * call.in);
   if (expert.dbias != nullptr) zero_row(static_cast<T*>(expert.dbias), call.out);
+}
+
+// The threads of `body`'s loops stay together: an expert of few tokens is done in less time than two parallel regions
+// take to open.
+template <class Body>
+OFAKERN_LOCAL void in_team(int threads, const Body& body) {
+  lead_team(threads, [](void* context) { (*static_cast<const Body*>(context))(); }, const_cast<Body*>(&body));
 }
 
 template <class T>
@@ -312,11 +349,13 @@ i64 routed_linear_backward_workspace(const RoutedLinearCall& call, int threads) 
 }
 
 void routed_linear_forward(const RoutedLinearCall& call, void* workspace, int threads) {
-  with_type(call.dtype, [&](auto type) { forward<decltype(type)>(call, workspace, threads); });
+  in_team(threads,
+          [&] { with_type(call.dtype, [&](auto type) { forward<decltype(type)>(call, workspace, threads); }); });
 }
 
 void routed_linear_backward(const RoutedLinearCall& call, void* workspace, int threads) {
-  with_type(call.dtype, [&](auto type) { backward<decltype(type)>(call, workspace, threads); });
+  in_team(threads,
+          [&] { with_type(call.dtype, [&](auto type) { backward<decltype(type)>(call, workspace, threads); }); });
 }
 
 }  // namespace ofakern::OFAKERN_ISA
