@@ -45,7 +45,10 @@ class _Recorded:
 
 
 class Room:
-    """The caches of one running state, and the graphs that know their addresses."""
+    """The caches of one running state, and the graphs that know their addresses.
+
+    A state is the owner as long as it lives. Biases are kept by the graphs that read them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.recorder: Recorder = recorder_for(device, "begin_decode(cuda_graphs=True)")
@@ -95,9 +98,9 @@ class Room:
 
 
 class Graphs:
-    """How one state's steps run. Raises OfakernValueError where nothing records graphs.
+    """How one state's steps run; use: what has run. Raises OfakernValueError where nothing records graphs.
 
-    rooms: those of its weights. backend: of `decode_attention`.
+    prefixes: learned keys of each layer or None. backend: of `decode_attention`.
     """
 
     def __init__(

@@ -101,6 +101,7 @@ def step_inputs(
     rows, width, positions = bounds.rows, bounds.width, now.positions.tolist()
     fed = np.repeat(now.positions, now.rows)
     slots = now.past.extend(fed, spare=1).numpy()
+    assert now.past.caches is held.own, "enough slots have been reserved"
     offsets, counts = _samples(now, rows, width)
     runs = _runs(now.source, rows, held.source[0].room)
     found = {
