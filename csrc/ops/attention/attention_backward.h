@@ -155,7 +155,7 @@ OFAKERN_LOCAL void backward_row(const Problem<T>& p, const TilePlan<T>& plan, co
   Vec sum = member.head_scale_sum;
   for (int v = begin; v < end; ++v) {
     const i64 x = v * kWidth;
-    Vec probability = vexp2_short_for(score_lanes<TERMS>(plan, row, scores, scale, lse2, v), member.queries);
+    Vec probability = vexp2_for(score_lanes<TERMS>(plan, row, scores, scale, lse2, v), member.queries);
     Vec dp = vload(dscores + x);
     if (!plan.whole) {
       const Mask lanes = mask_range(plan.lo - v * kWidth, plan.hi - v * kWidth);
@@ -191,8 +191,10 @@ OFAKERN_LOCAL void round_rows(BackwardScratch<bf16>& s, i64 first, i64 rows, i64
     for (i64 x = 0; x < padded_keys; x += kWidth) {
       const i64 even = r * s.kKeys + x, odd = even + s.kKeys, pair = r * s.kKeys + 2 * x;
       const Vec ds0 = vload(s.dscores + even), ds1 = vload(s.dscores + odd);
-      vstore_two_as_pairs(s.p_pairs + pair, vload(s.scores + even), vload(s.scores + odd));
-      vstore_two_as_pairs(s.ds_pairs + pair, s.ds_rows + even, s.ds_rows + odd, ds0, ds1);
+      vstore_pairs(s.p_pairs + pair, vload(s.scores + even), vload(s.scores + odd));
+      vstore_pairs(s.ds_pairs + pair, ds0, ds1);
+      vstore_as(s.ds_rows + even, ds0);
+      vstore_as(s.ds_rows + odd, ds1);
     }
 }
 #else
@@ -215,7 +217,9 @@ OFAKERN_LOCAL SumOperands<bf16> round_sums(BackwardScratch<bf16>& s, i64 rows, i
     for (i64 x = 0; x < padded_keys; x += kWidth) {
       const i64 even = r * s.kKeys + x, odd = even + s.kKeys;
       const Vec ds0 = vload(s.positions.dscores + even), ds1 = vload(s.positions.dscores + odd);
-      vstore_two_as_pairs(s.ds_pairs + r * s.kKeys + 2 * x, s.ds_rows + even, s.ds_rows + odd, ds0, ds1);
+      vstore_pairs(s.ds_pairs + r * s.kKeys + 2 * x, ds0, ds1);
+      vstore_as(s.ds_rows + even, ds0);
+      vstore_as(s.ds_rows + odd, ds1);
     }
   return {s.ds_pairs, s.ds_rows};
 }

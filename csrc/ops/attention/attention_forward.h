@@ -88,17 +88,12 @@ OFAKERN_LOCAL float row_maximum(const ForwardRow<T>& row, const float* products)
 template <bool DROPOUT, class T, class Score>
 OFAKERN_HOT Vec exponentiate_run(const ForwardRow<T>& row, int from, int to, Vec total, const Score& score) {
   Packed<T>* probabilities = row.probabilities;
-  const auto next = [&](int v) {
-    const Vec probability = vexp2_short_for(score(v), probabilities);
+  for (int v = from; v < to; ++v) {
+    Vec probability = vexp2_for(score(v), probabilities);
     total = vadd(total, probability);
-    return DROPOUT ? vmul(probability, vload(row.dropout + v * kWidth)) : probability;
-  };
-  int v = from;
-  for (; v + 2 <= to; v += 2) {
-    const Vec first = next(v), second = next(v + 1);
-    vstore_two(probabilities + v * kWidth, first, second);
+    if (DROPOUT) probability = vmul(probability, vload(row.dropout + v * kWidth));
+    vstore_as(probabilities + v * kWidth, probability);
   }
-  if (v < to) vstore_as(probabilities + v * kWidth, next(v));
   return total;
 }
 

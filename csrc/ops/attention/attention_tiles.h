@@ -5,7 +5,6 @@
 #include "core/pack.h"
 #include "core/parallel.h"
 #include "core/philox.h"
-#include "core/vec_two.h"
 #include "ops/attention/attention.h"
 
 namespace ofakern::OFAKERN_ISA {
