@@ -5,6 +5,7 @@
 #include "core/isa.h"
 #include "core/kept_memory.h"
 #include "tensor_caster.h"
+#include "torch_tensors.h"
 
 namespace ofakern {
 void bind_attention(pybind11::module_& m);
@@ -30,6 +31,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_isa", &ofakern::set_isa);
   m.def("describe",
         [](pybind11::handle tensor) { return ofakern::describe(ofakern::view_of("describe", "tensor", tensor)); });
+  m.def("kept_bytes", &ofakern::kept_bytes);
   m.def("kept_memory", &ofakern::kept_memory);
   m.def("keep_memory_for", &ofakern::keep_memory_for);
   ofakern::bind_attention(m);

@@ -72,7 +72,7 @@ struct LargeTensor {
   }
 };
 
-// Row-major and of at least kSmallestKept bytes. Null where torch's allocator has to do.
+// Row-major. Null where torch's allocator has to do.
 py::object make_large(DType dtype, const std::int64_t* shape, int ndim, std::int64_t bytes) {
   std::int64_t held = 0;
   void* const data = take_memory(bytes, &held);
@@ -96,6 +96,11 @@ py::object make_large(DType dtype, const std::int64_t* shape, int ndim, std::int
 }
 
 }  // namespace
+
+py::object kept_bytes(std::int64_t bytes) {
+  const py::object made = make_large(DType::u8, &bytes, 1, bytes);
+  return made ? made : py::none();
+}
 
 py::object Made::make(DType dtype, const std::int64_t* shape, int ndim) const {
   std::int64_t bytes = size_of(dtype);

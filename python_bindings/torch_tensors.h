@@ -13,6 +13,9 @@ namespace ofakern {
 // A view of a binding's own memory: numbers that Python gave as lists, a piece of the workspace.
 TensorView row_major_view(void* data, DType dtype, std::initializer_list<std::int64_t> shape);
 
+// A u8 tensor [bytes] in memory of core/kept_memory.h; None where the system has none.
+pybind11::object kept_bytes(std::int64_t bytes);
+
 // Row-major tensors that are not written yet, on the CPU or on the device of one that is given. The GIL is held
 // wherever this class is used; views stay valid as long as it lives.
 class Made {
