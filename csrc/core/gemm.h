@@ -85,6 +85,9 @@ OFAKERN_HOT Vec dot(Vec a, Vec b, Vec c, const bf16*) {
 // size: long float32 products are sums of shorter ones. In half precision the result's own rounding is far larger.
 template <class Elem>
 constexpr i64 kChain = sizeof(Elem) == 4 ? 96 : i64{1} << 62;
+// The last sum may be a little longer: a register tile's way through memory and back takes as long as three groups.
+template <class Elem>
+constexpr i64 kLastChain = sizeof(Elem) == 4 ? 128 : i64{1} << 62;
 
 // One register tile of ROWS x VECS vectors; the whole K runs through it.
 template <class Elem, int ROWS, int VECS>
@@ -93,7 +96,7 @@ OFAKERN_LOCAL void gemm_tile(i64 groups, const Elem* a, i64 lda, const Elem* b, 
   constexpr int kPair = Gemm<Elem>::kPair;
   i64 g = 0;
   do {
-    const i64 end = g + min_of(groups - g, kChain<Elem>);
+    const i64 end = groups - g <= kLastChain<Elem> ? groups : g + kChain<Elem>;
     const Onto start = g > 0 ? Onto{c, ldc} : onto;
     Vec acc[ROWS][VECS];
 #pragma GCC unroll 8
