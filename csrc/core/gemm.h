@@ -191,7 +191,7 @@ struct AmxTiles {
 };
 
 // How far ahead a B that comes from memory is asked for: the hardware sees no further than the end of a page.
-constexpr i64 kStreamAhead = 16 * 1024;
+constexpr i64 kStreamAhead = 4 * 1024;
 
 // A 16*ROWS x 16 block of C (ROWS in {1, 2}). STREAM: B is read once, from memory, and goes on behind this block's end
 // (it is asked for past that, which harms nothing where it does not).

@@ -41,7 +41,7 @@ struct Blocking<bf16> {
 #endif
 
 constexpr i64 kSkinnyRows = 96;
-constexpr i64 kSkinnyColumns = 64;  // of one task; a multiple of every panel
+constexpr i64 kSkinnyColumns = 64;  // of one task at least; a multiple of every panel
 
 template <class Elem>
 OFAKERN_HOT i64 packed_depth(i64 k) {
@@ -260,7 +260,9 @@ OFAKERN_LOCAL MatmulPlan<Elem> plan_matmul(i64 m, i64 n, i64 k, bool whole_rows)
   plan.lda = round_up(plan.depth, 2 * kLine) + kLine;
   const bool deep = plan.depth * static_cast<i64>(sizeof(Elem)) > 8192;  // a block of A fits half the second level
   plan.rows = plan.skinny ? round_up(m, Gemm<Elem>::kRows) : deep ? kBlockRows / 2 : kBlockRows;
-  plan.columns = plan.skinny ? kSkinnyColumns : whole_rows ? n : min_of(n, kBlockColumns);
+  // A task streams one run of memory: of many columns it takes more, and there are tasks enough all the same.
+  const i64 skinny_columns = n >= 256 * kSkinnyColumns ? 4 * kSkinnyColumns : kSkinnyColumns;
+  plan.columns = plan.skinny ? skinny_columns : whole_rows ? n : min_of(n, kBlockColumns);
   const i64 held = plan.skinny && whole_rows ? n : plan.columns;
   plan.ldc = round_up(held, 64) + 16;
   return plan;

@@ -129,6 +129,7 @@ class WeightCache:
         self._kind = kind
         self._weights: DecodeWeights | None = None
         self._seen: list[tuple[Tensor, int]] = []
+        self._places: list[Tensor] = []
         self._values = torch.empty(0)
 
     @property
@@ -149,21 +150,23 @@ class WeightCache:
     def clear(self) -> None:
         if self._weights is not None:
             self._weights.rooms.clear()  # graphs know the weights: their memory would wait for Python's collector
-        self._weights, self._seen, self._values = None, [], torch.empty(0)
+        self._weights, self._seen, self._places, self._values = None, [], [], torch.empty(0)
 
     def of(self, decoder: Decoder, output: Tensor, keep: bool = True) -> DecodeWeights:
         """Under `torch.inference_mode`. keep: pack them and remember; else torch's own products on the parameters."""
         if not keep:
             return DecodeWeights(decoder, output)
         parameters = [*decoder.parameters(), output]
-        values = _some_values(parameters)
-        if self._weights is None or not (_unchanged(parameters, self._seen) and torch.equal(values, self._values)):
-            self.clear()
+        if self._weights is None or not self._is_current(parameters):
             self._weights = DecodeWeights(decoder, output, self._kind == "int8", can_pack(output))
             # Aliases keep the storage, so that no other tensor can have its address while this one is compared with.
             self._seen = [(parameter.detach(), _version(parameter)) for parameter in parameters]
-            self._values = values
+            self._places = [_some_places(parameter) for parameter, _ in self._seen]
+            self._values = torch.cat(self._places)
         return self._weights
+
+    def _is_current(self, parameters: Sequence[Tensor]) -> bool:
+        return _unchanged(parameters, self._seen) and torch.equal(torch.cat(self._places), self._values)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
         return WeightCache(self._kind)
@@ -176,10 +179,12 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _some_values(parameters: Sequence[Tensor]) -> Tensor:
-    """About `_VALUES` of each parameter, float32."""
-    parts = [p.reshape(-1)[:: max(1, p.numel() // _VALUES)] for p in parameters]
-    return torch.cat([part.float() for part in parts])
+def _some_places(parameter: Tensor) -> Tensor:
+    """A view of about `_VALUES` of the parameter's values; of one that is not contiguous, of its first part that is."""
+    while not parameter.is_contiguous() and parameter.dim() > 1:
+        parameter = parameter[0]
+    flat = parameter.view(-1) if parameter.is_contiguous() else parameter
+    return flat[:: max(1, flat.numel() // _VALUES)]
 
 
 def _unchanged(parameters: Sequence[Tensor], seen: Sequence[tuple[Tensor, int]]) -> bool:
