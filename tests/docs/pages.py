@@ -26,7 +26,7 @@ PAGES = (
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")
 _COMMAND = re.compile(r"(?:^    |`)(ofakern [a-z]+(?: [^`\n#]+)?)", re.MULTILINE)
-_MAKE = re.compile(r"(?:^    |`)make ([a-z]+)", re.MULTILINE)
+_MAKE = re.compile(r"(?:^    |`)make ([a-z-]+)", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)#:\s]+)\)")
 _TOPS = ("benchmarks", "csrc", "docs", "examples", "ofakern", "python_bindings", "tests")
 
