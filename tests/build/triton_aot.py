@@ -17,6 +17,7 @@ import triton
 ROOT = Path(__file__).resolve().parents[2]
 # Keyed by source and options, so that a second run is quick; inside the clone, as everything that is built.
 CACHE = ROOT / "build/triton"
+OTHER_COMPILERS_SPILL = 32  # bytes a thread: 8 registers of 255
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # What shows in the machine code that products run on the tensor cores meant for 16-bit types.
@@ -71,7 +72,7 @@ def resources(launch: Any, capability: int, product: bool, folder: Path) -> dict
 
 def assert_no_more(found: dict[str, dict[str, int]], record: dict[str, Any], case: str) -> None:
     """Spills and shared memory of a case's kernels are at most the recorded ones. Another compiler than the record's
-    allocates otherwise: what it must keep is that a kernel recorded without a spill has none."""
+    allocates otherwise: of it a kernel recorded without a spill may have one of a few registers, no more."""
     kept = record["kernels"][case]
     assert found.keys() == kept.keys()
     same_compiler = triton.__version__ == record["triton"]
@@ -79,7 +80,8 @@ def assert_no_more(found: dict[str, dict[str, int]], record: dict[str, Any], cas
         for resource in ("stack", "shared"):
             have, most = used[resource], kept[name][resource]
             if same_compiler or (resource == "stack" and most == 0):
-                assert have <= most, f"{name}: {resource} {have} bytes above the recorded {most}"
+                slack = 0 if same_compiler else OTHER_COMPILERS_SPILL
+                assert have <= most + slack, f"{name}: {resource} {have} bytes above the recorded {most}"
 
 
 def write_record(path: Path, cases: Sequence[Any], label: Callable[[Any], str], measure: Callable[..., Any]) -> None:
