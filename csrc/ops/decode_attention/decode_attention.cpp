@@ -23,15 +23,6 @@ namespace {
 
 constexpr Checker kCheck("decode_attention");
 
-void check_part(const char* argument, const TensorView& x, const char* letters,
-                std::initializer_list<std::int64_t> sizes, std::initializer_list<DType> dtypes) {
-  kCheck.given(argument, x);
-  kCheck.dtype(argument, x, dtypes);
-  kCheck.shape(argument, x, letters, sizes);
-  kCheck.device(argument, x);
-  kCheck.last_contiguous(argument, x);
-}
-
 void check_widths(std::int64_t heads, std::int64_t key_width, std::int64_t value_width, const std::string& got) {
   kCheck.that(heads >= 1 && key_width >= 1 && value_width >= 1 && key_width <= kDecodeMaxWidth &&
                   value_width <= kDecodeMaxWidth,
@@ -65,8 +56,8 @@ PackedHeader check_projection(const SourceProjection& in) {
 void decode_attention_pack(const TensorView& k, const TensorView& v, const TensorView& runs, const TensorView& keys,
                            const TensorView& values, int threads) {
   const std::initializer_list<DType> dtypes = {DType::f32, DType::bf16, DType::f16, DType::u8};
-  check_part("k", k, "[N, H, K]", {-1, -1, -1}, dtypes);
-  check_part("v", v, "[N, H, Kv]", {k.shape[0], k.shape[1], -1}, {k.dtype});
+  check_decode_part("k", k, "[N, H, K]", {-1, -1, -1}, dtypes);
+  check_decode_part("v", v, "[N, H, Kv]", {k.shape[0], k.shape[1], -1}, {k.dtype});
   const std::int64_t heads = k.shape[1], key_width = k.shape[2], value_width = v.shape[2];
   check_widths(heads, key_width, value_width, describe(k) + " and " + describe(v));
   check_storage(keys, values, runs, k.dtype, heads, key_width, value_width, k.shape[0]);

@@ -17,6 +17,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "core/stream.h"
 #include "core/tensor_view.h"
@@ -51,7 +52,10 @@ OFAKERN_ALWAYS_INLINE std::int64_t packed_count(std::int64_t count) {
   return (count + kDecodeBlock - 1) / kDecodeBlock * kDecodeBlock;
 }
 
-// Throws on the first broken rule.
+// Throws on the first broken rule. A part: given, of one of the dtypes and of this shape, its last dimension
+// contiguous.
+void check_decode_part(const char* argument, const TensorView& x, const char* letters,
+                       std::initializer_list<std::int64_t> sizes, std::initializer_list<DType> dtypes);
 void check_decode_attention(const DecodeAttentionInputs& inputs);
 void check_decode_attention_results(const DecodeAttentionInputs& inputs, const TensorView& out, const TensorView& lse);
 // The keys that runs [B, 2] cover, all of them in a packed source of `room` keys.

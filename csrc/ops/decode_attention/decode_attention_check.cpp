@@ -9,18 +9,9 @@ namespace {
 
 constexpr Checker kCheck("decode_attention");
 
-void check_one(const char* argument, const TensorView& x, const char* letters,
-               std::initializer_list<std::int64_t> sizes, std::initializer_list<DType> dtypes) {
-  kCheck.given(argument, x);
-  kCheck.dtype(argument, x, dtypes);
-  kCheck.shape(argument, x, letters, sizes);
-  kCheck.device(argument, x);
-  kCheck.last_contiguous(argument, x);
-}
-
 void check_whole(const char* argument, const TensorView& x, const char* letters,
                  std::initializer_list<std::int64_t> sizes, std::initializer_list<DType> dtypes) {
-  check_one(argument, x, letters, sizes, dtypes);
+  check_decode_part(argument, x, letters, sizes, dtypes);
   kCheck.contiguous(argument, x);
 }
 
@@ -107,7 +98,7 @@ void check_tensors(const DecodeAttentionInputs& in, bool blocks) {
     kCheck.absent("counts", in.counts, "when the keys are a source");
     check_whole("runs", in.runs, "[B, 2]", {samples, 2}, {DType::i32});
   } else {
-    check_one("slots", in.slots, "[R, T]", {in.q.shape[0], -1}, {DType::i32});
+    check_decode_part("slots", in.slots, "[R, T]", {in.q.shape[0], -1}, {DType::i32});
     check_whole("counts", in.counts, "[B]", {samples}, {DType::i32});
   }
   if (in.runs.defined() && blocks) {
@@ -121,11 +112,20 @@ void check_tensors(const DecodeAttentionInputs& in, bool blocks) {
     check_whole("values", in.values, "[S, H, Kv]", {in.keys.shape[0], heads, in.value_width}, {in.keys.dtype});
     check_scales(in, in.keys.shape[0], heads, false);
   }
-  if (in.bias.defined()) check_one("bias", in.bias, "[H, sum of counts]", {heads, -1}, {DType::f32});
+  if (in.bias.defined()) check_decode_part("bias", in.bias, "[H, sum of counts]", {heads, -1}, {DType::f32});
   if (in.head_scale.defined()) check_whole("head_scale", in.head_scale, "[H]", {heads}, {DType::f32});
 }
 
 }  // namespace
+
+void check_decode_part(const char* argument, const TensorView& x, const char* letters,
+                       std::initializer_list<std::int64_t> sizes, std::initializer_list<DType> dtypes) {
+  kCheck.given(argument, x);
+  kCheck.dtype(argument, x, dtypes);
+  kCheck.shape(argument, x, letters, sizes);
+  kCheck.device(argument, x);
+  kCheck.last_contiguous(argument, x);
+}
 
 std::int64_t check_decode_runs(const TensorView& runs, std::int64_t room) { return check_runs(runs, room); }
 
