@@ -217,7 +217,7 @@ class Cuda:
         try:
             yield
         except RuntimeError:
-            raise RuntimeError("capture invalidated")  # noqa: B904  # and the stream stays
+            raise RuntimeError("capture invalidated") from None  # and the stream stays
         self.current = before
 
 

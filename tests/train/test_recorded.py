@@ -101,7 +101,10 @@ def test_the_model_on_pictures_texts_and_closed_sets(kernels: bool, monkeypatch:
         monkeypatch.setattr(library, "_CPU", ())
         monkeypatch.setattr(Backends, "select", lambda *_: "reference")
         monkeypatch.setattr(norm, "has_kernel", lambda *_: False)
-        convolved = lambda self, images: self.proj(images).flatten(2).transpose(1, 2)  # noqa: E731
+
+        def convolved(self: ImagePatchEmbedAdaptor, images: torch.Tensor) -> torch.Tensor:
+            return self.proj(images).flatten(2).transpose(1, 2)
+
         monkeypatch.setattr(ImagePatchEmbedAdaptor, "_patches", convolved)
     by_graph, eager = scenes_model(), scenes_model()
     settings: dict[str, Any] = {"max_updates": 4, "pad_to": 32, "learning_rate": 1e-3}
