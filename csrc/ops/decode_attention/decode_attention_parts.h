@@ -53,42 +53,47 @@ struct Part {
   float* sum;
 };
 
-// Room for the parts of one sample: [row][head][chunk].
+// Room for parts: [row][head][chunk]. Nothing where a task finishes its rows itself.
 struct PartRoom {
   float* values;
   float *tops, *sums;
   i64 chunks, heads, columns;
 
+  static PartRoom take(i64 rows, i64 heads, i64 chunks, i64 columns, Arena& arena) {
+    const i64 parts = rows * heads * chunks;
+    if (parts == 0) return {};
+    float* values = arena.take<float>(parts * columns);
+    float* tops = arena.take<float>(parts);
+    return {values, tops, arena.take<float>(parts), chunks, heads, columns};
+  }
   Part at(i64 row, i64 head, i64 chunk) const {
-    const i64 index = (row * heads + head) * chunks + chunk;
+    const i64 index = row * row_stride() + head * chunks + chunk;
     return {values + index * columns, tops + index, sums + index};
   }
+  i64 row_stride() const { return heads * chunks; }  // parts
 };
 
 // The plan of a call: what stands where for each sample. Filled from shapes only.
 struct SamplePlan {
-  i64 first_task, chunks, first_bias;
+  i64 first_task, chunks, apart, first_bias;
   PartRoom parts;
 };
 
-// A task of a source is one head and chunk of a sample, all rows; a task of slots one row and chunk, all heads. A
-// sample of one chunk needs no room for parts: its tasks finish their rows themselves.
+// A task of slots is one row and chunk, all heads; one of a source is a head and a chunk of a sample, or all of the
+// head's chunks. A sample whose tasks see all chunks needs no room for parts: they finish their rows themselves.
 struct CallPlan {
   SamplePlan* samples;
   i64 tasks;
 
-  static CallPlan take(const Shapes& s, i64 chunk_keys, bool source, i64 columns, Arena& arena) {
+  static CallPlan take(const Shapes& s, i64 chunk_keys, bool source, bool whole, i64 columns, Arena& arena) {
     CallPlan plan = {arena.take<SamplePlan>(s.samples + 1), 0};
     i64 bias = 0;
     for (i64 b = 0; b < s.samples; ++b) {
       const i64 chunks = max_of<i64>(1, ceil_div(s.count(b), chunk_keys)), rows = s.rows_of(b);
-      const i64 parts = chunks == 1 ? 0 : rows * s.heads * chunks;
-      float* values = arena.take<float>(parts * columns);
-      float* tops = arena.take<float>(parts);
-      float* sums = arena.take<float>(parts);
-      if (plan.samples != nullptr)
-        plan.samples[b] = {plan.tasks, chunks, bias, {values, tops, sums, chunks, s.heads, columns}};
-      plan.tasks += (source ? (rows > 0 ? s.heads : 0) : rows) * chunks;
+      const i64 apart = whole ? 1 : chunks;  // tasks of a head or row
+      const PartRoom parts = PartRoom::take(apart == 1 ? 0 : rows, s.heads, chunks, columns, arena);
+      if (plan.samples != nullptr) plan.samples[b] = {plan.tasks, chunks, apart, bias, parts};
+      plan.tasks += (source ? (rows > 0 ? s.heads : 0) : rows) * apart;
       bias += s.count(b);
     }
     return plan;
@@ -105,34 +110,53 @@ struct CallPlan {
   }
 };
 
-// Dot products of one row become weights, in place. keys <= padded (a multiple of kWidth); weights of pads are 0.
-// bias, key_scales: of the chunk's first key, or null. Returns through top and sum; a chunk whose scores are all -inf
-// leaves top -inf and sum 0. meanwhile(x, again) is called for every vector of the two passes.
+// What makes scores, in units of log2(e), of a chunk's dot products: dot * factor + addend, which is -inf past the last
+// key. Written once per chunk and head, so that the rows' loops ask nothing.
+struct Terms {
+  float *factors, *addends;
+
+  static Terms take(i64 keys, Arena& arena) { return {arena.take<float>(keys), arena.take<float>(keys)}; }
+
+  // bias, key_scales: of the chunk's first key, or null. padded: a multiple of kWidth.
+  void fill(const Shapes& s, i64 keys, i64 padded, const float* bias, const float* key_scales) const {
+    const Vec factor = vset(s.scale * kLog2e), unit = vset(kLog2e);
+    for (i64 x = 0; x < padded; x += kWidth) {
+      const i64 left = max_of<i64>(keys - x, 0);
+      vstore(factors + x, key_scales == nullptr ? factor : vmul(factor, vload_n(key_scales + x, left)));
+      const Vec addend = bias == nullptr ? vzero() : vmul(unit, vload_n(bias + x, left));
+      const bool whole = left >= kWidth;
+      vstore(addends + x, whole ? addend : vselect(mask_first(static_cast<int>(left)), addend, vset(-kInfinity)));
+    }
+  }
+};
+
+// Dot products of one row become scores, in place; returns their maximum. meanwhile(x) is called for every vector.
 template <class Meanwhile>
-OFAKERN_LOCAL void soften(const Shapes& s, float* row, i64 keys, i64 padded, const float* bias, const float* key_scales,
-                          float* top, float* sum, const Meanwhile& meanwhile) {
-  const Vec factor = vset(s.scale * kLog2e), unit = vset(kLog2e), none = vset(-kInfinity);
-  Vec most = none;
+OFAKERN_LOCAL float score_row(const Terms& terms, float* row, i64 padded, const Meanwhile& meanwhile) {
+  Vec most = vset(-kInfinity);
   for (i64 x = 0; x < padded; x += kWidth) {
-    const i64 left = keys - x;
-    Vec y = vmul(vload(row + x), factor);
-    if (key_scales != nullptr) y = vmul(y, vload_n(key_scales + x, max_of<i64>(left, 0)));
-    if (bias != nullptr) y = vfma(vload_n(bias + x, max_of<i64>(left, 0)), unit, y);
-    if (left < kWidth) y = vselect(mask_first(static_cast<int>(max_of<i64>(left, 0))), y, none);
-    meanwhile(x, false);
+    const Vec y = vfma(vload(row + x), vload(terms.factors + x), vload(terms.addends + x));
+    meanwhile(x);
     vstore(row + x, y);
     most = vmax(y, most);
   }
-  *top = hmax(most);
-  const Vec reference = vset(*top == -kInfinity ? 0.0f : *top);
+  return hmax(most);
+}
+
+// Scores of one row become weights 2^(score - top), 0 for pads; returns their sum. scales: what weights are multiplied
+// by after that, or null. A chunk whose scores are all -inf (top -inf) has weights and sum 0.
+template <class W, class Meanwhile>
+OFAKERN_LOCAL float weigh_row(const float* row, i64 padded, float top, const float* scales, W* weights,
+                              const Meanwhile& meanwhile) {
+  const Vec reference = vset(top == -kInfinity ? 0.0f : top);
   Vec total = vzero();
   for (i64 x = 0; x < padded; x += kWidth) {
-    const Vec weight = vexp2(vsub(vload(row + x), reference));
-    meanwhile(x, true);
+    const Vec weight = vexp2_for(vsub(vload(row + x), reference), weights);
+    meanwhile(x);
     total = vadd(total, weight);
-    vstore(row + x, weight);
+    vstore_as(weights + x, scales == nullptr ? weight : vmul(weight, vload(scales + x)));
   }
-  *sum = hsum(total);
+  return hsum(total);
 }
 
 // One row and head from its parts, which stand one after the other.
@@ -163,16 +187,16 @@ OFAKERN_LOCAL void finish(const Shapes& s, Part part, i64 chunks, i64 columns, i
   lse[row * s.heads + head] = empty ? -kInfinity : reference * kLn2 + __builtin_logf(sum);
 }
 
-// The second pass: rows of samples with several chunks.
+// The second pass: rows of samples whose chunks were tasks apart.
 template <class T>
 OFAKERN_LOCAL void finish_all(const Shapes& s, const CallPlan& plan, int threads, T* out, float* lse) {
   bool any = false;
-  for (i64 b = 0; b < s.samples; ++b) any = any || plan.samples[b].chunks > 1;
+  for (i64 b = 0; b < s.samples; ++b) any = any || plan.samples[b].apart > 1;
   if (!any) return;
   parallel_for(s.samples * s.heads, threads, [&](i64 task, int) {
     const i64 b = task / s.heads, head = task % s.heads;
     const SamplePlan& sample = plan.samples[b];
-    if (sample.chunks == 1) return;
+    if (sample.apart == 1) return;
     for (i64 r = 0; r < s.rows_of(b); ++r)
       finish(s, sample.parts.at(r, head, 0), sample.chunks, sample.parts.columns, s.row_offsets[b] + r, head, out, lse);
   });

@@ -20,6 +20,7 @@ struct SlotScratch {
   float* scores;  // [H, kSlotStride]; then weights
   float* out;     // [H, columns]
   float *tops, *sums;
+  Terms terms;
 
   static SlotScratch take(i64 heads, i64 key_width, i64 columns, Arena& arena) {
     SlotScratch scratch = {};
@@ -28,6 +29,7 @@ struct SlotScratch {
     scratch.out = arena.take<float>(heads * columns);
     scratch.tops = arena.take<float>(heads);
     scratch.sums = arena.take<float>(heads);
+    scratch.terms = Terms::take(kSlotChunk, arena);
     return scratch;
   }
 };
@@ -82,7 +84,7 @@ OFAKERN_HOT void add_together(const Together<S>& values, i64 offset, const float
   }
 }
 
-// Scores beyond the last key repeat its score; soften masks them.
+// Scores beyond the last key repeat its score or are 0: Terms masks them.
 template <class S>
 OFAKERN_LOCAL void score_slots(const Slots<S>& p, const SlotScratch& scratch, const std::int32_t* table, i64 keys) {
   const i64 width = p.s.key_width, slot = p.s.heads * width;
@@ -131,13 +133,16 @@ OFAKERN_LOCAL void slots_task(const Slots<S>& p, const CallPlan& plan, const Slo
   score_slots(p, scratch, table, keys);
   for (i64 h = 0; h < p.s.heads; ++h) {
     const float* bias = p.s.bias == nullptr ? nullptr : p.s.bias + h * p.s.bias_stride + sample.first_bias + key;
-    soften(p.s, scratch.scores + h * kSlotStride, keys, padded, bias, nullptr, scratch.tops + h, scratch.sums + h,
-           [](i64, bool) {});
+    float* row = scratch.scores + h * kSlotStride;
+    for (i64 j = round_up(keys, kTogether); j < padded; ++j) row[j] = 0.0f;
+    if (h == 0 || bias != nullptr) scratch.terms.fill(p.s, keys, padded, bias, nullptr);
+    scratch.tops[h] = score_row(scratch.terms, row, padded, [](i64) {});
+    scratch.sums[h] = weigh_row(row, padded, scratch.tops[h], nullptr, row, [](i64) {});
   }
   add_slots(p, scratch, table, keys);
   for (i64 h = 0; h < p.s.heads; ++h) {
     float* values = scratch.out + h * p.columns;
-    if (sample.chunks == 1) {
+    if (sample.apart == 1) {
       finish(p.s, {values, scratch.tops + h, scratch.sums + h}, 1, p.columns, row, h, out, lse);
       continue;
     }
@@ -168,7 +173,7 @@ struct SlotMemory {
 
   static SlotMemory take(const Shapes& s, i64 key_width, i64 columns, int threads, Arena& arena) {
     SlotMemory memory = {};
-    memory.plan = CallPlan::take(s, kSlotChunk, false, columns, arena);
+    memory.plan = CallPlan::take(s, kSlotChunk, false, false, columns, arena);
     Arena one(nullptr);
     SlotScratch::take(s.heads, key_width, columns, one);
     memory.bytes_per_thread = round_up(one.used(), 4096) + 64;

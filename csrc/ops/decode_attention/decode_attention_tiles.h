@@ -3,8 +3,8 @@
 //   C[rows, 32] (+)= A[rows, depth] B[depth, 32]
 //
 // B is a panel [depth / step][32][step]: a block of keys (depth: the head's width) or 32 columns of values (depth:
-// keys). At most 16 rows share it, so each load of B serves all of them. A is what OperandA says; with AMX its 16 rows
-// are all readable and C's all writable. The panel is asked for kAhead bytes before it is needed.
+// keys). At most 16 rows share it, so each load of B serves all of them. A is what OperandA says. The panel is asked
+// for some way before it is needed.
 #pragma once
 
 #include "core/pack.h"
@@ -15,7 +15,11 @@ namespace {
 
 constexpr i64 kBlock = kDecodeBlock;
 constexpr i64 kRowGroup = 16;  // rows that share one pass over the keys
-constexpr i64 kAhead = 1024;
+constexpr i64 kAhead = 1024;   // bytes
+
+// Keys whose values all tiles of rows use while they are in the L1 cache.
+template <class A>
+constexpr i64 kValueStep = 128;
 
 template <class T>
 struct OperandA {
@@ -163,6 +167,8 @@ OFAKERN_LOCAL void stream_panel(i64 rows, i64 depth, const A* a, i64 lda, const 
       stream_rows(min_of(tile, rows - r), depth, a + r * lda, lda, b + x * Panel<T>::kStep, c + r * ldc + x, ldc, add);
 }
 
+OFAKERN_HOT void ask_near(const char* line) { __builtin_prefetch(line, 0, 2); }
+
 // One panel of a product, or two of the same A: memory gives more to two streams than to one.
 template <class T>
 struct Streams {
@@ -176,9 +182,19 @@ OFAKERN_LOCAL void stream(i64 rows, i64 depth, const A* a, i64 lda, Streams<T> p
 }
 
 #if defined(OFAKERN_AMX)
-// Tiles of as many rows as there are: C in 0 to 3, A in 4; B, 32 deep, in 6 and 7.
-struct StreamTiles {
-  explicit StreamTiles(i64 rows) {
+// One tile holds all rows: values are read once whatever the step, so C stays in its tiles.
+template <>
+constexpr i64 kValueStep<bf16> = 1 << 20;
+
+// Tiles of as many rows as there are: C in 0 to 3, A in 4; B, 32 deep, in 6. One name for B: where the other hardware
+// thread of a core is at work, a core has few tiles to rename to, and products that name fewer are faster.
+class StreamTiles {
+ public:
+  ~StreamTiles() {
+    if (rows_ > 0) _tile_release();
+  }
+  void use(i64 rows) {
+    if (rows == rows_) return;
     alignas(64) struct {
       std::uint8_t palette, start_row, reserved[14];
       std::uint16_t columns[16];
@@ -192,15 +208,20 @@ struct StreamTiles {
     // gcc's intrinsic names only the first eight bytes as read: the other stores must not be taken for dead.
     __asm__ volatile("" : : "m"(config));
     _tile_loadconfig(&config);
+    rows_ = rows;
   }
-  ~StreamTiles() { _tile_release(); }
+
+ private:
+  i64 rows_ = 0;
 };
 
 constexpr i64 kPairRow = kBlock * 2;  // elements of B from one pair of the depth to the next
+constexpr i64 kTileAhead = 2048;      // bytes
 
+// As many lines as a tile has, so that what is asked for and what arrives keep in step.
 OFAKERN_HOT void ask_ahead(const bf16* b) {
-  for (i64 byte = 0; byte < 16 * kPairRow * 2; byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(b) + kAhead + byte);
+#pragma GCC unroll 16
+  for (i64 byte = 0; byte < 1024; byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(b) + kTileAhead + byte);
 }
 
 // depth is a multiple of 32.
@@ -220,17 +241,23 @@ OFAKERN_LOCAL void stream(i64, i64 depth, const bf16* a, i64 lda, Streams<bf16> 
     if (COUNT == 2) _tile_zero(3);
   }
   for (i64 k = 0; k < depth; k += 32, b += 16 * kPairRow, second += 16 * kPairRow) {
-    ask_ahead(b);
-    if (COUNT == 2) ask_ahead(second);
     _tile_loadd(4, a + k, lda * 2);
+    ask_ahead(b);
     _tile_loadd(6, b, kPairRow * 2);
     _tile_dpbf16ps(0, 4, 6);
-    if (COUNT == 2) _tile_loadd(7, second, kPairRow * 2);
-    if (COUNT == 2) _tile_dpbf16ps(2, 4, 7);
+    if (COUNT == 2) {
+      ask_ahead(second);
+      _tile_loadd(6, second, kPairRow * 2);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    ask_ahead(b + 512);
     _tile_loadd(6, b + 32, kPairRow * 2);
     _tile_dpbf16ps(1, 4, 6);
-    if (COUNT == 2) _tile_loadd(7, second + 32, kPairRow * 2);
-    if (COUNT == 2) _tile_dpbf16ps(3, 4, 7);
+    if (COUNT == 2) {
+      ask_ahead(second + 512);
+      _tile_loadd(6, second + 32, kPairRow * 2);
+      _tile_dpbf16ps(3, 4, 6);
+    }
   }
   _tile_stored(0, c, ldc * 4);
   _tile_stored(1, c + 16, ldc * 4);
@@ -240,8 +267,7 @@ OFAKERN_LOCAL void stream(i64, i64 depth, const bf16* a, i64 lda, Streams<bf16> 
 #else
 // Nothing to configure without AMX.
 struct StreamTiles {
-  explicit StreamTiles(i64) {}
-  ~StreamTiles() {}
+  void use(i64) {}
 };
 #endif
 
