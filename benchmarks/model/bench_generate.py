@@ -27,7 +27,7 @@ from benchmarks.model.train_step_peers import ATTENTION
 from ofakern.data.batch import Example, PackedBatch, Segment
 from ofakern.generate import GenerationConfig, generate
 from ofakern.instruction import Modality
-from ofakern.modality.image.adaptor import ImageResnetConfig
+from ofakern.modality.image.adaptor import ImagePatchEmbedConfig, ImageResnetConfig
 from ofakern.modality.image.codes import ImageCodesConfig
 from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import DecodeState, OFAConfig, OFAPlus, SegmentWriter
@@ -53,8 +53,9 @@ _CODES = 8192
 
 @dataclass(frozen=True)
 class Spec:
-    """image: pixels (0: none); source: text tokens; tokens: generated, an end of sequence comes after them; codes: they
-    are an image's, of which single steps are timed; candidates: all answers of a closed set are scored instead."""
+    """image: pixels (0: none), through a ResNet or (patches) by image_patch_embed; source: text tokens; tokens:
+    generated, an end of sequence comes after them; codes: they are an image's, of which single steps are timed;
+    candidates: all answers of a closed set are scored instead."""
 
     name: str
     description: str
@@ -68,6 +69,7 @@ class Spec:
     small: bool = False
     quick: bool = False
     default: bool = True
+    patches: bool = False
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -80,10 +82,13 @@ class Spec:
 
     def config(self) -> OFAConfig:
         codes = (ImageCodesConfig(),) if self.codes else ()
+        size = {"image_height": self.image, "image_width": self.image}
+        patches = (ImagePatchEmbedConfig(**size, class_token=False),) if self.patches else ()
         if not self.small:
             base = OFAConfig.from_size("base", dropout=0.0)
-            return replace(base, adaptors=(*base.adaptors, *codes))
-        adaptors = (TextAdaptorConfig(), ImageResnetConfig(resnet_blocks=(1, 1, 1), resnet_width=8), *codes)
+            return replace(base, adaptors=(*base.adaptors, *codes, *patches))
+        backbone = ImageResnetConfig(resnet_blocks=(1, 1, 1), resnet_width=8)
+        adaptors = (TextAdaptorConfig(), backbone, *codes, *patches)
         shape = {"dim": 64, "ffn_dim": 128, "heads": 4, "encoder_layers": 1, "decoder_layers": 2, "vocab_size": 997}
         return OFAConfig(adaptors=adaptors, dropout=0.0, **shape)  # type: ignore[arg-type]
 
@@ -92,6 +97,15 @@ CASES: dict[str, Spec] = {
     spec.name: spec
     for spec in (
         Spec("ofa_base_480_b4_beam5", "OFA-base, image 480 and 32 tokens, beam 5, 16 tokens, batch 4", 4, 5, 16),
+        Spec(
+            "ofa_base_480_patch_b4_beam5",
+            "the same with image_patch_embed (16 pixels) instead of the ResNet",
+            4,
+            5,
+            16,
+            default=False,
+            patches=True,
+        ),
         Spec("text_932_b4_beam5", "OFA-base, 932 text tokens, no image, otherwise the same", 4, 5, 16, 0, 932),
         Spec("codes_1024_b4", "OFA-base, 32 tokens to 1024 codes, sampling, 4 samples", 4, 1, 1024, 0, codes=True),
         Spec(
@@ -148,7 +162,8 @@ def _example(spec: Spec, generator: torch.Generator) -> Example:
     source = [Segment(1, "text", Modality.TEXT, text)]
     if spec.image:
         image = torch.randn(3, spec.image, spec.image, generator=generator)
-        source.insert(0, Segment(0, "image_resnet", Modality.IMAGE, image, (spec.image // _STRIDE) ** 2))
+        adaptor = "image_patch_embed" if spec.patches else "image_resnet"
+        source.insert(0, Segment(0, adaptor, Modality.IMAGE, image, (spec.image // _STRIDE) ** 2))
     return Example(source, [Segment(2, "text", Modality.TEXT, torch.tensor([BOS]))], torch.tensor([2]))
 
 
@@ -332,7 +347,9 @@ def extras(record: Mapping[str, Any], records: list[dict[str, Any]], roof: Mappi
 
 def verify(spec: Spec, dtype: str, harness: Any) -> None:
     """Raises AssertionError unless, in f32 and on a small model, all contenders give one score and one code's odds."""
-    small = replace(CASES["small_96_b2"], codes=spec.codes, candidates=spec.candidates, image=0 if spec.codes else 96)
+    image = 0 if spec.codes else 96
+    like = {"codes": spec.codes, "candidates": spec.candidates, "patches": spec.patches}
+    small = replace(CASES["small_96_b2"], image=image, **like)
     problem = make(small, "f32")
     if spec.candidates:
         wanted, *found = candidate_case.every(problem.candidates, problem.memory)
