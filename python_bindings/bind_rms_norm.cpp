@@ -1,8 +1,11 @@
 // ops.rms_norm: every argument becomes a checked view with the GIL held, the kernel runs without it.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
 #include "ops/rms_norm/rms_norm.h"
 #include "tensor_caster.h"
+#include "torch_tensors.h"
 
 namespace py = pybind11;
 
@@ -29,9 +32,45 @@ void backward(const py::args& values) {
   rms_norm_backward_cpu(dout, x, rstd, weight, dx, dweight, workspace, threads);
 }
 
+// ---- with results that torch makes; sizes come from arguments that the op has not checked yet ----------------------
+
+std::int64_t width_of(const TensorView& x) { return x.ndim < 1 ? 1 : std::max<std::int64_t>(x.shape[x.ndim - 1], 1); }
+
+py::object make_forward(const py::args& values) {
+  Arguments args("rms_norm", values, 4, Unready::copied);
+  const TensorView x = args.tensor("x"), weight = args.tensor("weight");
+  const double eps = args.real("eps");
+  const int threads = args.threads();
+  Made made;
+  const TensorView out = made.like(x), rstd = made.empty(DType::f32, {x.numel() / width_of(x)});
+  {
+    const py::gil_scoped_release release;
+    rms_norm_forward_cpu(x, weight, eps, out, rstd, threads);
+  }
+  return made.results();
+}
+
+py::object make_gradients(const py::args& values) {
+  Arguments args("rms_norm", values, 5, Unready::copied);
+  const TensorView dout = args.tensor("dout"), x = args.tensor("x");
+  const TensorView rstd = args.tensor("rstd"), weight = args.tensor("weight");
+  const int threads = args.threads();
+  Made made;
+  const TensorView dx = made.like(x), dweight = made.like(weight);
+  const std::int64_t width = width_of(x);
+  const TensorView workspace = made.workspace(rms_norm_backward_workspace(x.numel() / width, width));
+  {
+    const py::gil_scoped_release release;
+    rms_norm_backward_cpu(dout, x, rstd, weight, dx, dweight, workspace, threads);
+  }
+  return made.results();
+}
+
 }  // namespace
 
 void bind_rms_norm(py::module_& m) {
+  m.def("rms_norm", &make_forward);
+  m.def("rms_norm_gradients", &make_gradients);
   m.def("rms_norm_forward", &forward);
   m.def("rms_norm_backward", &backward);
   m.def("rms_norm_backward_workspace", &rms_norm_backward_workspace);

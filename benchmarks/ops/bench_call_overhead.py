@@ -21,6 +21,7 @@ from ofakern.ops.decode_linear import decode_linear, prepack_weight
 from ofakern.ops.layer_norm import add_layer_norm, embed_layer_norm, gelu_layer_norm, head_scale_layer_norm
 from ofakern.ops.log_mel import kaldi, log_mel
 from ofakern.ops.patch_embed import patch_embed
+from ofakern.ops.rms_norm import rms_norm
 from ofakern.ops.rotation_6d import rotation_6d
 from ofakern.ops.routed_ffn import routed_linear
 
@@ -133,6 +134,13 @@ CASES: dict[str, Spec] = {
             "tokens, table, weight, bias",
             lambda dtype: lambda *inputs: embed_layer_norm(NO_IDS, *inputs),
             ((8, WIDTH), ROW, ROW),
+        ),
+        Spec(
+            "rms_norm",
+            "x, weight",
+            lambda _: rms_norm,
+            (EMPTY, ROW),
+            lambda _: lambda x, weight: F.rms_norm(x, ROW, weight, 1e-6),
         ),
         Spec("rotation_6d", "x", lambda _: rotation_6d, ((0, 6),)),
         Spec(

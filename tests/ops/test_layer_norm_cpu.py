@@ -97,6 +97,22 @@ def test_gelu_keeps_its_digits_in_the_tail(isa: str) -> None:
     assert float((out - want).abs().max()) < 1e-5
 
 
+def test_gelu_and_its_slope(isa: str) -> None:
+    """A row (x, 0) under a huge eps shows both to their last digits: out is z / 2 and dx half the slope, scaled."""
+    bounds = torch.arange(31) / 5  # and around them: of the pieces that AVX-512 looks up
+    x = torch.cat([torch.linspace(-8, 8, 3201), bounds + 0.1, bounds.neg() - 0.1, torch.tensor([1e-30, -1e-30, 0.0])])
+    rows = torch.stack([x, torch.zeros_like(x)], 1).requires_grad_()
+    out = gelu_layer_norm(rows, torch.ones(2), torch.zeros(2), eps=1e12, backend="cpu")
+    (dx,) = torch.autograd.grad(out, rows, torch.tensor([1.0, 0.0]).expand_as(out))
+    value, slope = 2e6 * out.detach()[:, 0].double(), 2e6 * dx[:, 0].double()
+    wide = x.double()
+    below = torch.special.ndtr(wide)
+    error = (value - wide * below).abs()
+    assert torch.all(error <= 5e-7 * wide.clamp(min=0) + 5e-6 * (wide * below).abs() + 4e-9 * (wide < -6))
+    exact = below + wide * torch.exp(-wide * wide / 2) * (2 * torch.pi) ** -0.5
+    assert float((slope - exact).abs().max()) < 5e-7
+
+
 def test_gelu_gradient_far_out(isa: str) -> None:
     """Beyond the range of the exponential the slope is exactly 0 or 1, and infinities stay out of it."""
     x = torch.tensor([[-1e30, -300.0, -20.0, 0.0, 20.0, 300.0, -13.0, 1.0]], requires_grad=True)

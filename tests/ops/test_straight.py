@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from ofakern.ops.log_mel import kaldi, log_mel
 from ofakern.ops.log_mel import op as log_mel_op
 from ofakern.ops.patch_embed import op as patch_op
 from ofakern.ops.patch_embed import patch_embed
+from ofakern.ops.rms_norm import op as rms_norm_op
+from ofakern.ops.rms_norm import rms_norm
 from ofakern.ops.rotation_6d import op as rotation_op
 from ofakern.ops.rotation_6d import rotation_6d
 from ofakern.ops.routed_ffn import op as routed_op
@@ -56,6 +59,7 @@ OPS: dict[str, Op] = {
     "gelu_layer_norm": (gelu_layer_norm, (randn(3, 8), randn(8), randn(8))),
     "head_scale_layer_norm": (head_scale_layer_norm, (randn(3, 2, 4), randn(2), randn(8), randn(8))),
     "embed_layer_norm": (lambda *inputs: embed_layer_norm(TOKENS, *inputs), (randn(5, 8), randn(8), randn(8))),
+    "rms_norm": (rms_norm, (randn(3, 8), randn(8))),
     "rotation_6d": (rotation_6d, (randn(3, 6),)),
     "cross_entropy": (
         lambda hidden, weight, bias: cross_entropy(hidden, weight, TOKENS, bias, epsilon=0.1, backend="cpu").loss,
@@ -80,6 +84,7 @@ OPS: dict[str, Op] = {
 }
 FORWARD: dict[str, dict[str, object]] = layer_norm_op._FORWARD | {
     "attention": attention_op._FORWARD,
+    "rms_norm": rms_norm_op._FORWARD,
     "rotation_6d": rotation_op._FORWARD,
     "cross_entropy": cross_entropy_op._SUM,
     "routed_linear": routed_op._FORWARD,
@@ -184,6 +189,17 @@ def test_what_only_python_checked_before_is_still_refused() -> None:
         attention(q, q, q, AttentionLayout.build(intervals.full([6]), [6], [6]))
     with pytest.raises(OfakernTypeError, match="x must be a tensor, got list"):
         gelu_layer_norm([1.0], weight, bias)  # type: ignore[arg-type]
+    none: Any = None
+    with pytest.raises(OfakernTypeError, match="x must be a tensor, got NoneType"):
+        gelu_layer_norm(none, weight, bias)
+    with pytest.raises(OfakernTypeError, match="bias must be a tensor, got NoneType"):
+        head_scale_layer_norm(x.view(2, 2, 4), randn(2), weight, none)
+    with pytest.raises(OfakernTypeError, match="residual must be a tensor, got NoneType"):
+        add_layer_norm(x, none, weight, bias)
+    with pytest.raises(OfakernTypeError, match="weight must be a tensor, got NoneType"):
+        rms_norm(x, none)
+    with pytest.raises(OfakernValueError, match="eps must be at least 0, got -1.0"):
+        rms_norm(x, weight, -1.0)
     with pytest.raises(OfakernTypeError, match="hidden must be a tensor, got NoneType"):
         cross_entropy(None, table, TOKENS)  # type: ignore[arg-type]
     with pytest.raises(OfakernValueError, match="always_allowed must be an int of at least 0, got -1"):

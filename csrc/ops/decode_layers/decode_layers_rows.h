@@ -5,7 +5,7 @@
 
 #include "core/parallel.h"
 #include "core/row_stats.h"
-#include "core/vec_normal.h"
+#include "core/vec_gelu.h"
 #include "ops/decode_layers/decode_layers.h"
 
 namespace ofakern::OFAKERN_ISA {
@@ -86,7 +86,7 @@ template <class T>
 OFAKERN_LOCAL void activate_row(const RowNorm& norm, bool gelu, i64 width, T* h, float* z) {
   for_columns(width, [&](i64 i, i64 n) {
     const Vec value = vload_n(h + i, n);
-    const Vec y = gelu ? vmul(value, vnormal(value).distribution) : vmax(vzero(), value);
+    const Vec y = gelu ? vgelu(value) : vmax(vzero(), value);
     vstore(z + i, y);
   });
   if (norm.weight == nullptr) return for_columns(width, [&](i64 i, i64 n) { vstore_n(h + i, vload(z + i), n); });

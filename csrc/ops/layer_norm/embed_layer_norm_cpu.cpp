@@ -21,19 +21,17 @@ struct Embed {
   float* dz = nullptr;  // [N, width]
 
   OFAKERN_ALWAYS_INLINE i64 own_sums() const { return 0; }
+  OFAKERN_ALWAYS_INLINE void begin(i64, float*) const {}
   template <bool BACKWARD>
-  OFAKERN_ALWAYS_INLINE void load(i64 row, float* z, float*) const {
-    const T* const token = table + tokens[row] * width;
-    const T* const type = type_table == nullptr ? nullptr : type_table + (types == nullptr ? 0 : types[row]) * width;
-    const Vec factor = vset(scale);
-    for_lanes(width, [&](i64 i, i64 n) {
-      const Vec value = vmul(factor, vload_n(token + i, n));
-      vstore(z + i, type == nullptr ? value : vadd(value, vload_n(type + i, n)));
-    });
+  OFAKERN_ALWAYS_INLINE Vec z(i64 row, i64 i, i64 n, float*) const {
+    const Vec value = vmul(vset(scale), vload_n(table + tokens[row] * width + i, n));
+    if (type_table == nullptr) return value;
+    return vadd(value, vload_n(type_table + (types == nullptr ? 0 : types[row]) * width + i, n));
   }
-  OFAKERN_ALWAYS_INLINE void store(i64 row, const float* gradient, const float*, float*) const {
-    std::memcpy(dz + row * width, gradient, static_cast<std::size_t>(width) * sizeof(float));
+  OFAKERN_ALWAYS_INLINE void store(i64 row, i64 i, i64 n, Vec gradient, float*) const {
+    vstore_n(dz + row * width + i, gradient, n);
   }
+  OFAKERN_ALWAYS_INLINE void end(i64, const float*, float*) const {}
 };
 
 template <class T>

@@ -1,6 +1,6 @@
 // Residual, GELU and head scale before LayerNorm. Compiled once per instruction set; see core/isa.h.
 #include "core/dropout.h"
-#include "core/vec_normal.h"
+#include "core/vec_gelu.h"
 #include "core/with_type.h"
 #include "ops/layer_norm/layer_norm_rows.h"
 
@@ -26,17 +26,16 @@ struct AddForward {
   DropoutKey dropout;
   bool drops, stream;
 
-  template <bool BACKWARD>
-  OFAKERN_ALWAYS_INLINE void load(i64 row, float* z, float* keep) const {
-    const T *a = x + row * width, *b = residual + row * width;
-    T* const sum = total + row * width;
+  OFAKERN_ALWAYS_INLINE void begin(i64 row, float* keep) const {
     if (drops) dropout_row(dropout, static_cast<std::uint32_t>(row), 0, kRowStream, width, keep);
-    for_lanes(width, [&](i64 i, i64 n) {
-      const Vec branch = vload_n(a + i, n), kept = drops ? vmul(branch, vload(keep + i)) : branch;
-      const Vec value = round_as(vadd(vload_n(b + i, n), kept), a);
-      vstore_out(sum + i, value, n, stream);
-      vstore(z + i, value);
-    });
+  }
+  template <bool BACKWARD>
+  OFAKERN_ALWAYS_INLINE Vec z(i64 row, i64 i, i64 n, const float* keep) const {
+    const i64 at = row * width + i;
+    const Vec branch = vload_n(x + at, n), kept = drops ? vmul(branch, vload(keep + i)) : branch;
+    const Vec value = round_as(vadd(vload_n(residual + at, n), kept), x);
+    vstore_out(total + at, value, n, stream);
+    return value;
   }
 };
 
@@ -49,19 +48,20 @@ struct AddBackward {
   bool drops, stream;
 
   OFAKERN_ALWAYS_INLINE i64 own_sums() const { return 0; }
-  template <bool BACKWARD>
-  OFAKERN_ALWAYS_INLINE void load(i64 row, float* z, float* keep) const {
+  OFAKERN_ALWAYS_INLINE void begin(i64 row, float* keep) const {
     if (drops) dropout_row(dropout, static_cast<std::uint32_t>(row), 0, kRowStream, width, keep);
-    for_lanes(width, [&](i64 i, i64 n) { vstore(z + i, vload_n(total + row * width + i, n)); });
   }
-  OFAKERN_ALWAYS_INLINE void store(i64 row, const float* dz, const float* keep, float*) const {
-    for_lanes(width, [&](i64 i, i64 n) {
-      Vec gradient = vload(dz + i);
-      if (dtotal != nullptr) gradient = vadd(gradient, vload_n(dtotal + row * width + i, n));
-      vstore_out(dresidual + row * width + i, gradient, n, stream);
-      if (drops) vstore_out(dx + row * width + i, vmul(gradient, vload(keep + i)), n, stream);
-    });
+  template <bool BACKWARD>
+  OFAKERN_ALWAYS_INLINE Vec z(i64 row, i64 i, i64 n, const float*) const {
+    return vload_n(total + row * width + i, n);
   }
+  OFAKERN_ALWAYS_INLINE void store(i64 row, i64 i, i64 n, Vec dz, const float* keep) const {
+    const i64 at = row * width + i;
+    const Vec gradient = dtotal == nullptr ? dz : vadd(dz, vload_n(dtotal + at, n));
+    vstore_out(dresidual + at, gradient, n, stream);
+    if (drops) vstore_out(dx + at, vmul(gradient, vload(keep + i)), n, stream);
+  }
+  OFAKERN_ALWAYS_INLINE void end(i64, const float*, float*) const {}
 };
 
 template <class T>
@@ -72,23 +72,22 @@ struct Gelu {
   bool stream = false;
 
   OFAKERN_ALWAYS_INLINE i64 own_sums() const { return 0; }
+  OFAKERN_ALWAYS_INLINE void begin(i64, float*) const {}
   template <bool BACKWARD>
-  OFAKERN_ALWAYS_INLINE void load(i64 row, float* z, float* slope) const {
-    for_lanes(width, [&](i64 i, i64 n) {
-      const T* const here = x + row * width + i;
-      // So much arithmetic hides the memory only when the next row is already on its way.
-      __builtin_prefetch(here + width);
-      const Vec value = vload_n(here, n);
-      const NormalLanes normal = vnormal(value);
-      vstore(z + i, vmul(value, normal.distribution));
-      if (BACKWARD) vstore(slope + i, vfma(value, normal.density, normal.distribution));
-    });
+  OFAKERN_ALWAYS_INLINE Vec z(i64 row, i64 i, i64 n, float* slope) const {
+    const T* const here = x + row * width + i;
+    // So much arithmetic hides the memory only when the next row is already on its way.
+    __builtin_prefetch(here + width);
+    const Vec value = vload_n(here, n);
+    if (!BACKWARD) return vgelu(value);
+    const GeluLanes gelu = vgelu_with_slope(value);
+    vstore(slope + i, gelu.slope);
+    return gelu.value;
   }
-  OFAKERN_ALWAYS_INLINE void store(i64 row, const float* dz, const float* slope, float*) const {
-    for_lanes(width, [&](i64 i, i64 n) {
-      vstore_out(dx + row * width + i, vmul(vload(dz + i), vload(slope + i)), n, stream);
-    });
+  OFAKERN_ALWAYS_INLINE void store(i64 row, i64 i, i64 n, Vec dz, const float* slope) const {
+    vstore_out(dx + row * width + i, vmul(dz, vload(slope + i)), n, stream);
   }
+  OFAKERN_ALWAYS_INLINE void end(i64, const float*, float*) const {}
 };
 
 template <class T>
@@ -99,26 +98,31 @@ struct HeadScale {
   T* dx = nullptr;
 
   OFAKERN_ALWAYS_INLINE i64 own_sums() const { return heads; }
-  template <bool BACKWARD>
-  OFAKERN_ALWAYS_INLINE void load(i64 row, float* z, float*) const {
+  // Heads may begin in the midst of a vector: the spare row holds z whole, and then its gradient.
+  OFAKERN_ALWAYS_INLINE void begin(i64 row, float* scaled) const {
     const i64 width = heads * head_width;
     for (i64 h = 0; h < heads; ++h) {
       const Vec factor = vset(scale[h]);
       const T* const from = x + row * width + h * head_width;
       for_lanes(head_width,
-                [&](i64 i, i64 n) { vstore_n(z + h * head_width + i, vmul(factor, vload_n(from + i, n)), n); });
+                [&](i64 i, i64 n) { vstore_n(scaled + h * head_width + i, vmul(factor, vload_n(from + i, n)), n); });
     }
-    for (i64 i = width; i % kWidth != 0; ++i) z[i] = 0.0f;
+    for (i64 i = width; i % kWidth != 0; ++i) scaled[i] = 0.0f;
   }
-  OFAKERN_ALWAYS_INLINE void store(i64 row, const float* dz, const float*, float* sums) const {
+  template <bool BACKWARD>
+  OFAKERN_ALWAYS_INLINE Vec z(i64, i64 i, i64, const float* scaled) const {
+    return vload(scaled + i);
+  }
+  OFAKERN_ALWAYS_INLINE void store(i64, i64 i, i64, Vec dz, float* gradient) const { vstore(gradient + i, dz); }
+  OFAKERN_ALWAYS_INLINE void end(i64 row, const float* gradient, float* sums) const {
     for (i64 h = 0; h < heads; ++h) {
       const Vec factor = vset(scale[h]);
       const i64 start = (row * heads + h) * head_width;
       Vec sum = vzero();
       for_lanes(head_width, [&](i64 i, i64 n) {
-        const Vec gradient = vload_n(dz + h * head_width + i, n);
-        sum = vfma(gradient, vload_n(x + start + i, n), sum);
-        vstore_n(dx + start + i, vmul(factor, gradient), n);
+        const Vec dz = vload_n(gradient + h * head_width + i, n);
+        sum = vfma(dz, vload_n(x + start + i, n), sum);
+        vstore_n(dx + start + i, vmul(factor, dz), n);
       });
       sums[h] += hsum(sum);
     }

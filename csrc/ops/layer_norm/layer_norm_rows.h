@@ -1,12 +1,15 @@
 // One row of a fused LayerNorm, forward and backward, and how rows are shared out. Compiled once per instruction set.
 //
-// A `Source` says where a row's z comes from and what becomes of its gradient:
+// A `Source` says where a row's z comes from and what becomes of its gradient, a vector at a time: columns [x, x + n),
+// n < kWidth only at a row's end. `spare` (D floats) is the source's own from one call for a row to the next.
 //
-//   void load<BACKWARD>(i64 row, float* z, float* spare)          z[0, D); `spare` (D floats) keeps what store needs
-//   void store(i64 row, const float* dz, const float* spare, float* sums)    sums: this chunk's own partial sums
-//   i64 own_sums() const                                          how many floats of them, beyond dweight and dbias
+//   void begin(i64 row, float* spare)                                before a row
+//   Vec z<BACKWARD>(i64 row, i64 x, i64 n, float* spare)             0 in lanes beyond n
+//   void store(i64 row, i64 x, i64 n, Vec dz, float* spare)
+//   void end(i64 row, const float* spare, float* sums)               after a row; sums: the chunk's own partial sums
+//   i64 own_sums()                                                   how many floats of them, beyond dweight and dbias
 //
-// Row buffers are padded to whole vectors; pads of z hold 0.
+// Row buffers are padded to whole vectors.
 #pragma once
 
 #include "core/row_stats.h"
@@ -17,7 +20,7 @@
 namespace ofakern::OFAKERN_ISA {
 namespace {
 
-constexpr i64 kRowBuffers = 3;  // per thread: z or xhat; the source's spare; the gradient
+constexpr i64 kRowBuffers = 3;  // per thread: z or xhat; the source's spare; the gradient of xhat
 
 OFAKERN_HOT i64 padded_width(i64 width) { return round_up(width, 128); }  // whole groups of dropout factors
 OFAKERN_HOT i64 row_buffer_floats(i64 width, int threads) { return threads * kRowBuffers * padded_width(width); }
@@ -58,6 +61,18 @@ OFAKERN_LOCAL void normalise_row(const ForwardRows<T>& p, const float* z, RowSta
   });
 }
 
+template <class Source>
+OFAKERN_LOCAL RowStats forward_row(const Source& source, i64 row, i64 width, float eps, float* z, float* spare) {
+  source.begin(row, spare);
+  Vec sum = vzero();
+  for_lanes(width, [&](i64 x, i64 n) {
+    const Vec value = source.template z<false>(row, x, n, spare);
+    vstore(z + x, value);
+    sum = vadd(sum, value);
+  });
+  return row_stats_about(hsum(sum) / static_cast<float>(width), z, width, eps);
+}
+
 template <class T, class Source>
 OFAKERN_LOCAL void layer_norm_forward(const ForwardRows<T>& p, const Source& source, int threads) {
   const i64 padded = padded_width(p.width);
@@ -66,8 +81,7 @@ OFAKERN_LOCAL void layer_norm_forward(const ForwardRows<T>& p, const Source& sou
     float* const z = p.buffers + thread * kRowBuffers * padded;
     const i64 end = min_of(p.rows, (task + 1) * rows_per_task);
     for (i64 row = task * rows_per_task; row < end; ++row) {
-      source.template load<false>(row, z, z + padded);
-      const RowStats stats = row_stats(z, p.width, p.eps);
+      const RowStats stats = forward_row(source, row, p.width, p.eps, z, z + padded);
       p.stats[2 * row] = stats.mean;
       p.stats[2 * row + 1] = stats.rstd;
       normalise_row(p, z, stats, p.out + row * p.width);
@@ -103,31 +117,31 @@ OFAKERN_LOCAL BackwardRows<T> backward_rows(const TensorView& dout, const Tensor
           buffers + row_buffer_floats(width, threads)};
 }
 
-// z becomes xhat, gradient becomes dz; dweight and dbias grow by the row's part.
-template <class T>
-OFAKERN_LOCAL void backward_row(const BackwardRows<T>& p, i64 row, float* z, float* gradient, float* dweight,
-                                float* dbias) {
+// One row's gradient goes to the source; dweight and dbias grow by the row's part. xhat and spare, gradient: a row
+// each.
+template <class T, class Source>
+OFAKERN_LOCAL void backward_row(const BackwardRows<T>& p, const Source& source, i64 row, float* normalised,
+                                float* spare, float* gradient, float* dweight, float* dbias) {
   const T* const dout = p.dout + row * p.width;
   const Vec mean = vset(p.stats[2 * row]), rstd = vset(p.stats[2 * row + 1]);
   Vec sum = vzero(), dot = vzero();
   for_lanes(p.width, [&](i64 x, i64 n) {
     const Vec incoming = vload_n(dout + x, n);
-    const Vec xhat = vmul(vsub(vload(z + x), mean), rstd);
+    const Vec xhat = vmul(vsub(source.template z<true>(row, x, n, spare), mean), rstd);
     const Vec g = vmul(incoming, vload_n(p.weight + x, n));  // 0 in pads, which silences xhat's pads
     sum = vadd(sum, g);
     dot = vfma(g, xhat, dot);
-    vstore(z + x, xhat);
+    vstore(normalised + x, xhat);
     vstore(gradient + x, g);
     vstore(dweight + x, vfma(incoming, xhat, vload(dweight + x)));
     vstore(dbias + x, vadd(vload(dbias + x), incoming));
   });
   const float scale = 1.0f / static_cast<float>(p.width);
   const Vec mean_g = vset(hsum(sum) * scale), mean_dot = vset(hsum(dot) * scale);
-  const i64 padded = round_up(p.width, kWidth);
-  for (i64 x = 0; x < padded; x += kWidth) {
-    const Vec centred = vsub(vsub(vload(gradient + x), mean_g), vmul(vload(z + x), mean_dot));
-    vstore(gradient + x, vmul(centred, rstd));
-  }
+  for_lanes(p.width, [&](i64 x, i64 n) {
+    const Vec centred = vsub(vsub(vload(gradient + x), mean_g), vmul(vload(normalised + x), mean_dot));
+    source.store(row, x, n, vmul(centred, rstd), spare);
+  });
 }
 
 OFAKERN_HOT i64 partial_stride(i64 width, i64 own) { return 2 * padded_width(width) + round_up(own, 16); }
@@ -144,9 +158,9 @@ OFAKERN_LOCAL void layer_norm_backward(const BackwardRows<T>& p, const Source& s
     std::memset(sums, 0, static_cast<std::size_t>(stride) * sizeof(float));
     const i64 end = min_of(p.rows, (chunk + 1) * chunk_rows);
     for (i64 row = chunk * chunk_rows; row < end; ++row) {
-      source.template load<true>(row, z, spare);
-      backward_row(p, row, z, gradient, sums, sums + padded);
-      source.store(row, gradient, spare, sums + 2 * padded);
+      source.begin(row, spare);
+      backward_row(p, source, row, z, spare, gradient, sums, sums + padded);
+      source.end(row, spare, sums + 2 * padded);
     }
     stream_fence();
   });

@@ -49,10 +49,13 @@ def summed_loss(backend: str, best: bool, *inputs: Any) -> tuple[Tensor, Tensor,
 
     best has no elements or is None where it is not wanted.
     """
-    if _wants_gradient(inputs):
-        return apply_function(_SummedLoss, backend, best, *inputs)  # type: ignore[no-any-return]
-    loss, nll, tokens, _, ids, _, _, _ = _SUM[backend](*inputs, best, False, False, False)
-    return loss, nll, tokens, ids
+    if not _wants_gradient(inputs):
+        loss, nll, tokens, _, ids, _, _, _ = _SUM[backend](*inputs, best, False, False, False)
+        return loss, nll, tokens, ids
+    if backend == STRAIGHT:
+        loss, others = _apply_straight(best, inputs[3:], *inputs[:3])
+        return loss, *others
+    return apply_function(_SummedLoss, backend, best, *inputs)  # type: ignore[no-any-return]
 
 
 def _wants_gradient(inputs: tuple[Any, ...]) -> bool:
@@ -92,17 +95,15 @@ class _TokenLosses(torch.autograd.Function):
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, best: bool, *inputs: Any) -> tuple[Tensor, ...]:
-        wanted = ctx.needs_input_grad[2:5]
-        loss, nll, tokens, lse, ids, *grads = _SUM[backend](*inputs, best, *wanted)
+        loss, nll, tokens, lse, ids, *grads = _SUM[backend](*inputs, best, *ctx.needs_input_grad[2:5])
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.numbers = backend, inputs[_TENSORS:]
-        if torch.compiler.is_compiling():  # under STRAIGHT nothing compiles: no gradient is None
+        if torch.compiler.is_compiling():
             ctx.save_for_backward(*grads)
         else:
-            # Not saved tensors: the first backward hands them over; a second one computes them again.
             ctx.grads = grads
             ctx.save_for_backward(lse, *inputs[:_TENSORS])
-        ctx.mark_non_differentiable(*(x for x in (nll, tokens, ids) if x is not None))
+        ctx.mark_non_differentiable(nll, tokens, ids)
         return loss, nll, tokens, ids
 
     @staticmethod
@@ -112,20 +113,51 @@ class _SummedLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:5]
         if torch.compiler.is_compiling():
             grads = tuple(grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors)
-        elif torch.is_grad_enabled() or ctx.grads is None:
-            lse, *tensors = ctx.saved_tensors
-            each = dloss.expand(lse.shape)
-            name = "cross_entropy_bwd" + suffix_of(ctx.backend)
-            grads = differentiate_once(name, each, lse, *tensors, *ctx.numbers, *wanted)
         else:
-            grads, ctx.grads = tuple(ctx.grads), None
-            if not readable(dloss) or float(dloss) != 1.0:
-                for grad, want in zip(grads, wanted, strict=True):
-                    if want:
-                        grad.mul_(dloss)
+            grads = _scaled_gradients(ctx, ctx.backend, dloss, wanted)
         return _gradients(grads, wanted, len(ctx.numbers))
 
     vmap = staticmethod(refuse_vmap("cross_entropy"))
+
+
+class _StraightLoss(torch.autograd.Function):
+    """`_SummedLoss` where no transform runs: autograd is shown what has a gradient, and the loss alone of the results,
+    which is half of its time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, best: bool, rest: tuple[Any, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        inputs = hidden, weight, bias, *rest
+        loss, nll, tokens, lse, ids, *ctx.grads = _sum_straight(*inputs, best, *ctx.needs_input_grad[2:])
+        ctx.save_for_backward(lse, *inputs[:_TENSORS])
+        ctx.numbers = inputs[_TENSORS:]
+        return loss, (nll, tokens, ids)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        grads = _scaled_gradients(ctx, STRAIGHT, dloss, wanted)
+        return None, None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+# What apply_function calls, found once.
+_apply_straight: Any = super(torch.autograd.Function, _StraightLoss).apply
+
+
+def _scaled_gradients(ctx: Any, backend: str, dloss: Tensor, wanted: tuple[bool, ...]) -> Any:
+    """Those of the sum times dloss. They are no saved tensors: the first backward hands them over, a second one, or
+    one that is to be differentiated, computes them again."""
+    if torch.is_grad_enabled() or ctx.grads is None:
+        lse, *tensors = ctx.saved_tensors
+        name = "cross_entropy_bwd" + suffix_of(backend)
+        return differentiate_once(name, dloss.expand(lse.shape), lse, *tensors, *ctx.numbers, *wanted)
+    grads, ctx.grads = tuple(ctx.grads), None
+    if not readable(dloss) or float(dloss) != 1.0:
+        for grad, want in zip(grads, wanted, strict=True):
+            if want:
+                grad.mul_(dloss)
+    return grads
 
 
 def _gradients(grads: tuple[Tensor, ...], wanted: tuple[bool, ...], numbers: int) -> tuple[Tensor | None, ...]:

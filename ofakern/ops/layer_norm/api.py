@@ -23,9 +23,10 @@ BACKENDS = {
 _ADD, _GELU, _HEADS, _EMBED = BACKENDS.values()
 
 
-def _is_ready(weight: Tensor) -> bool:
-    """Whether the kernels take it as it is: refusing and casting one costs as much again as a small call."""
-    return getattr(weight, "dtype", None) is torch.float32
+def _is_ready(weight: Tensor, bias: Tensor, x: Tensor) -> bool:
+    """Whether all are there and the kernels take weight as it is: refusing and casting one costs as much again as a
+    small call."""
+    return x is not None and bias is not None and getattr(weight, "dtype", None) is torch.float32
 
 
 def add_layer_norm(
@@ -63,7 +64,8 @@ def add_layer_norm(
 
     Source: LayerNorm is Ba et al., arXiv 1607.06450; the pre-norm order Xiong et al., arXiv 2002.04745.
     """
-    if _is_ready(weight) and straight(backend, x, residual, weight, bias, dropout_seed):
+    ready = _is_ready(weight, bias, x) and residual is not None
+    if ready and straight(backend, x, residual, weight, bias, dropout_seed):
         try:
             seed = draw_seed(x.device) if dropout_seed is None and dropout_p else dropout_seed
             return op.add_layer_norm(STRAIGHT, x, residual, weight, bias, seed, eps, dropout_p)
@@ -91,7 +93,7 @@ def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, 
 
     Raises: as `add_layer_norm`. Source: Shleifer et al., NormFormer, arXiv 2110.09456.
     """
-    if _is_ready(weight) and straight(backend, x, weight, bias):
+    if _is_ready(weight, bias, x) and straight(backend, x, weight, bias):
         try:
             return op.gelu_layer_norm(STRAIGHT, x, weight, bias, eps)
         except OfakernError:
@@ -118,7 +120,8 @@ def head_scale_layer_norm(
 
     Raises: as `add_layer_norm`. Source: Shleifer et al., NormFormer, arXiv 2110.09456.
     """
-    if _is_ready(weight) and straight(backend, x, head_scale, weight, bias):
+    ready = _is_ready(weight, bias, x) and head_scale is not None
+    if ready and straight(backend, x, head_scale, weight, bias):
         try:
             return op.head_scale_layer_norm(STRAIGHT, x, head_scale, weight, bias, eps)
         except OfakernError:
@@ -155,7 +158,7 @@ def embed_layer_norm(
 
     Raises: as `add_layer_norm`; a token or type out of range is an OfakernValueError on the CPU, NaN in Triton.
     """
-    if _is_ready(weight) and straight(backend, tokens, table, weight, bias, type_table, types):
+    if _is_ready(weight, bias, table) and straight(backend, tokens, table, weight, bias, type_table, types):
         try:
             return op.embed_layer_norm(STRAIGHT, tokens, table, types, type_table, weight, bias, scale, eps)
         except OfakernError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ofakern.errors import OfakernTypeError, OfakernValueError
+from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
+from ofakern.ops.library import STRAIGHT, straight
 from ofakern.ops.rms_norm import op
 from ofakern.ops.rms_norm.reference import rms_norm_reference
 from ofakern.ops.selection import Backends
@@ -33,6 +34,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, backend: str = "auto"
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
     """
+    if straight(backend, x, weight) and x is not None and weight is not None and weight.dtype is torch.float32:
+        try:
+            return op.rms_norm(STRAIGHT, x, weight, eps)
+        except OfakernError:
+            pass  # refused: the checks below say why
     weight = _check(x, weight, eps)
     chosen = BACKENDS.select(backend, x)
     if chosen == "reference":

@@ -47,20 +47,15 @@ class _RmsNorm(torch.autograd.Function):
     vmap = staticmethod(refuse_vmap("rms_norm"))
 
 
-def _forward_cpu(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    module: Any = native.cpu
-    out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.numel() // x.shape[-1])
-    module.rms_norm_forward(out, rstd, kernel_ready(x), kernel_ready(weight), eps, torch.get_num_threads())
-    return out, rstd
+# Results and workspace are made by the bindings, with torch; a tensor that is not row-major is copied there.
 
 
-def _backward_cpu(dout: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    module: Any = native.cpu
-    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape)
-    workspace = torch.empty(module.rms_norm_backward_workspace(rstd.numel(), x.shape[-1]), dtype=torch.uint8)
-    inputs = (kernel_ready(tensor) for tensor in (dout, x, rstd, weight))
-    module.rms_norm_backward(dx, dweight, workspace, *inputs, torch.get_num_threads())
-    return dx, dweight
+def _forward_cpu(*inputs: Any) -> Any:
+    return native.kernels.rms_norm(*inputs, torch.get_num_threads())
+
+
+def _backward_cpu(*inputs: Any) -> Any:
+    return native.kernels.rms_norm_gradients(*inputs, torch.get_num_threads())
 
 
 def _forward_triton(x: Tensor, weight: Tensor, eps: float) -> Any:
