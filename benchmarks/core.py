@@ -53,12 +53,15 @@ class Work:
     """The least that a phase has to do.
 
     flops: of matrix products, at the GEMM rate of the dtype; bytes: read and written once; other: what runs outside
-    matrix products, by kind (`roofline.KINDS`): "vector" float32 operations, "erf" and "exp" evaluations.
+    matrix products, by kind (`roofline.KINDS`): "vector" float32 operations, "erf" and "exp" evaluations; cold: what
+    is read once (weights, keys) and is more, with that of the other contenders in turn, than a last cache keeps for
+    one of them: its bandwidth is that of the memory.
     """
 
     flops: float
     bytes: float
     other: Mapping[str, float] = field(default_factory=dict)
+    cold: bool = False
 
 
 def same(output: Any) -> Any:

@@ -23,7 +23,7 @@ from ofakern.errors import OfakernValueError
 
 KINDS = ("vector", "erf", "exp")
 _SIZES = (1024, 2048)
-_LARGEST = 2**30  # bytes: beyond it a bandwidth is that of the memory, whatever the size
+LARGEST = 2**30  # bytes: beyond it a bandwidth is that of the memory, whatever the size
 _NO_AMX = "AVX512_CORE_BF16"
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,7 +71,7 @@ def gemm_no_amx(dtype: str) -> dict[str, float]:
 
 def bandwidth(size: float, seconds: float = 0.1) -> dict[str, float]:
     """GB/s of copy (bytes read plus bytes written) and of read (a sum), over arrays of `size` bytes in all."""
-    words = max(int(min(size, _LARGEST)) // 8, 1024)
+    words = max(int(min(size, LARGEST)) // 8, 1024)
     source, target = torch.ones(words), torch.empty(words)
     whole = torch.ones(2 * words)
     copy = 8 * words / _median(lambda: target.copy_(source), seconds) / 1e9

@@ -143,7 +143,8 @@ def work(spec: Spec, dtype: str, phase: Phase) -> Work:
     read: float = spec.samples * spec.keys
     if spec.own:  # of `beams` slots of a step, those that some row names
         read = spec.samples * spec.keys * spec.beams * (1 - (1 - 1 / spec.beams) ** spec.beams)
-    return Work(flops, 2 * DTYPES[dtype].itemsize * read * spec.heads * WIDTH * LAYERS)
+    total = 2 * DTYPES[dtype].itemsize * read * spec.heads * WIDTH * LAYERS
+    return Work(flops, total, cold=total >= 2**26)
 
 
 def verify(spec: Spec, dtype: str, harness: Any, backend: str = "auto") -> None:

@@ -79,7 +79,7 @@ def work(spec: Spec, dtype: str, phase: Phase) -> Work:
     item = DTYPES[dtype].itemsize
     elements = sum(n * k for n, k in SHAPES) * LAYERS
     rows = sum(n + k for n, k in SHAPES) * LAYERS * spec.rows
-    return Work(2.0 * spec.rows * elements, float(item * (elements + rows)))
+    return Work(2.0 * spec.rows * elements, float(item * (elements + rows)), cold=True)
 
 
 def verify(spec: Spec, dtype: str, harness: Any) -> None:
