@@ -146,7 +146,7 @@ void embed_backward(const py::args& values) {
   const LayerNormAffine affine = read_weight(args);
   const int threads = args.threads();
   const py::gil_scoped_release release;
-  embed_layer_norm_backward_cpu(dout, in, stats, affine, dtable, dtype_table, gradients, workspace, threads);
+  embed_layer_norm_backward_cpu(dout, in, stats, affine, dtable, dtype_table, false, gradients, workspace, threads);
 }
 
 // ---- with results that torch makes
@@ -296,6 +296,9 @@ py::object make_embed(const py::args& values) {
   return made.results();
 }
 
+// A row that is written takes pages of 4 KiB, which cost about four times as much as an eighth of a large page does.
+constexpr std::int64_t kRowsPerToken = 8;
+
 py::object make_embed_gradients(const py::args& values) {
   Arguments args("embed_layer_norm", values, 9, Unready::copied);
   const TensorView dout = args.tensor("dout");
@@ -304,15 +307,19 @@ py::object make_embed_gradients(const py::args& values) {
   const LayerNormAffine affine = read_weight(args);
   const int threads = args.threads();
   Made made;
-  const TensorView dtable = made.like(in.table);
+  const std::int64_t width = width_of(in.table), entries = (in.table.numel() + in.type_table.numel()) / width;
+  // A few tokens read little of a vocabulary: the rest of its gradient is neither written nor held.
+  const bool few = in.tokens.numel() * kRowsPerToken <= in.table.numel() / width;
+  TensorView dtable = few ? made.unwritten_zeros(in.table) : TensorView{};
+  const bool zeros = dtable.defined();
+  if (!zeros) dtable = made.like(in.table);
   const TensorView dtype_table = in.type_table.defined() ? made.like(in.type_table) : made.none();
   const AffineGradients gradients = make_gradients(made, affine);
-  const std::int64_t width = width_of(in.table), entries = (in.table.numel() + in.type_table.numel()) / width;
   const TensorView workspace =
       made.workspace(embed_layer_norm_backward_workspace(in.tokens.numel(), width, entries, threads));
   {
     const py::gil_scoped_release release;
-    embed_layer_norm_backward_cpu(dout, in, stats, affine, dtable, dtype_table, gradients, workspace, threads);
+    embed_layer_norm_backward_cpu(dout, in, stats, affine, dtable, dtype_table, zeros, gradients, workspace, threads);
   }
   return made.results();
 }

@@ -59,26 +59,27 @@ dlpack::DataType to_dlpack(DType dtype) {
   return {code(), static_cast<std::uint8_t>(8 * size_of(dtype)), 1};
 }
 
-// A tensor of torch's in memory that is kept when the tensor goes.
+// A tensor of torch's in memory of core/kept_memory.h, which `give` takes back when the tensor goes.
 struct LargeTensor {
   dlpack::ManagedTensor managed;
   std::int64_t shape[kMaxDims], strides[kMaxDims];
   std::int64_t held;
+  void (*give)(void* data, std::int64_t held);
 
   static void drop(dlpack::ManagedTensor* managed) {
     LargeTensor* const self = static_cast<LargeTensor*>(managed->context);
-    give_memory(managed->tensor.data, self->held);
+    self->give(managed->tensor.data, self->held);
     delete self;
   }
 };
 
-// Row-major. Null where torch's allocator has to do.
-py::object make_large(DType dtype, const std::int64_t* shape, int ndim, std::int64_t bytes) {
-  std::int64_t held = 0;
-  void* const data = take_memory(bytes, &held);
+// Row-major, of `held` bytes at `data`. Null where `data` is.
+py::object make_large(DType dtype, const std::int64_t* shape, int ndim, void* data, std::int64_t held,
+                      void (*give)(void*, std::int64_t)) {
   if (data == nullptr) return py::object();
   LargeTensor* const large = new LargeTensor{};
   large->held = held;
+  large->give = give;
   std::int64_t stride = 1;
   for (int d = ndim - 1; d >= 0; --d) {
     large->shape[d] = shape[d];
@@ -95,10 +96,17 @@ py::object make_large(DType dtype, const std::int64_t* shape, int ndim, std::int
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(tensor));
 }
 
+// In memory that is kept when the tensor goes. Null where torch's allocator has to do.
+py::object make_kept(DType dtype, const std::int64_t* shape, int ndim, std::int64_t bytes) {
+  std::int64_t held = 0;
+  void* const data = take_memory(bytes, &held);
+  return make_large(dtype, shape, ndim, data, held, &give_memory);
+}
+
 }  // namespace
 
 py::object kept_bytes(std::int64_t bytes) {
-  const py::object made = make_large(DType::u8, &bytes, 1, bytes);
+  const py::object made = make_kept(DType::u8, &bytes, 1, bytes);
   return made ? made : py::none();
 }
 
@@ -106,7 +114,7 @@ py::object Made::make(DType dtype, const std::int64_t* shape, int ndim) const {
   std::int64_t bytes = size_of(dtype);
   for (int d = 0; d < ndim; ++d) bytes *= shape[d];
   if (device_ == Device::cpu && bytes >= kSmallestKept)
-    if (py::object large = make_large(dtype, shape, ndim, bytes)) return large;
+    if (py::object large = make_kept(dtype, shape, ndim, bytes)) return large;
   static Torch* const torch = new Torch();
   py::tuple sizes(static_cast<std::size_t>(ndim)), strides(static_cast<std::size_t>(ndim));
   std::int64_t stride = 1;
@@ -152,6 +160,15 @@ TensorView Made::empty(DType dtype, std::initializer_list<std::int64_t> shape) {
 }
 
 TensorView Made::like(const TensorView& x) { return empty(x.dtype, x.shape, std::max(x.ndim, 0)); }
+
+TensorView Made::unwritten_zeros(const TensorView& x) {
+  const std::int64_t bytes = x.numel() * size_of(x.dtype);
+  if (device_ != Device::cpu || bytes < kSmallestKept) return {};
+  py::object made = make_large(x.dtype, x.shape, x.ndim, take_zeros(bytes), bytes, &drop_zeros);
+  if (!made) return {};
+  results_.push_back(std::move(made));
+  return memory_of("torch.empty_strided", "its result", results_.back());
+}
 
 TensorView Made::none() {
   results_.push_back(py::none());

@@ -24,7 +24,10 @@ class Made {
   explicit Made(const TensorView& beside) : device_(beside.device), device_index_(beside.device_index) {}
   TensorView empty(DType dtype, std::initializer_list<std::int64_t> shape);
   TensorView like(const TensorView& x);  // of its dtype and shape; of None a scalar, for the op's checks to refuse x
-  TensorView none();                     // None among the results
+  // Zeros like x that are no memory until they are written (core/kept_memory.h); undefined, and no result, where the
+  // system has none.
+  TensorView unwritten_zeros(const TensorView& x);
+  TensorView none();  // None among the results
   // Scratch of at least `bytes`. On the CPU what is small is one tensor per thread, which its calls use in turn; a
   // GPU's calls may overlap, and torch's allocator keeps the memory of each for its stream.
   TensorView workspace(std::int64_t bytes);

@@ -105,6 +105,16 @@ void give_memory(void* data, std::int64_t held) {
   list[count++] = {data, held, Clock::now()};
 }
 
+void* take_zeros(std::int64_t bytes) {
+  void* const data = mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (data == MAP_FAILED) return nullptr;
+  (void)madvise(data, static_cast<std::size_t>(bytes), MADV_NOHUGEPAGE);  // one row would fill 2 MiB
+  return data;
+}
+
+void drop_zeros(void* data, std::int64_t bytes) { unmap(data, bytes); }
+
 std::int64_t kept_memory() {
   const Use use;
   return use.granted ? waiting() : 0;
@@ -120,6 +130,8 @@ double keep_memory_for(double seconds) {
 
 void* take_memory(std::int64_t, std::int64_t*) { return nullptr; }
 void give_memory(void*, std::int64_t) {}
+void* take_zeros(std::int64_t) { return nullptr; }
+void drop_zeros(void*, std::int64_t) {}
 std::int64_t kept_memory() { return 0; }
 double keep_memory_for(double) { return 0.0; }
 

@@ -18,6 +18,11 @@ constexpr std::int64_t kMostKept = std::int64_t{512} << 20;
 void* take_memory(std::int64_t bytes, std::int64_t* held);
 void give_memory(void* data, std::int64_t held);
 
+// `bytes` of zeros in pages that are nobody's memory until they are written: what few rows of a large result are not.
+// Never kept; null where the system has none.
+void* take_zeros(std::int64_t bytes);
+void drop_zeros(void* data, std::int64_t bytes);
+
 // Bytes that wait.
 std::int64_t kept_memory();
 // How long memory waits from now on; 0: not at all, and what waits goes back. Returns how long it was.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from test_attention_process import run_python
 from torch import Tensor
 
 from ofakern import _cpu
-from ofakern.ops.layer_norm import add_layer_norm, gelu_layer_norm
+from ofakern.ops.layer_norm import add_layer_norm, embed_layer_norm, gelu_layer_norm
 
 WIDTH = 256
 ROWS = 20 * 1024
@@ -149,6 +150,53 @@ def test_threads_take_and_give_at_once() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def resident() -> int:
+    """Bytes of this process that are memory."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon")
+
+
+def table_gradient(tokens: Tensor, entries: int = ROWS, dtype: torch.dtype = torch.float32) -> Tensor:
+    table = torch.ones(1, 1, dtype=dtype).expand(entries, WIDTH).contiguous()
+    table[: tokens.shape[0]] = torch.randn(tokens.shape[0], WIDTH).to(dtype)
+    out = embed_layer_norm(tokens, table.requires_grad_(), torch.ones(WIDTH), torch.zeros(WIDTH), backend="cpu")
+    dout = torch.arange(WIDTH, dtype=torch.float32).sin().expand(out.shape).to(dtype)
+    return torch.autograd.grad(out, table, dout)[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what memory a process has")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vocabularys_gradient_is_the_memory_of_its_tokens_rows(dtype: torch.dtype) -> None:
+    tokens, entries = torch.tensor([2, 0, 1, 2]), 4 * ROWS
+    table_gradient(tokens, entries, dtype)
+    before = resident()
+    first = table_gradient(tokens, entries, dtype)
+    bytes_of = first.numel() * first.element_size()
+    assert resident() - before < bytes_of // 8
+    assert first.is_contiguous() and not bool(first[3:].any())
+    assert resident() - before < bytes_of // 8  # reading it makes no memory of it
+    torch.manual_seed(0)
+    few = table_gradient(tokens, 64, dtype)  # so small that all of it is written
+    torch.manual_seed(0)
+    assert torch.equal(table_gradient(tokens, entries, dtype)[:64], few)
+    first.add_(1.0)
+    assert bool((first[3:] == 1.0).all()) and bool((table_gradient(tokens, entries, dtype)[3:] == 0.0).all())
+    waited = _cpu.kept_memory()
+    del first
+    assert _cpu.kept_memory() == waited  # nobody could take it for zeros
+
+
+def test_the_gradient_of_many_tokens_stands_in_kept_memory() -> None:
+    tokens = torch.arange(ROWS // 2)
+    grad = table_gradient(tokens)
+    assert bool(grad[: ROWS // 2].any(1).all()) and not bool(grad[ROWS // 2 :].any())
+    waited = _cpu.kept_memory()
+    del grad
+    assert _cpu.kept_memory() == waited + LARGE
 
 
 FORK = """

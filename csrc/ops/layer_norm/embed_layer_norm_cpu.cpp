@@ -74,14 +74,15 @@ OFAKERN_LOCAL void sum_entry(const float* dz, i64 width, const i64* order, i64 c
 
 template <class T>
 OFAKERN_LOCAL void table_gradient(const float* dz, i64 rows, i64 width, const std::int64_t* index, i64 entries,
-                                  float factor, T* dtable, i64* start, i64* order, int threads) {
+                                  float factor, bool zeros, T* dtable, i64* start, i64* order, int threads) {
   group_rows(index, rows, entries, start, order);
   const i64 columns = ceil_div(width, kColumnsPerTask);
   parallel_for(ceil_div(entries, kEntriesPerTask) * columns, threads, [&](i64 task, int) {
     const i64 first = task / columns * kEntriesPerTask, begin = task % columns * kColumnsPerTask;
     const i64 last = min_of(entries, first + kEntriesPerTask), end = min_of(width, begin + kColumnsPerTask);
     for (i64 v = first; v < last; ++v)
-      sum_entry(dz, width, order + start[v], start[v + 1] - start[v], factor, begin, end, dtable + v * width);
+      if (const i64 count = start[v + 1] - start[v]; count > 0 || !zeros)
+        sum_entry(dz, width, order + start[v], count, factor, begin, end, dtable + v * width);
   });
 }
 
@@ -104,7 +105,7 @@ void embed_layer_norm_forward(const EmbedInputs& in, const LayerNormAffine& affi
 
 void embed_layer_norm_backward(const TensorView& dout, const EmbedInputs& in, const TensorView& stats,
                                const LayerNormAffine& affine, const TensorView& dtable, const TensorView& dtype_table,
-                               const AffineGradients& gradients, const TensorView& workspace, int threads) {
+                               bool zeros, const AffineGradients& gradients, const TensorView& workspace, int threads) {
   with_type(in.table.dtype, [&](auto type) {
     using T = decltype(type);
     const BackwardRows<T> p = backward_rows<T>(dout, stats, affine, gradients, workspace, threads);
@@ -113,9 +114,9 @@ void embed_layer_norm_backward(const TensorView& dout, const EmbedInputs& in, co
     i64* const start = order + p.rows;
     layer_norm_backward(p, embed_source<T>(in, dz), nullptr, threads);
     table_gradient(dz, p.rows, p.width, in.tokens.as<const std::int64_t>(), in.table.shape[0],
-                   static_cast<float>(in.scale), dtable.as<T>(), start, order, threads);
+                   static_cast<float>(in.scale), zeros, dtable.as<T>(), start, order, threads);
     if (in.type_table.defined())
-      table_gradient(dz, p.rows, p.width, in.types.as<const std::int64_t>(), in.type_table.shape[0], 1.0f,
+      table_gradient(dz, p.rows, p.width, in.types.as<const std::int64_t>(), in.type_table.shape[0], 1.0f, false,
                      dtype_table.as<T>(), start, order, threads);
   });
 }

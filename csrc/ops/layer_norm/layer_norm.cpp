@@ -37,7 +37,7 @@ OFAKERN_DECLARE_FOR_EACH_ISA(
                                   const TensorView& stats, const TensorView& workspace, int threads);
     void embed_layer_norm_backward(const TensorView& dout, const EmbedInputs& in, const TensorView& stats,
                                    const LayerNormAffine& affine, const TensorView& dtable,
-                                   const TensorView& dtype_table, const AffineGradients& gradients,
+                                   const TensorView& dtype_table, bool zeros, const AffineGradients& gradients,
                                    const TensorView& workspace, int threads);)
 
 // Text is made only where a rule is broken: small calls would notice.
@@ -279,7 +279,7 @@ void embed_layer_norm_forward_cpu(const EmbedInputs& in, const LayerNormAffine& 
 
 void embed_layer_norm_backward_cpu(const TensorView& dout, const EmbedInputs& in, const TensorView& stats,
                                    const LayerNormAffine& affine, const TensorView& dtable,
-                                   const TensorView& dtype_table, const AffineGradients& gradients,
+                                   const TensorView& dtype_table, bool zeros, const AffineGradients& gradients,
                                    const TensorView& workspace, int threads) {
   const Checker& check = kEmbed;
   const Rows shape = check_embed(check, in);
@@ -298,7 +298,7 @@ void embed_layer_norm_backward_cpu(const TensorView& dout, const EmbedInputs& in
   check_gradients(check, gradients, shape.width);
   check.workspace("workspace", workspace,
                   embed_layer_norm_backward_workspace(shape.rows, shape.width, entries + types, threads));
-  OFAKERN_DISPATCH(embed_layer_norm_backward, dout, in, stats, affine, dtable, dtype_table, gradients, workspace,
+  OFAKERN_DISPATCH(embed_layer_norm_backward, dout, in, stats, affine, dtable, dtype_table, zeros, gradients, workspace,
                    threads);
 }
 

@@ -81,10 +81,11 @@ void head_scale_layer_norm_backward_cpu(const TensorView& dout, const TensorView
 
 void embed_layer_norm_forward_cpu(const EmbedInputs& in, const LayerNormAffine& affine, const TensorView& out,
                                   const TensorView& stats, const TensorView& workspace, int threads);
-// dtable [V, D] and dtype_table [T, D] are fully written (0 where no row reads an entry).
+// dtable [V, D] and dtype_table [T, D] are fully written (0 where no row reads an entry). `zeros`: dtable holds zeros
+// already, and only entries that a row reads are written.
 void embed_layer_norm_backward_cpu(const TensorView& dout, const EmbedInputs& in, const TensorView& stats,
                                    const LayerNormAffine& affine, const TensorView& dtable,
-                                   const TensorView& dtype_table, const AffineGradients& gradients,
+                                   const TensorView& dtype_table, bool zeros, const AffineGradients& gradients,
                                    const TensorView& workspace, int threads);
 
 }  // namespace ofakern
