@@ -95,6 +95,18 @@ struct Wanted {
 template <class T>
 constexpr bool kStores = sizeof(Operand<T>) == sizeof(float);
 
+// Scores of a block's rows and a group's tokens, or their gradients.
+struct Tile {
+  float* data;
+  i64 stride;  // from one row to the next
+};
+
+// Rows of tokens as an A operand: an odd multiple of a line apart, so that they fall into different cache sets.
+template <class Elem>
+OFAKERN_HOT i64 row_stride(i64 chunk) {
+  return chunk + 64 / static_cast<i64>(sizeof(Elem));
+}
+
 // Scratch of one thread.
 template <class T>
 struct Workbench {
@@ -102,7 +114,7 @@ struct Workbench {
   Elem* weight_rows;    // [kBlock, depth]: A operand of the scores
   Elem* weight_panels;  // B operand [kBlock, depth] of dhidden
   float* scores;        // [kBlock, kGroup]
-  Elem* d_rows;         // [kBlock, chunk]: A operand of dweight
+  Elem* d_rows;         // [kBlock, row_stride(chunk)]: A operand of dweight
   Elem* d_pairs;        // [kBlock / kPair, kGroup] units
   Elem* d_tokens;       // [kGroup, kBlock]: A operand of dhidden
   float* dweight;       // [kBlock, depth]
@@ -113,11 +125,11 @@ struct Workbench {
     w.scores = arena.take<float>(kBlock * kGroup);
     if (want.dhidden) {
       w.weight_panels = arena.take<Elem>(kBlock * round_up(p.depth, kPanel));
-      w.d_pairs = arena.take<Elem>(kBlock * kGroup);
+      if (Gemm<Elem>::kPair > 1) w.d_pairs = arena.take<Elem>(kBlock * kGroup);
       w.d_tokens = arena.take<Elem>(kBlock * kGroup);
     }
     if (want.dweight) {
-      w.d_rows = arena.take<Elem>(kBlock * chunk);
+      w.d_rows = arena.take<Elem>(kBlock * row_stride<Elem>(chunk));
       w.dweight = arena.take<float>(kBlock * p.depth);
     }
     return w;
@@ -283,20 +295,34 @@ OFAKERN_LOCAL RowsOf<Operand<T>> weight_block(const Problem<T>& p, const Workben
   return {bench.weight_rows, p.depth};
 }
 
-// Scores of a block and a group of tokens, bias added: [rows, kGroup].
+// C (+)= A B. f32's panels go by in slices that stay in the first-level cache; AMX takes the depth at once.
+template <class Elem>
+OFAKERN_LOCAL void product(i64 m, i64 n, i64 k, const Elem* a, i64 lda, const Panels<Elem>& b, float* c, i64 ldc,
+                           bool add) {
+  if (sizeof(Elem) != sizeof(float)) return gemm(m, n, k, a, lda, b, c, ldc, add);
+  constexpr i64 kSlice = 128;
+  for (i64 n0 = 0; n0 < n; n0 += kPanel)
+    for (i64 k0 = 0; k0 < k; k0 += kSlice) {
+      const Panels<Elem> slice = {b.data + n0 / kPanel * b.panel_stride + k0 * b.row_stride, b.panel_stride,
+                                  b.row_stride};
+      gemm(m, min_of<i64>(kPanel, n - n0), min_of(kSlice, k - k0), a + k0, lda, slice, c + n0, ldc, add || k0 > 0);
+    }
+}
+
+// Scores of a block and a group of tokens, bias added.
 template <class T>
-OFAKERN_LOCAL void group_scores(const Problem<T>& p, const Chunk<T>& c, const Workbench<T>& bench,
-                                RowsOf<Operand<T>> weight, i64 block, i64 group) {
+OFAKERN_LOCAL void group_scores(const Problem<T>& p, const Chunk<T>& c, RowsOf<Operand<T>> weight, i64 block, i64 group,
+                                const Tile& tile) {
   using Elem = Operand<T>;
   const i64 rows = p.block_rows(block);
   const Panels<Elem> columns = {c.columns + group * kGroup * p.depth, p.depth * kPanel, kPanel * Gemm<Elem>::kPair};
   const i64 tokens = c.padded_tokens(group);
-  gemm(round_up(rows, Gemm<Elem>::kRows), tokens, p.depth, weight.data, weight.stride, columns, bench.scores, kGroup,
-       false);
+  product(round_up(rows, Gemm<Elem>::kRows), tokens, p.depth, weight.data, weight.stride, columns, tile.data,
+          tile.stride, false);
   if (p.bias == nullptr) return;
   for (i64 r = 0; r < rows; ++r) {
     const Vec bias = vset(to_float(p.bias[block * kBlock + r]));
-    float* score = bench.scores + r * kGroup;
+    float* score = tile.data + r * tile.stride;
     for (i64 t = 0; t < tokens; t += kWidth) vstore(score + t, vadd(vload(score + t), bias));
   }
 }

@@ -6,11 +6,18 @@
 namespace ofakern::OFAKERN_ISA {
 namespace {
 
-// Score gradients of one block and group into bench.scores, in place of the scores where these were computed again.
+// Where the gradients of a group's scores are made: f32's in the operand of dweight.
+template <class T>
+OFAKERN_HOT Tile gradient_tile(const Chunk<T>& c, const Workbench<T>& bench, i64 group) {
+  if constexpr (sizeof(Operand<T>) == sizeof(float))
+    if (bench.d_rows != nullptr) return {bench.d_rows + group * kGroup, row_stride<float>(c.capacity)};
+  return {bench.scores, kGroup};
+}
+
+// Score gradients of one block and group, in place of the scores where these were computed again.
 // SOURCE_STORED: probabilities are the stored exponentials times exp(block maximum - lse).
 template <class T, bool SOURCE_STORED>
-OFAKERN_LOCAL void score_gradients(const Problem<T>& p, const Chunk<T>& c, const Workbench<T>& bench, i64 block,
-                                   i64 group) {
+OFAKERN_LOCAL void score_gradients(const Problem<T>& p, const Chunk<T>& c, i64 block, i64 group, const Tile& tile) {
   const i64 rows = p.block_rows(block);
   const std::uint64_t* bits = c.bits == nullptr ? nullptr : c.bits + group * p.vocabulary + block * kBlock;
   for (i64 t = 0; t < c.padded_tokens(group); t += kWidth) {
@@ -24,56 +31,61 @@ OFAKERN_LOCAL void score_gradients(const Problem<T>& p, const Chunk<T>& c, const
       factor = vmul(scale, vexp2(vmul(vsub(top, lse), vset(kLog2e))));
     }
     for (i64 r = 0; r < rows; ++r) {
-      float* tile = bench.scores + r * kGroup + t;
-      const Vec e = SOURCE_STORED ? vload_as(stored + r * kGroup) : vexp2(vmul(vsub(vload(tile), lse), vset(kLog2e)));
+      float* at = tile.data + r * tile.stride + t;
+      const Vec e = SOURCE_STORED ? vload_as(stored + r * kGroup) : vexp2(vmul(vsub(vload(at), lse), vset(kLog2e)));
       Vec d = vsub(vmul(e, factor), each);
       if (bits != nullptr) d = vselect(word_mask(bits[r], t), d, vzero());
-      vstore(tile, d);
+      vstore(at, d);
     }
   }
   for (i64 t = 0; t < c.group_tokens(group); ++t) {
     const i64 token = group * kGroup + t, label = p.labels[c.row(token)];
     if (label / kBlock != block) continue;
     if (bits == nullptr || (bits[label % kBlock] >> t & 1u) != 0)
-      bench.scores[label % kBlock * kGroup + t] -= c.label_scale[token];
+      tile.data[label % kBlock * tile.stride + t] -= c.label_scale[token];
   }
 }
 
 // Rows [rows, padded) of the tile become zero: products run over them.
-OFAKERN_LOCAL void pad_tile(float* tile, i64 rows, i64 padded) {
-  std::memset(tile + rows * kGroup, 0, static_cast<std::size_t>((padded - rows) * kGroup) * sizeof(float));
+OFAKERN_LOCAL void pad_tile(const Tile& tile, i64 rows, i64 padded) {
+  for (i64 r = rows; r < padded; ++r) zero_row(tile.data + r * tile.stride, kGroup);
 }
 
-// Two rows of the tile as one row of units.
-OFAKERN_HOT void store_units(const float* tile, i64 tokens, float* units) {
-  std::memcpy(units, tile, static_cast<std::size_t>(tokens) * sizeof(float));
-}
+// The tile as rows of units.
+OFAKERN_HOT Tile tile_units(const Tile& tile, i64, i64, float*) { return tile; }
 #if defined(OFAKERN_AMX)
-OFAKERN_HOT void store_units(const float* tile, i64 tokens, bf16* units) {
-  for (i64 t = 0; t < tokens; t += kWidth) vstore_pairs(units + 2 * t, vload(tile + t), vload(tile + kGroup + t));
+OFAKERN_LOCAL Tile tile_units(const Tile& tile, i64 rows, i64 tokens, bf16* units) {
+  for (i64 r = 0; r < rows; r += 2) {
+    const float *even = tile.data + r * tile.stride, *odd = even + tile.stride;
+    for (i64 t = 0; t < tokens; t += kWidth) vstore_pairs(units + r * kGroup + 2 * t, vload(even + t), vload(odd + t));
+  }
+  return {reinterpret_cast<float*>(units), kGroup};
 }
 #endif
 
 // dhidden of one group += (score gradients)^T weight.
 template <class T>
-OFAKERN_LOCAL void add_dhidden(const Problem<T>& p, const Chunk<T>& c, const Workbench<T>& bench, i64 padded_rows,
-                               i64 group, i64 partial) {
+OFAKERN_LOCAL void add_dhidden(const Problem<T>& p, const Chunk<T>& c, const Workbench<T>& bench, const Tile& tile,
+                               i64 padded_rows, i64 group, i64 partial) {
   using Elem = Operand<T>;
   constexpr int kPair = Gemm<Elem>::kPair;
   const i64 tokens = c.padded_tokens(group), units = padded_rows / kPair;
-  for (i64 r = 0; r < padded_rows; r += kPair)
-    store_units(bench.scores + r * kGroup, tokens, bench.d_pairs + r * kGroup);
-  transpose_units(as_units(bench.d_pairs), kGroup, units, tokens, as_units(bench.d_tokens), kBlock / kPair);
+  const Tile pairs = tile_units(tile, padded_rows, tokens, bench.d_pairs);
+  transpose_units(as_units(pairs.data), pairs.stride, units, tokens, as_units(bench.d_tokens), kBlock / kPair);
   const Panels<Elem> weight = {bench.weight_panels, kBlock * kPanel, kPanel * kPair};
-  gemm(tokens, p.depth, padded_rows, bench.d_tokens, kBlock, weight, c.dhidden[partial] + group * kGroup * p.depth,
-       p.depth, c.started[partial] != 0);
+  product(tokens, p.depth, padded_rows, bench.d_tokens, kBlock, weight, c.dhidden[partial] + group * kGroup * p.depth,
+          p.depth, c.started[partial] != 0);
 }
 
+// What is not in the operand of dweight yet.
 template <class T>
-OFAKERN_LOCAL void keep_rows(const Chunk<T>& c, const Workbench<T>& bench, i64 rows, i64 group) {
+OFAKERN_LOCAL void keep_rows(const Chunk<T>& c, const Workbench<T>& bench, const Tile& tile, i64 rows, i64 group) {
+  using Elem = Operand<T>;
+  if (sizeof(Elem) == sizeof(float)) return;
   for (i64 r = 0; r < rows; ++r)
     for (i64 t = 0; t < c.padded_tokens(group); t += kWidth)
-      vstore_as(bench.d_rows + r * c.capacity + group * kGroup + t, vload(bench.scores + r * kGroup + t));
+      vstore_as(bench.d_rows + r * row_stride<Elem>(c.capacity) + group * kGroup + t,
+                vload(tile.data + r * tile.stride + t));
 }
 
 // Where a block's gradient can be summed in place.
@@ -93,8 +105,9 @@ OFAKERN_LOCAL void add_dweight(const Problem<T>& p, const Chunk<T>& c, const Wor
   const i64 rows = p.block_rows(block);
   const Panels<Elem> hidden = {c.rows, c.capacity * kPanel, kPanel * Gemm<Elem>::kPair};
   float* const direct = sum_in_place(p, dweight + block * kBlock * p.width);
-  gemm(round_up(rows, Gemm<Elem>::kRows), p.depth, round_up(c.count, kTokenMultiple), bench.d_rows, c.capacity, hidden,
-       direct == nullptr ? bench.dweight : direct, p.depth, direct != nullptr && add);
+  product(round_up(rows, Gemm<Elem>::kRows), p.depth, round_up(c.count, kTokenMultiple), bench.d_rows,
+          row_stride<Elem>(c.capacity), hidden, direct == nullptr ? bench.dweight : direct, p.depth,
+          direct != nullptr && add);
   if (direct != nullptr) return;
   for (i64 r = 0; r < rows; ++r) {
     const float* sum = bench.dweight + r * p.depth;
@@ -109,10 +122,10 @@ OFAKERN_LOCAL void add_dweight(const Problem<T>& p, const Chunk<T>& c, const Wor
 
 // The tile's row sums; pads of the group are zero.
 template <class T>
-OFAKERN_LOCAL void add_dbias(const Chunk<T>& c, const Workbench<T>& bench, i64 rows, i64 group, float* dbias) {
+OFAKERN_LOCAL void add_dbias(const Chunk<T>& c, const Tile& tile, i64 rows, i64 group, float* dbias) {
   for (i64 r = 0; r < rows; ++r) {
     Vec sum = vzero();
-    for (i64 t = 0; t < c.padded_tokens(group); t += kWidth) sum = vadd(sum, vload(bench.scores + r * kGroup + t));
+    for (i64 t = 0; t < c.padded_tokens(group); t += kWidth) sum = vadd(sum, vload(tile.data + r * tile.stride + t));
     dbias[r] += hsum(sum);
   }
 }
@@ -136,18 +149,18 @@ OFAKERN_LOCAL void gradient_of_block(const Problem<T>& p, Chunk<T>& c, const Wor
     for (i64 d = 0; d < p.depth; d += kPanel)
       interleave(weight.data + d, weight.stride, padded, min_of<i64>(kPanel, p.depth - d),
                  as_units(bench.weight_panels + d * kBlock), kPanel);
-  pad_tile(bench.scores, rows, padded);
   for (i64 group = 0; group < c.groups(); ++group) {
+    const Tile tile = gradient_tile(c, bench, group);
     if (c.stored != nullptr) {
-      score_gradients<T, true>(p, c, bench, block, group);
+      score_gradients<T, true>(p, c, block, group, tile);
     } else {
-      group_scores(p, c, bench, weight, block, group);
-      score_gradients<T, false>(p, c, bench, block, group);
-      pad_tile(bench.scores, rows, padded);  // the product writes whole rows of tiles
+      group_scores(p, c, weight, block, group, tile);
+      score_gradients<T, false>(p, c, block, group, tile);
     }
-    if (c.started != nullptr) add_dhidden(p, c, bench, padded, group, partial);
-    if (dweight != nullptr) keep_rows(c, bench, padded, group);
-    if (c.dbias != nullptr) add_dbias(c, bench, rows, group, c.dbias + block * kBlock);
+    pad_tile(tile, rows, padded);  // what the product above wrote there, or what was there before
+    if (c.started != nullptr) add_dhidden(p, c, bench, tile, padded, group, partial);
+    if (dweight != nullptr) keep_rows(c, bench, tile, padded, group);
+    if (c.dbias != nullptr) add_dbias(c, tile, rows, group, c.dbias + block * kBlock);
   }
   if (c.started != nullptr) c.started[partial] = 1;
   if (dweight != nullptr) add_dweight(p, c, bench, block, add, dweight);

@@ -109,7 +109,7 @@ OFAKERN_LOCAL void score_block(const Problem<T>& p, Chunk<T>& c, const Workbench
   if (c.skips(block)) return skip_block(p, c, block);
   const RowsOf<Operand<T>> weight = weight_block(p, bench, block);
   for (i64 group = 0; group < c.groups(); ++group) {
-    group_scores(p, c, bench, weight, block, group);
+    group_scores(p, c, weight, block, group, {bench.scores, kGroup});
     take_label_scores(p, c, bench.scores, block, group);
     for (i64 t = 0; t < c.padded_tokens(group); t += kSide * kWidth) {
       const i64 tile = (block * (c.capacity / kGroup) + group) * kBlock * kGroup;
