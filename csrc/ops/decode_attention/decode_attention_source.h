@@ -8,6 +8,7 @@ namespace ofakern::OFAKERN_ISA {
 namespace {
 
 constexpr i64 kSourceChunk = 512;                // keys
+constexpr i64 kNextKeys = 2048;                  // bytes of the chunk to come
 constexpr i64 kScoreStride = kSourceChunk + 16;  // rows of scores must not meet in the same cache sets
 
 // T: of q and out; S: as stored.
@@ -110,6 +111,9 @@ OFAKERN_LOCAL void attend(const Source<S>& p, const SourceScratch<T, S>& scratch
                                    scratch.weights + r * kScoreStride,
                                    [=](i64 x) { ask_near(values + second + r * row_bytes + x / kWidth * 64); });
   add_chunk(p, c, scratch.weights, rows, to.values, stride * p.columns);
+  // The keys that follow begin to arrive while the last products end: this head's, or (mostly) the next task's.
+  const char* next = reinterpret_cast<const char*>(c.keys + c.padded * p.key_width);
+  for (i64 byte = 0; byte < kNextKeys; byte += 64) ask_near(next + byte);
 }
 
 // One chunk of a head for all rows of the sample.
