@@ -149,9 +149,8 @@ void embed_backward(const py::args& values) {
   embed_layer_norm_backward_cpu(dout, in, stats, affine, dtable, dtype_table, false, gradients, workspace, threads);
 }
 
-// ---- with results that torch makes
-// ----------------------------------------------------------------------------------- Their sizes are taken from
-// arguments that the op has not checked yet: whatever they are, the checks come first thing.
+// ---- with results that torch makes ----------------------------------------------------------------------------------
+// Their sizes are taken from arguments that the op has not checked yet: whatever they are, the checks come first thing.
 
 // Rows of the last `row_dims` dimensions.
 std::int64_t width_of(const TensorView& x, int row_dims = 1) {
@@ -160,8 +159,20 @@ std::int64_t width_of(const TensorView& x, int row_dims = 1) {
   return std::max<std::int64_t>(width, 1);
 }
 
-TensorView make_stats(Made& made, const TensorView& x, int row_dims = 1) {
-  return made.empty(DType::f32, {x.numel() / width_of(x, row_dims), 2});
+struct ForwardMemory {
+  TensorView stats, workspace;
+};
+
+// Statistics that no gradient will read are scratch, behind the kernel's own, and None among the results.
+ForwardMemory make_memory(Made& made, std::int64_t rows, std::int64_t width, int threads, bool keeps_stats) {
+  const std::int64_t bytes = layer_norm_forward_workspace(width, threads);
+  if (keeps_stats) {
+    const TensorView stats = made.empty(DType::f32, {rows, 2});
+    return {stats, made.workspace(bytes)};
+  }
+  made.none();
+  const TensorView workspace = made.workspace(bytes + rows * 2 * size_of(DType::f32));
+  return {row_major_view(workspace.as<char>() + bytes, DType::f32, {rows, 2}), workspace};
 }
 
 AffineGradients make_gradients(Made& made, const LayerNormAffine& affine) {
@@ -172,17 +183,19 @@ AffineGradients make_gradients(Made& made, const LayerNormAffine& affine) {
 }
 
 py::object make_add(const py::args& values) {
-  Arguments args("add_layer_norm", values, 8, Unready::copied);
+  Arguments args("add_layer_norm", values, 9, Unready::copied);
   const TensorView x = args.tensor("x"), residual = args.tensor("residual");
   const LayerNormAffine affine = read_affine(args);
   const Dropout dropout = read_dropout(args);
   const int threads = args.threads();
+  const bool keeps_stats = args.flag("keeps_stats");
+  const std::int64_t width = width_of(x);
   Made made;
-  const TensorView out = made.like(x), total = made.like(x), stats = make_stats(made, x);
-  const TensorView workspace = made.workspace(layer_norm_forward_workspace(width_of(x), threads));
+  const TensorView out = made.like(x), total = made.like(x);
+  const ForwardMemory memory = make_memory(made, x.numel() / width, width, threads, keeps_stats);
   {
     const py::gil_scoped_release release;
-    add_layer_norm_forward_cpu(x, residual, affine, dropout, out, total, stats, workspace, threads);
+    add_layer_norm_forward_cpu(x, residual, affine, dropout, out, total, memory.stats, memory.workspace, threads);
   }
   return made.results();
 }
@@ -209,16 +222,18 @@ py::object make_add_gradients(const py::args& values) {
 }
 
 py::object make_gelu(const py::args& values) {
-  Arguments args("gelu_layer_norm", values, 5, Unready::copied);
+  Arguments args("gelu_layer_norm", values, 6, Unready::copied);
   const TensorView x = args.tensor("x");
   const LayerNormAffine affine = read_affine(args);
   const int threads = args.threads();
+  const bool keeps_stats = args.flag("keeps_stats");
+  const std::int64_t width = width_of(x);
   Made made;
-  const TensorView out = made.like(x), stats = make_stats(made, x);
-  const TensorView workspace = made.workspace(layer_norm_forward_workspace(width_of(x), threads));
+  const TensorView out = made.like(x);
+  const ForwardMemory memory = make_memory(made, x.numel() / width, width, threads, keeps_stats);
   {
     const py::gil_scoped_release release;
-    gelu_layer_norm_forward_cpu(x, affine, out, stats, workspace, threads);
+    gelu_layer_norm_forward_cpu(x, affine, out, memory.stats, memory.workspace, threads);
   }
   return made.results();
 }
@@ -241,17 +256,18 @@ py::object make_gelu_gradients(const py::args& values) {
 }
 
 py::object make_head(const py::args& values) {
-  Arguments args("head_scale_layer_norm", values, 6, Unready::copied);
+  Arguments args("head_scale_layer_norm", values, 7, Unready::copied);
   const TensorView x = args.tensor("x"), head_scale = args.tensor("head_scale");
   const LayerNormAffine affine = read_affine(args);
   const int threads = args.threads();
-  const std::int64_t width = width_of(x, 2);
+  const bool keeps_stats = args.flag("keeps_stats");
+  const std::int64_t width = width_of(x, 2), rows = x.numel() / width;
   Made made;
-  const TensorView out = made.empty(x.dtype, {x.numel() / width, width}), stats = make_stats(made, x, 2);
-  const TensorView workspace = made.workspace(layer_norm_forward_workspace(width, threads));
+  const TensorView out = made.empty(x.dtype, {rows, width});
+  const ForwardMemory memory = make_memory(made, rows, width, threads, keeps_stats);
   {
     const py::gil_scoped_release release;
-    head_scale_layer_norm_forward_cpu(x, head_scale, affine, out, stats, workspace, threads);
+    head_scale_layer_norm_forward_cpu(x, head_scale, affine, out, memory.stats, memory.workspace, threads);
   }
   return made.results();
 }
@@ -276,10 +292,11 @@ py::object make_head_gradients(const py::args& values) {
 }
 
 py::object make_embed(const py::args& values) {
-  Arguments args("embed_layer_norm", values, 9, Unready::copied);
+  Arguments args("embed_layer_norm", values, 10, Unready::copied);
   const EmbedInputs in = read_embed(args);
   const LayerNormAffine affine = read_affine(args);
   const int threads = args.threads();
+  const bool keeps_stats = args.flag("keeps_stats");
   const std::int64_t width = width_of(in.table);
   TensorView shape = in.tokens;  // [..., D]
   if (shape.ndim < 0 || shape.ndim >= kMaxDims)
@@ -287,11 +304,11 @@ py::object make_embed(const py::args& values) {
   shape.shape[shape.ndim++] = width;
   shape.dtype = in.table.dtype;
   Made made;
-  const TensorView out = made.like(shape), stats = made.empty(DType::f32, {in.tokens.numel(), 2});
-  const TensorView workspace = made.workspace(layer_norm_forward_workspace(width, threads));
+  const TensorView out = made.like(shape);
+  const ForwardMemory memory = make_memory(made, in.tokens.numel(), width, threads, keeps_stats);
   {
     const py::gil_scoped_release release;
-    embed_layer_norm_forward_cpu(in, affine, out, stats, workspace, threads);
+    embed_layer_norm_forward_cpu(in, affine, out, memory.stats, memory.workspace, threads);
   }
   return made.results();
 }

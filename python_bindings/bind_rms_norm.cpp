@@ -37,12 +37,18 @@ void backward(const py::args& values) {
 std::int64_t width_of(const TensorView& x) { return x.ndim < 1 ? 1 : std::max<std::int64_t>(x.shape[x.ndim - 1], 1); }
 
 py::object make_forward(const py::args& values) {
-  Arguments args("rms_norm", values, 4, Unready::copied);
+  Arguments args("rms_norm", values, 5, Unready::copied);
   const TensorView x = args.tensor("x"), weight = args.tensor("weight");
   const double eps = args.real("eps");
   const int threads = args.threads();
+  const bool keeps_rstd = args.flag("keeps_rstd");  // else no gradient will read it: None among the results
+  const std::int64_t rows = x.numel() / width_of(x);
   Made made;
-  const TensorView out = made.like(x), rstd = made.empty(DType::f32, {x.numel() / width_of(x)});
+  const TensorView out = made.like(x);
+  if (!keeps_rstd) made.none();
+  const TensorView rstd = keeps_rstd
+                              ? made.empty(DType::f32, {rows})
+                              : row_major_view(made.workspace(rows * size_of(DType::f32)).data, DType::f32, {rows});
   {
     const py::gil_scoped_release release;
     rms_norm_forward_cpu(x, weight, eps, out, rstd, threads);

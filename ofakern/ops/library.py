@@ -14,6 +14,12 @@ from ofakern.ops import log, native
 STRAIGHT = "straight"  # a backend's name inside the ops only: the CPU kernel, past torch's dispatcher
 _CPU = ("auto", "cpu") if native.cpu is not None else ()
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+# Found once: a small call asks them all.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_profiling = torch._C._autograd._profiler_enabled
 _kernels: dict[str, Callable[..., Any]] = {}
 _cuda_kernels: dict[str, Callable[..., Any]] = {}
 LIBRARY: Any = torch.library.Library("ofakern", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -89,11 +95,11 @@ def straight(backend: str, *tensors: Any) -> bool:
         and not torch.compiler.is_compiling()  # first: nothing below traces
         and _PLAIN.issuperset(map(type, tensors))
         and not (
-            torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._get_tracing_state()
-            or torch._C._autograd._profiler_enabled()
+            _dispatch_modes()
+            or _function_modes()
+            or _transforms_active()
+            or _tracing_state()
+            or _profiling()
             or log.ENABLED
         )
     )

@@ -50,7 +50,7 @@ def summed_loss(backend: str, best: bool, *inputs: Any) -> tuple[Tensor, Tensor,
     best has no elements or is None where it is not wanted.
     """
     if not _wants_gradient(inputs):
-        loss, nll, tokens, _, ids, _, _, _ = _SUM[backend](*inputs, best, False, False, False)
+        loss, nll, tokens, _, ids, *_ = _SUM[backend](*inputs, best, False, False, False)
         return loss, nll, tokens, ids
     if backend == STRAIGHT:
         loss, others = _apply_straight(best, inputs[3:], *inputs[:3])

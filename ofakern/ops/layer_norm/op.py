@@ -6,6 +6,7 @@ Weight, bias and head scale arrive as float32.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ofakern.ops import native
 from ofakern.ops.library import (
+    STRAIGHT,
     apply_function,
     define,
     differentiate_once,
@@ -44,7 +46,7 @@ def add_layer_norm(
     ):
         out, total, _ = apply_function(_Add, backend, *arguments)
     else:
-        out, total, _ = _FORWARD["add_layer_norm"][backend](*arguments)
+        out, total, _ = _forward_alone("add_layer_norm", backend)(*arguments)
     return out, total
 
 
@@ -52,7 +54,7 @@ def gelu_layer_norm(backend: str, x: Tensor, weight: Tensor, bias: Tensor, eps: 
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         out, _ = apply_function(_Normalised, "gelu_layer_norm", backend, x, weight, bias, eps)
     else:
-        out, _ = _FORWARD["gelu_layer_norm"][backend](x, weight, bias, eps)
+        out, _ = _forward_alone("gelu_layer_norm", backend)(x, weight, bias, eps)
     return out  # type: ignore[no-any-return]
 
 
@@ -63,7 +65,7 @@ def head_scale_layer_norm(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
         out, _ = apply_function(_Normalised, "head_scale_layer_norm", backend, *differentiable, eps)
     else:
-        out, _ = _FORWARD["head_scale_layer_norm"][backend](*differentiable, eps)
+        out, _ = _forward_alone("head_scale_layer_norm", backend)(*differentiable, eps)
     return out  # type: ignore[no-any-return]
 
 
@@ -83,7 +85,7 @@ def embed_layer_norm(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
         out, _ = apply_function(_Embed, backend, *arguments)
     else:
-        out, _ = _FORWARD["embed_layer_norm"][backend](*arguments)
+        out, _ = _forward_alone("embed_layer_norm", backend)(*arguments)
     return out  # type: ignore[no-any-return]
 
 
@@ -170,10 +172,20 @@ class _Embed(torch.autograd.Function):
 # Results and workspace are made by the bindings, with torch; a tensor that is not row-major is copied there.
 
 
+# stats: whether the statistics, which only a gradient reads, are among the results (else None is).
+
+
 def _add_forward(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, p: float
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    p: float,
+    stats: bool = True,
 ) -> Any:
-    return native.kernels.add_layer_norm(x, residual, weight, bias, eps, seed, p, torch.get_num_threads())
+    return native.kernels.add_layer_norm(x, residual, weight, bias, eps, seed, p, torch.get_num_threads(), stats)
 
 
 def _add_backward(*inputs: Any) -> Any:
@@ -181,25 +193,25 @@ def _add_backward(*inputs: Any) -> Any:
     return dresidual.new_empty(0) if dx is None else dx, dresidual, *affine
 
 
-def _gelu_forward(*inputs: Any) -> Any:
-    return native.kernels.gelu_layer_norm(*inputs, torch.get_num_threads())
+def _gelu_forward(*inputs: Any, stats: bool = True) -> Any:
+    return native.kernels.gelu_layer_norm(*inputs, torch.get_num_threads(), stats)
 
 
 def _gelu_backward(*inputs: Any) -> Any:
     return native.kernels.gelu_layer_norm_gradients(*inputs, torch.get_num_threads())
 
 
-def _head_forward(*inputs: Any) -> Any:
-    return native.kernels.head_scale_layer_norm(*inputs, torch.get_num_threads())
+def _head_forward(*inputs: Any, stats: bool = True) -> Any:
+    return native.kernels.head_scale_layer_norm(*inputs, torch.get_num_threads(), stats)
 
 
 def _head_backward(*inputs: Any) -> Any:
     return native.kernels.head_scale_layer_norm_gradients(*inputs, torch.get_num_threads())
 
 
-def _embed_forward(*inputs: Any) -> Any:
+def _embed_forward(*inputs: Any, stats: bool = True) -> Any:
     *embedding, weight, bias, scale, eps = inputs
-    return native.kernels.embed_layer_norm(*embedding, scale, weight, bias, eps, torch.get_num_threads())
+    return native.kernels.embed_layer_norm(*embedding, scale, weight, bias, eps, torch.get_num_threads(), stats)
 
 
 def _embed_backward(*inputs: Any) -> Any:
@@ -344,3 +356,14 @@ define(
 _FORWARD = {
     op: ops_of(f"{op}_fwd") for op in ("add_layer_norm", "gelu_layer_norm", "head_scale_layer_norm", "embed_layer_norm")
 }
+_ALONE = {
+    "add_layer_norm": partial(_add_forward, stats=False),
+    "gelu_layer_norm": partial(_gelu_forward, stats=False),
+    "head_scale_layer_norm": partial(_head_forward, stats=False),
+    "embed_layer_norm": partial(_embed_forward, stats=False),
+}
+
+
+def _forward_alone(op: str, backend: str) -> Any:
+    """What gives the results of `op` where no gradient follows."""
+    return _ALONE[op] if backend == STRAIGHT else _FORWARD[op][backend]

@@ -66,14 +66,18 @@ def _check(wave: Tensor, lengths: Sequence[int] | None, convention: MelConventio
 
 def _lengths(wave: Tensor, lengths: Sequence[int] | None, convention: MelConvention) -> list[int]:
     """Of a waveform per entry; wave has one dimension."""
-    lengths = [wave.shape[0]] if lengths is None else [int(n) for n in lengths]
-    if any(n < 0 for n in lengths) or sum(lengths) != wave.shape[0]:
-        raise OfakernValueError(f"log_mel: lengths must be >= 0 and sum to {wave.shape[0]}, got {lengths}")
-    least = convention.frame // 2 + 1
-    if convention.edges == "reflect" and any(0 < n < least for n in lengths):
-        raise OfakernValueError(
-            f"log_mel: lengths must be 0 or at least {least} (half a frame is reflected), got {lengths}"
-        )
+    if lengths is None:
+        lengths = [wave.shape[0]]
+    else:
+        lengths = [int(n) for n in lengths]
+        if min(lengths, default=0) < 0 or sum(lengths) != wave.shape[0]:
+            raise OfakernValueError(f"log_mel: lengths must be >= 0 and sum to {wave.shape[0]}, got {lengths}")
+    if convention.edges == "reflect":
+        least = convention.frame // 2 + 1
+        if any(0 < n < least for n in lengths):
+            raise OfakernValueError(
+                f"log_mel: lengths must be 0 or at least {least} (half a frame is reflected), got {lengths}"
+            )
     return lengths
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ofakern.ops import native
 from ofakern.ops.library import (
+    STRAIGHT,
     apply_function,
     define,
     differentiate_once,
@@ -24,7 +25,8 @@ def rms_norm(backend: str, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out, _ = apply_function(_RmsNorm, backend, x, weight, eps)
     else:
-        out, _ = _FORWARD[backend](x, weight, eps)
+        forward = _forward_alone if backend == STRAIGHT else _FORWARD[backend]
+        out, _ = forward(x, weight, eps)
     return out  # type: ignore[no-any-return]
 
 
@@ -51,7 +53,12 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _forward_cpu(*inputs: Any) -> Any:
-    return native.kernels.rms_norm(*inputs, torch.get_num_threads())
+    return native.kernels.rms_norm(*inputs, torch.get_num_threads(), True)
+
+
+def _forward_alone(*inputs: Any) -> Any:
+    """Without what only a gradient reads."""
+    return native.kernels.rms_norm(*inputs, torch.get_num_threads(), False)
 
 
 def _backward_cpu(*inputs: Any) -> Any:
