@@ -90,18 +90,18 @@ def straight(backend: str, *tensors: Any) -> bool:
     plain tensors or None. The binding checks a call as strictly; one that it refuses goes the other way, where Python
     has words for what is wrong with it, or casts what can be cast.
     """
-    return (
-        backend in _CPU
-        and not torch.compiler.is_compiling()  # first: nothing below traces
-        and _PLAIN.issuperset(map(type, tensors))
-        and not (
-            _dispatch_modes()
-            or _function_modes()
-            or _transforms_active()
-            or _tracing_state()
-            or _profiling()
-            or log.ENABLED
-        )
+    if backend not in _CPU or torch.compiler.is_compiling():  # first: nothing below traces
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
+    return not (
+        _dispatch_modes()
+        or _function_modes()
+        or _transforms_active()
+        or _tracing_state()
+        or _profiling()
+        or log.ENABLED
     )
 
 
