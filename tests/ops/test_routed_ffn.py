@@ -115,6 +115,31 @@ def test_several_blocks_and_slices(dtype: torch.dtype) -> None:
     check(make_case(1, (70, 10), 600, 900, dtype))
 
 
+def test_few_float32_tokens_and_long_rows_of_weight(isa: str) -> None:
+    """Rows in two slices that are not equal; outputs that are no multiple of what a tile takes."""
+    check(make_case(5, (5, 0, 70), 1552, 101))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "counts", "gradient", "backend"),
+    [
+        (torch.float32, (20, 0, 40), True, "cpu"),
+        (torch.float32, (20, 0, 97), True, "reference"),  # torch's products are faster for many tokens,
+        (torch.float32, (1, 2, 3), True, "reference"),  # and their backward pass for very few
+        (torch.float32, (1, 2, 3), False, "cpu"),
+        (torch.float64, (20, 0, 40), True, "reference"),
+        (torch.bfloat16, (20, 0, 97), True, "cpu"),
+    ],
+)
+def test_what_auto_takes(dtype: torch.dtype, counts: tuple[int, ...], gradient: bool, backend: str) -> None:
+    case = make_case(6, counts, 64, 48, dtype)
+    with torch.set_grad_enabled(gradient):
+        inputs = (case.x, case.weights, case.biases, case.counts)
+        assert f"runs on '{backend}'" in explain("routed_ffn", *inputs)
+        chosen, ours = (routed_linear(*inputs, backend=name) for name in ("auto", backend))
+    assert torch.equal(chosen, ours)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_that_go_past_the_caches(dtype: torch.dtype) -> None:
     """From 16 MiB on, all experts' together."""

@@ -32,6 +32,46 @@ OFAKERN_LOCAL void product(i64 m, i64 n, i64 k, const Elem* a, i64 lda, Panels<E
          ldc, k0 > 0);
 }
 
+// Few tokens of f32 take sums of products along rows of x and of weight as both lie in memory: nothing is packed and no
+// token padded, where the product of tiles would multiply 51 tokens as 64.
+#if defined(__AVX512F__)
+constexpr int kDotTokens = 4, kDotRows = 6;
+#else
+constexpr int kDotTokens = 2, kDotRows = 4;
+#endif
+constexpr i64 kDotBlock = 96;    // rows of weight of a task
+constexpr i64 kDotDepth = 1536;  // kDotRows so long stay in the first-level cache while the tokens go by
+
+// sums[t * kDotRows + r] (+)= x[t] . weight[r] over `depth`, whole vectors. `next`: lines that come soon.
+template <int TOKENS, int ROWS>
+OFAKERN_LOCAL void dot_tile(i64 depth, const float* x, i64 ldx, const float* weight, i64 ldw, const float* next,
+                            float* sums, bool add) {
+  Vec total[TOKENS][ROWS];
+#pragma GCC unroll 8
+  for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) total[t][r] = vzero();
+  for (i64 k = 0; k < depth; k += kWidth) {
+    Vec row[ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) row[r] = vload(weight + r * ldw + k);
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; ++t) {
+      const Vec value = vload(x + t * ldx + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) total[t][r] = vfma(value, row[r], total[t][r]);
+    }
+    if (k % (2 * kWidth) == 0) __builtin_prefetch(next + k / 2, 0, 2);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      float* const sum = sums + t * kDotRows + r;
+      *sum = hsum(total[t][r]) + (add ? *sum : 0.0f);
+    }
+}
+
 // Scratch. Arrays over an expert's tokens have `tokens` of them (the largest expert's, padded).
 template <class T>
 struct Room {
@@ -164,6 +204,42 @@ struct Expert {
     }
   }
 
+  void gather_forward(i64 group) const {
+    stage_rows<T>(call.x, call.in, room.in, call.source, expert.first + group * kGroup, group_tokens(group),
+                  room.x_columns + group * kGroup * room.in);
+  }
+
+  void forward_dots(const Bench& bench, i64 block) const {
+    const i64 end = min_of((block + 1) * kDotBlock, call.out);
+    i64 row = block * kDotBlock;
+    for (; row + kDotRows <= end; row += kDotRows) dot_rows<kDotRows>(bench, row);
+    for (; row < end; ++row) dot_rows<1>(bench, row);
+  }
+
+  // All tokens with ROWS rows of weight. While they go by, each tile of tokens asks for its share of the rows after.
+  template <int ROWS>
+  void dot_rows(const Bench& bench, i64 row) const {
+    const float* const weight = static_cast<const float*>(expert.weight) + row * call.in;
+    const i64 slices = ceil_div(call.in, kDotDepth), step = round_up(ceil_div(call.in, slices), kWidth);
+    for (i64 k = 0; k < call.in; k += step) {
+      const i64 depth = min_of(step, call.in - k);
+      const float* const after = weight + (k + step < call.in ? k + step : ROWS * call.in);
+      for (i64 t = 0, count; t < expert.count; t += count) {
+        const float* const next =
+            after + t * ROWS / expert.count * call.in + t * ROWS % expert.count * depth / expert.count;
+        const float* const x = reinterpret_cast<const float*>(room.x_columns) + t * room.in + k;
+        count = expert.count - t >= kDotTokens ? kDotTokens : 1;
+        const auto tile = count == 1 ? &dot_tile<1, ROWS> : &dot_tile<kDotTokens, ROWS>;
+        tile(depth, x, room.in, weight + k, call.in, next, bench.tile + t * kDotRows, k > 0);
+      }
+    }
+    const float* const bias = static_cast<const float*>(expert.bias);
+    for (i64 t = 0; t < expert.count; ++t) {
+      float* const y = static_cast<float*>(call.y) + row_of(call.target, 0, t) * call.out + row;
+      for (int r = 0; r < ROWS; ++r) y[r] = bench.tile[t * kDotRows + r] + (bias == nullptr ? 0.0f : bias[row + r]);
+    }
+  }
+
   // Columns [row, row + count) of y, of one group of tokens.
   void write_strip(const float* turned, i64 group, i64 row, i64 count) const {
     const T* bias = static_cast<const T*>(expert.bias);
@@ -234,8 +310,8 @@ struct Expert {
     pack_columns(bench, column, count);
     const Panels<Elem> weight = {bench.panels, room.out * kPanel, kPanel * kPair};
     for (i64 group = 0; group < groups(); ++group) {
-      product(padded_tokens(group), round_up(count, kMultiple), room.out, room.dy_rows + group * kGroup * room.out,
-              room.out, weight, bench.tile, kSide);
+      product(round_up(group_tokens(group), Gemm<Elem>::kRows), round_up(count, kMultiple), room.out,
+              room.dy_rows + group * kGroup * room.out, room.out, weight, bench.tile, kSide);
       for (i64 t = 0; t < group_tokens(group); ++t) {
         T* dx = static_cast<T*>(call.dx) + row_of(call.source, group, t) * call.in + column;
         for (i64 k = 0; k < count; k += kWidth) vstore_n(dx + k, vload(bench.tile + t * kSide + k), count - k);
@@ -246,13 +322,13 @@ struct Expert {
   void dweight_block(const Bench& bench, i64 block) const {
     const i64 row = block * kSide, count = min_of(kSide, call.out - row);
     const Elem* dy = room.dy_columns + row * room.tokens;
+    const i64 tokens = round_up(expert.count, Gemm<Elem>::kDepth);
     const i64 bytes = call.expert_count * call.out * call.in * static_cast<i64>(sizeof(T));
     const bool stream = should_stream(static_cast<const T*>(expert.dweight), call.in, bytes);
     for (i64 k = 0; k < call.in; k += kSide) {
       const Panels<Elem> x = {room.x_rows + k * room.tokens, room.tokens * kPanel, kPanel * kPair};
       const i64 width = min_of(kSide, call.in - k);
       float* const direct = sum_in_place(static_cast<T*>(expert.dweight) + row * call.in + k, width);
-      const i64 tokens = round_up(expert.count, kMultiple);
       if (direct != nullptr) {
         product(count, width, tokens, dy, room.tokens, x, direct, call.in);
         continue;
@@ -298,6 +374,13 @@ OFAKERN_LOCAL void forward(const RoutedLinearCall& call, void* workspace, int th
   for (i64 e = 0; e < call.expert_count; ++e) {
     const Expert<T> expert = {call, call.experts[e], room};
     if (call.experts[e].count == 0) continue;
+    if constexpr (sizeof(T) == sizeof(float))
+      if (room.few && call.in % kWidth == 0) {
+        parallel_for(expert.groups(), threads, [&](i64 group, int) { expert.gather_forward(group); });
+        parallel_for(ceil_div(call.out, kDotBlock), threads,
+                     [&](i64 block, int thread) { expert.forward_dots(room.benches[thread], block); });
+        continue;
+      }
     parallel_for(expert.groups(), threads,
                  [&](i64 group, int thread) { expert.pack_forward(room.benches[thread], group); });
     parallel_for(ceil_div(call.out, room.row_block()), threads, [&](i64 block, int thread) {

@@ -39,21 +39,21 @@ def routed_linear(
         counts: tokens of each expert; their places stand end to end and their sum is N.
         source, target: permutations int64 `[N]`, identity where None: grouping tokens by expert, and undoing it, is
             part of the products' packing and makes no copy of x or y.
-        backend: "auto" (the kernel for bfloat16 and float16 on a CPU, else torch's products), "cpu", "triton" or
-            "reference".
+        backend: "auto" (on a CPU the kernel for bfloat16 and float16, for float32 where experts have 16 to 96 tokens;
+            else torch's products), "cpu", "triton" or "reference".
 
     Under autocast x, weights and biases take its dtype. Raises OfakernTypeError, OfakernValueError for an argument of
     the wrong type, dtype, device or shape; BackendError with the reason when the backend cannot run the call;
     OfakernRuntimeError for a second derivative or vmap (both work with backend="reference").
     """
     if straight(backend, x, *weights, *biases, source, target) and not torch._C._is_any_autocast_enabled():
-        if x is not None and (backend == "cpu" or BACKENDS.automatic(x) == "cpu"):
+        if x is not None and counts and _chosen(backend, x, counts) == "cpu":
             try:
                 return op.routed_linear(STRAIGHT, x, weights, biases, counts, source, target)
             except OfakernError:
                 pass  # refused: the checks below say why, or cast what can be cast
     call = _check(x, weights, biases, counts, source, target)
-    chosen = BACKENDS.select(backend, call.x)
+    chosen = BACKENDS.select(BACKENDS.of_counts(backend, call.x, call.counts), call.x)
     if chosen == "reference":
         return routed_linear_reference(*call)
     return op.routed_linear(chosen, *call)
@@ -92,7 +92,7 @@ def routed_ffn(
             return F.gelu(hidden)
         return gelu_layer_norm(hidden, ln_weight, ln_bias, eps, backend)
 
-    if BACKENDS.select(backend, x) != "reference":
+    if BACKENDS.select(BACKENDS.of_counts(backend, x, counts), x) != "reference":
         hidden = activate(routed_linear(x, fc1, fc1_bias, counts, order, None, backend))
         return routed_linear(hidden, fc2, fc2_bias, counts, None, order, backend)
     # torch's products, an expert at a time: the wide activations of all are never gathered into one tensor.
@@ -110,9 +110,14 @@ def refusals(*args: object, **kwargs: object) -> tuple[str, dict[str, str | None
     bound.apply_defaults()
     values = dict(bound.arguments)
     backend = str(values.pop("backend"))
-    x = _check(**values).x
-    wanted = BACKENDS.automatic(x) if backend == "auto" else backend
+    call = _check(**values)
+    x, wanted = call.x, _chosen(backend, call.x, call.counts)
     return wanted, {name: BACKENDS.refusal(name, x) for name in NAMES}
+
+
+def _chosen(backend: str, x: Tensor, counts: Sequence[int]) -> str:
+    named = BACKENDS.of_counts(backend, x, counts)
+    return BACKENDS.automatic(x) if named == "auto" else named
 
 
 class _Call(NamedTuple):
