@@ -84,62 +84,10 @@ def attention_backward(
     threads: int,
     /,
 ) -> None: ...
-def attention_forward_workspace(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_pos: Tensor | None,
-    k_pos: Tensor | None,
-    table0: Tensor | None,
-    q_coord0: Tensor | None,
-    k_coord0: Tensor | None,
-    same0: Tensor | None,
-    table1: Tensor | None,
-    q_coord1: Tensor | None,
-    k_coord1: Tensor | None,
-    same1: Tensor | None,
-    head_scale: Tensor | None,
-    dropout_seed: Tensor | None,
-    visible: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    key_seen: Tensor,
-    k_range: Tensor,
-    shared_sets: Tensor | None,
-    shared_members: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    threads: int,
-    /,
-) -> int: ...
-def attention_backward_workspace(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_pos: Tensor | None,
-    k_pos: Tensor | None,
-    table0: Tensor | None,
-    q_coord0: Tensor | None,
-    k_coord0: Tensor | None,
-    same0: Tensor | None,
-    table1: Tensor | None,
-    q_coord1: Tensor | None,
-    k_coord1: Tensor | None,
-    same1: Tensor | None,
-    head_scale: Tensor | None,
-    dropout_seed: Tensor | None,
-    visible: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    key_seen: Tensor,
-    k_range: Tensor,
-    shared_sets: Tensor | None,
-    shared_members: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    threads: int,
-    /,
-) -> int: ...
+
+# Both take what follows the workspace of attention_forward.
+def attention_forward_workspace(*inputs: Tensor | float | None) -> int: ...
+def attention_backward_workspace(*inputs: Tensor | float | None) -> int: ...
 def log_mel_forward(
     out: Tensor,
     workspace: Tensor,
@@ -614,6 +562,20 @@ def attention(*inputs: Tensor | float | None) -> tuple[Tensor, Tensor]: ...
 def attention_gradients(
     out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, /, *inputs: Tensor | float | None
 ) -> tuple[Tensor | None, ...]: ...
+
+# A layout, its values checked once: q_coord, k_coord and same of two terms, then visible, q_offsets, k_offsets,
+# key_seen, k_range, shared.sets and shared.members; rows: of the tables, -1 without the term.
+def attention_layout(
+    tensors: tuple[Tensor | None, ...], rows0: int, rows1: int, q_rows: int, k_rows: int, /
+) -> object: ...
+
+# Past pybind11's dispatcher; None of what is refused. Arguments: q, k, v, q_pos, k_pos, two tables, head_scale,
+# dropout_seed, dropout_p, threads, scale (None: K**-0.5), what attention_layout made; of the first then whether
+# gradients are wanted: True where an input asks for one.
+def attention_of(*arguments: Tensor | float | object) -> tuple[Tensor, Tensor] | bool | None: ...
+def attention_gradients_of(
+    out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, /, *arguments: Tensor | float | object
+) -> tuple[Tensor | None, ...] | None: ...
 def add_layer_norm(*inputs: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]: ...
 def add_layer_norm_gradients(*inputs: Tensor | float | None) -> tuple[Tensor | None, ...]: ...
 def gelu_layer_norm(*inputs: Tensor | float) -> tuple[Tensor, Tensor]: ...

@@ -41,14 +41,19 @@ const dlpack::ExchangeApi& find_exchange_api(const char* where, const char* argu
 
 bool to_dtype(dlpack::DataType type, DType* out) {
   if (type.lanes != 1) return false;
-  const std::pair<std::pair<int, int>, DType> known[] = {
-      {{dlpack::kFloat, 32}, DType::f32}, {{dlpack::kFloat, 16}, DType::f16}, {{dlpack::kBfloat, 16}, DType::bf16},
-      {{dlpack::kFloat, 64}, DType::f64}, {{dlpack::kInt, 32}, DType::i32},   {{dlpack::kInt, 64}, DType::i64},
-      {{dlpack::kUInt, 8}, DType::u8},    {{dlpack::kBool, 8}, DType::u8},
+  struct Known {
+    dlpack::TypeCode code;
+    int bits;
+    DType dtype;
   };
-  for (const auto& [code_and_bits, dtype] : known) {
-    if (code_and_bits.first == type.code && code_and_bits.second == type.bits) {
-      *out = dtype;
+  static constexpr Known kKnown[] = {
+      {dlpack::kFloat, 32, DType::f32}, {dlpack::kInt, 32, DType::i32},   {dlpack::kBfloat, 16, DType::bf16},
+      {dlpack::kFloat, 16, DType::f16}, {dlpack::kFloat, 64, DType::f64}, {dlpack::kInt, 64, DType::i64},
+      {dlpack::kUInt, 8, DType::u8},    {dlpack::kBool, 8, DType::u8},
+  };
+  for (const Known& known : kKnown) {
+    if (known.code == type.code && known.bits == type.bits) {
+      *out = known.dtype;
       return true;
     }
   }

@@ -116,11 +116,11 @@ py::object Made::make(DType dtype, const std::int64_t* shape, int ndim) const {
   if (device_ == Device::cpu && bytes >= kSmallestKept)
     if (py::object large = make_kept(dtype, shape, ndim, bytes)) return large;
   static Torch* const torch = new Torch();
-  py::tuple sizes(static_cast<std::size_t>(ndim)), strides(static_cast<std::size_t>(ndim));
+  const py::tuple sizes(static_cast<std::size_t>(ndim)), strides(static_cast<std::size_t>(ndim));
   std::int64_t stride = 1;
   for (int d = ndim - 1; d >= 0; --d) {
-    sizes[static_cast<std::size_t>(d)] = py::int_(shape[d]);
-    strides[static_cast<std::size_t>(d)] = py::int_(stride);
+    PyTuple_SET_ITEM(sizes.ptr(), d, py::int_(shape[d]).release().ptr());
+    PyTuple_SET_ITEM(strides.ptr(), d, py::int_(stride).release().ptr());
     stride *= std::max<std::int64_t>(shape[d], 1);
   }
   // Not torch.empty: with a tuple of sizes its arguments take half as long again to read.
@@ -196,8 +196,9 @@ TensorView Made::workspace(std::int64_t bytes) {
 
 py::object Made::results() const {
   if (results_.size() == 1) return results_[0];
-  py::tuple all(results_.size());
-  for (std::size_t n = 0; n < results_.size(); ++n) all[n] = results_[n];
+  const py::tuple all(results_.size());
+  for (std::size_t n = 0; n < results_.size(); ++n)
+    PyTuple_SET_ITEM(all.ptr(), static_cast<py::ssize_t>(n), results_[n].inc_ref().ptr());
   return all;
 }
 

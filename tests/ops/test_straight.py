@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,6 +39,7 @@ POSITION = torch.arange(6, dtype=torch.int32)
 LAYOUT = AttentionLayout.build(
     intervals.causal([4, 2]), [4, 2], [4, 2], [RelativeTerm(POSITION + 5, POSITION, intervals.full([4, 2]), 11)]
 )
+SEED = torch.tensor([3, 4])
 TOKENS = torch.tensor([3, 0, 3, 1])
 PIXELS = torch.arange(2 * 3 * 8 * 4).view(2, 3, 8, 4).to(torch.uint8)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)
@@ -258,6 +261,71 @@ def test_autocast_goes_the_other_way() -> None:
         assert torch.equal(cross_entropy(hidden, weight, TOKENS, backend="cpu").loss, want)
         assert routed_linear(hidden, [weight], [], [4], backend="cpu").dtype == torch.bfloat16
         assert patch_embed(PIXELS, randn(6, 3, 4, 4)).dtype == torch.bfloat16
+
+
+def test_a_layout_is_checked_once_and_found_where_it_moves() -> None:
+    function, inputs = OPS["attention"]
+    want = function(*inputs)
+    offsets, visible = LAYOUT.q_offsets.data_ptr(), LAYOUT.visible.data_ptr()
+    for moved in (LAYOUT.visible, LAYOUT.q_offsets, LAYOUT.terms[0].k_coord):
+        moved.share_memory_()  # torch gives its memory back
+        assert torch.equal(function(*inputs), want)
+    assert (offsets, visible) != (LAYOUT.q_offsets.data_ptr(), LAYOUT.visible.data_ptr())
+
+
+@pytest.mark.parametrize("of", [copy.copy, copy.deepcopy, lambda layout: pickle.loads(pickle.dumps(layout))])
+def test_a_layout_in_use_is_copied_without_what_the_kernel_keeps(
+    of: Callable[[AttentionLayout], AttentionLayout],
+) -> None:
+    q, k, v, q_pos, k_pos, table, scale = OPS["attention"][1]
+    want = attention(q, k, v, LAYOUT, q_pos, k_pos, [table], scale)
+    assert "checked" in vars(LAYOUT)
+    layout = of(LAYOUT)
+    assert "checked" not in vars(layout)
+    assert torch.equal(attention(q, k, v, layout, q_pos, k_pos, [table], scale), want)
+
+
+def test_a_layout_of_loose_tensors_is_looked_at_whole() -> None:
+    q, k, v, q_pos, k_pos, table, scale = OPS["attention"][1]
+    loose = LAYOUT._map(torch.clone)
+    want = attention(q, k, v, loose, q_pos, k_pos, [table], scale)
+    loose.terms[0].k_coord.share_memory_()
+    assert torch.equal(attention(q, k, v, loose, q_pos, k_pos, [table], scale), want)
+    loose.k_offsets.resize_(7)  # no longer a layout of this batch
+    with pytest.raises(OfakernValueError, match="k_offsets must have shape"):
+        attention(q, k, v, loose, q_pos, k_pos, [table], scale)
+
+
+def test_what_only_the_layout_knows_is_checked() -> None:
+    q, k, v, q_pos, k_pos, table, scale = OPS["attention"][1]
+    for wrong, words in (
+        ([table[:, :10].contiguous()], r"tables\[0\] must have shape \[H=2,rows=11\]"),
+        ([], "tables must be one per term"),
+        ([table, table], "tables must be one per term"),
+    ):
+        with pytest.raises(OfakernValueError, match=words):
+            attention(q, k, v, LAYOUT, q_pos, k_pos, wrong, scale)
+    with pytest.raises(OfakernTypeError, match="q must be a tensor, got list"):
+        attention([1.0], k, v, LAYOUT, q_pos, k_pos, [table], scale)  # type: ignore[call-overload]
+    with pytest.raises(OfakernTypeError, match="layout must be an AttentionLayout"):
+        attention(q, k, v, None, q_pos, k_pos, [table], scale)  # type: ignore[call-overload]
+
+
+def test_a_backward_pass_of_shared_positions_past_the_dispatcher() -> None:
+    layout = AttentionLayout.build(intervals.full([3, 2]), [3, 2], [3, 2], (), [0, 0], [0, 0])
+
+    def run() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(2)
+        leaves = [torch.randn(n, 2, 8, generator=generator).requires_grad_() for n in (5, 5, 5, 3, 3)]
+        q, k, v, q_pos, k_pos = leaves
+        out, lse = attention(q, k, v, layout, q_pos, k_pos, dropout_p=0.2, dropout_seed=SEED, return_lse=True)
+        return [out, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)]
+
+    straight = run()
+    with Seen() as seen:
+        dispatched = run()
+    assert "ofakern.attention_bwd.default" in seen.names
+    assert all(torch.equal(a, b) for a, b in zip(straight, dispatched, strict=True))
 
 
 def test_threads_do_not_share_their_workspace() -> None:

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "core/check.h"
-#include "ops/attention/attention.h"
+#include "ops/attention/attention_checked.h"
 
 namespace ofakern {
 namespace {
@@ -32,8 +32,6 @@ void check_operand(const char* argument, const TensorView& x, const char* letter
 
 // Offsets start at 0, never fall, and end at the token count: what the kernels index by.
 void check_offsets(const char* argument, const TensorView& offsets, std::int64_t samples, std::int64_t tokens) {
-  kCheck.plain(argument, offsets, "[B + 1]", {samples + 1}, DType::i32);
-  if (offsets.device != Device::cpu) return;
   const std::int32_t* o = offsets.as<const std::int32_t>();
   bool rising = o[0] == 0 && o[samples] == tokens;
   for (std::int64_t s = 0; s < samples; ++s) rising = rising && o[s] <= o[s + 1];
@@ -48,21 +46,17 @@ void check_offsets(const char* argument, const TensorView& offsets, std::int64_t
                         ") for sample " + std::to_string(sample));
 }
 
+// Shapes alone.
 void check_layout(const AttentionLayoutView& layout, std::int64_t queries, std::int64_t keys) {
   kCheck.given("layout.q_offsets", layout.q_offsets);
   kCheck.ndim("layout.q_offsets", layout.q_offsets, 1, "[B + 1]");
   const std::int64_t samples = layout.q_offsets.shape[0] - 1;
   kCheck.that(samples >= 0, "layout.q_offsets", "have B + 1 entries", "none");
-  check_offsets("layout.q_offsets", layout.q_offsets, samples, queries);
-  check_offsets("layout.k_offsets", layout.k_offsets, samples, keys);
+  kCheck.plain("layout.q_offsets", layout.q_offsets, "[B + 1]", {samples + 1}, DType::i32);
+  kCheck.plain("layout.k_offsets", layout.k_offsets, "[B + 1]", {samples + 1}, DType::i32);
   kCheck.plain("layout.visible", layout.visible, "[Nq, 2]", {queries, 2}, DType::i32);
   kCheck.plain("layout.key_seen", layout.key_seen, "[Nk]", {keys}, DType::u8);
   kCheck.plain("layout.k_range", layout.k_range, "[B, 2]", {samples, 2}, DType::i32);
-  if (layout.k_range.device != Device::cpu) return;
-  const std::int32_t* range = layout.k_range.as<const std::int32_t>();
-  for (std::int64_t s = 0; s < samples; ++s)
-    if (range[2 * s] < 0 || range[2 * s] > range[2 * s + 1] || range[2 * s + 1] > keys)
-      fail_range("lie inside the keys (" + std::to_string(keys) + ")", range, s);
 }
 
 std::int64_t longest(const TensorView& offsets, const TensorView& members, std::int32_t from, std::int32_t to) {
@@ -74,7 +68,6 @@ std::int64_t longest(const TensorView& offsets, const TensorView& members, std::
 
 // Every sample stands in one set, every set's rows are there, and nobody sees another sample's keys.
 void check_shared(const AttentionLayoutView& layout, std::int64_t q_rows, std::int64_t k_rows) {
-  if (layout.k_range.device != Device::cpu) return;
   const std::int64_t samples = layout.q_offsets.shape[0] - 1;
   const TensorView &sets = layout.shared.sets, &members = layout.shared.members;
   kCheck.plain("layout.shared.sets", sets, "[U, 4]", {-1, 4}, DType::i32);
@@ -118,7 +111,7 @@ void check_gradient(const char* argument, const TensorView& gradient, const Tens
 
 }  // namespace
 
-void check_attention(const AttentionInputs& in) {
+void check_attention_shapes(const AttentionInputs& in) {
   kCheck.given("q", in.q);
   kCheck.dtype("q", in.q, {DType::f32, DType::bf16, DType::f16});
   kCheck.ndim("q", in.q, 3, "[Nq, H, K]");
@@ -155,7 +148,36 @@ void check_attention(const AttentionInputs& in) {
     kCheck.fail_value("dropout_p", "be in [0, 1)", std::to_string(in.dropout_p));
   if (in.dropout_p > 0) kCheck.plain("dropout_seed", in.dropout_seed, "[2]", {2}, DType::i64);
   check_layout(in.layout, queries, keys);
-  if (shared && in.q_pos.defined()) check_shared(in.layout, in.q_pos.shape[0], in.k_pos.shape[0]);
+}
+
+namespace {
+
+void check_values(const AttentionLayoutView& layout, std::int64_t queries, std::int64_t keys, std::int64_t q_rows,
+                  std::int64_t k_rows) {
+  if (layout.k_range.device != Device::cpu) return;
+  const std::int64_t samples = layout.k_range.shape[0];
+  check_offsets("layout.q_offsets", layout.q_offsets, samples, queries);
+  check_offsets("layout.k_offsets", layout.k_offsets, samples, keys);
+  const std::int32_t* range = layout.k_range.as<const std::int32_t>();
+  for (std::int64_t s = 0; s < samples; ++s)
+    if (range[2 * s] < 0 || range[2 * s] > range[2 * s + 1] || range[2 * s + 1] > keys)
+      fail_range("lie inside the keys (" + std::to_string(keys) + ")", range, s);
+  if (layout.shared.sets.defined()) check_shared(layout, q_rows, k_rows);
+}
+
+}  // namespace
+
+void check_attention_layout(const AttentionLayoutView& layout, std::int64_t queries, std::int64_t keys,
+                            std::int64_t q_rows, std::int64_t k_rows) {
+  check_layout(layout, queries, keys);
+  check_values(layout, queries, keys, q_rows, k_rows);
+}
+
+void check_attention(const AttentionInputs& in) {
+  check_attention_shapes(in);
+  AttentionLayoutView layout = in.layout;
+  if (!in.q_pos.defined()) layout.shared = {};  // nothing is shared then
+  check_values(layout, in.q.shape[0], in.k.shape[0], in.q_pos.shape[0], in.k_pos.shape[0]);
 }
 
 void check_attention_results(const AttentionInputs& in, const TensorView& out, const TensorView& lse) {

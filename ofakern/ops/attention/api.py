@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
+from ofakern.errors import OfakernTypeError, OfakernValueError
 from ofakern.ops import log
 from ofakern.ops.attention import flash, op
 from ofakern.ops.attention.backends import BACKENDS, cuda_limit, limit
@@ -114,12 +114,11 @@ def attention(
     (arXiv 1910.10683), ALiBi (arXiv 2108.12409), BEiT, Swin and OFA; the algorithm is the online softmax of
     FlashAttention (arXiv 2205.14135).
     """
-    if straight(backend, q, k, v, q_pos, k_pos, head_scale, *tables) and not torch._C._is_any_autocast_enabled():
-        try:
-            out, lse = _run_straight(q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed)
-            return (out, lse) if return_lse else out
-        except OfakernError:
-            pass  # refused: the checks below say why, or cast what can be cast
+    if straight(backend) and not torch._C._is_any_autocast_enabled():
+        made = op.run_straight(q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed)
+        if made is not None:
+            return made if return_lse else made[0]
+        # Refused: the checks below say why, or cast what can be cast.
     call = _check(q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed)
     chosen = BACKENDS.select(backend, call.q, _limit(backend, call, return_lse))
     if log.ENABLED and not torch.compiler.is_compiling():
@@ -324,37 +323,6 @@ def _run_op(backend: str, call: _Call) -> tuple[Tensor, Tensor]:
     table0, table1 = (*tables, None, None)[:2]
     terms = (table0, *first, table1, *second)
     return op.run(backend, q, k, v, q_pos, k_pos, *terms, head_scale, dropout_seed, *fixed, scale, dropout_p)
-
-
-def _run_straight(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: AttentionLayout,
-    q_pos: Tensor | None,
-    k_pos: Tensor | None,
-    tables: Sequence[Tensor],
-    head_scale: Tensor | None,
-    scale: float | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """A call that only the binding checks, but for what it cannot know: types, and how long a table has to be."""
-    fits = type(layout) is AttentionLayout and len(tables) == len(layout.terms) and q.ndim == 3
-    if fits and tables:
-        fits = all(table.shape[-1:] == (term.rows,) for table, term in zip(tables, layout.terms, strict=True))
-    if fits and layout.shared is not None and q_pos is not None and k_pos is not None:
-        fits = (q_pos.shape[0], k_pos.shape[0]) == (layout.shared.q_rows, layout.shared.k_rows)
-    if not fits:
-        raise OfakernValueError(f"{_WHERE}: layout and tables must fit each other, got others")
-    scale = q.size(2) ** -0.5 if scale is None else scale
-    if dropout_p == 0.0:
-        dropout_seed = None
-    elif dropout_seed is None:
-        dropout_seed = draw_seed(q.device)
-    table0, table1 = (*tables, None, None)[:2]
-    leaves = (q, k, v, q_pos, k_pos, table0, table1, head_scale)
-    return op.run_straight(leaves, layout.arguments, dropout_seed, scale, dropout_p)
 
 
 def _describe(call: _Call, backend: str) -> str:

@@ -7,19 +7,22 @@ can be an argument of compiled and exported functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from ofakern.errors import OfakernTypeError, OfakernValueError
+from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
+from ofakern.ops import native
 from ofakern.ops.attention.intervals import Lengths, as_lengths, check_intervals, starts
 from ofakern.ops.attention.shared import SharedPositions, share_rows
 
 _WHERE = "AttentionLayout"
+_ALIGNMENT = 64  # bytes, of a tensor's first element
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,24 @@ class AttentionLayout:
         return self.visible.device
 
     @cached_property
-    def arguments(self) -> tuple[tuple[Tensor | None, ...], ...]:
-        """`list_arguments()`, kept: not for code that torch.compile traces."""
-        return self.list_arguments()
+    def checked(self) -> Any:
+        """What the CPU kernel keeps of the layout, its values checked, for calls past the dispatcher.
+
+        None on another device, and where it does not take the tensors as they are.
+        """
+        if self.device.type != "cpu":
+            return None
+        first, second, fixed = self.list_arguments()
+        rows = [term.rows for term in self.terms] + [-1] * (2 - len(self.terms))
+        sharing = (0, 0) if self.shared is None else (self.shared.q_rows, self.shared.k_rows)
+        try:
+            return native.kernels.attention_layout((*first, *second, *fixed), *rows, *sharing)
+        except OfakernError:
+            return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle has the fields alone: what the kernel keeps stays in its process."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def list_arguments(self) -> tuple[tuple[Tensor | None, ...], ...]:
         """What kernels take of it, in their order: q_coord, k_coord and same of two terms (None where there is none),
@@ -118,15 +136,16 @@ class AttentionLayout:
         for number, term in enumerate(terms):
             _check_term(f"terms[{number}]", term, window, queries, keys)
         k_range = _k_range(window, q_counts)
-        return cls(
-            visible=visible.contiguous(),
+        layout = cls(
+            visible=visible,
             q_offsets=_offsets(q_counts),
             k_offsets=_offsets(k_counts),
             key_seen=torch.from_numpy(_key_seen(window, keys)),
             k_range=torch.from_numpy(k_range),
-            terms=tuple(term.map(Tensor.contiguous) for term in terms),
+            terms=tuple(terms),
             shared=share_rows(_WHERE, q_sets, k_sets, q_counts, k_counts, k_range),
         )
+        return layout._in_one_piece()
 
     @classmethod
     def even(cls, samples: int, queries: int, keys: int, device: torch.device | str) -> AttentionLayout:
@@ -157,6 +176,25 @@ class AttentionLayout:
     def pin_memory(self) -> AttentionLayout:
         """A copy in page-locked memory (torch's DataLoader calls this when it pins batches)."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+    def _in_one_piece(self) -> AttentionLayout:
+        """A copy whose tensors stand in one tensor's memory: a call that sees it unmoved has looked at all of them."""
+        end = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal end
+            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            return tensor
+
+        self._map(count)
+        memory, end = torch.empty(end, dtype=torch.uint8), 0
+
+        def place(tensor: Tensor) -> Tensor:
+            start = end
+            count(tensor)
+            return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+        return self._map(place)
 
     def _map(self, convert: Callable[[Tensor], Tensor]) -> AttentionLayout:
         return AttentionLayout(

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofakern.errors import OfakernValueError
+from ofakern.errors import OfakernError, OfakernValueError
 from ofakern.ops import native
 from ofakern.ops.attention import kernel_cuda
+from ofakern.ops.attention.layout import AttentionLayout
 from ofakern.ops.library import (
-    STRAIGHT,
     apply_function,
     define,
     differentiate_once,
+    draw_seed,
     ops_of,
     refuse_vmap,
+    straight,
     suffix_of,
 )
 
@@ -35,6 +37,8 @@ _INPUTS = (
     "Tensor? shared_sets, Tensor? shared_members, "
     "float scale, float dropout_p"
 )
+# Past pybind11's dispatcher as well: None of a call that it refuses, True of one that needs a gradient.
+_attention_of: Any = getattr(native.cpu, "attention_of", None)
 _Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE = 0, 1, 2, 3, 4, 5, 9, 13
 _DIFFERENTIABLE = (_Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE)
 _SHARED = slice(20, 22)
@@ -51,27 +55,38 @@ def run(backend: str, *inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def run_straight(
-    leaves: tuple[Tensor | None, ...],
-    arguments: tuple[tuple[Tensor | None, ...], ...],
-    dropout_seed: Tensor | None,
-    scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: AttentionLayout,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    tables: Sequence[Tensor],
+    head_scale: Tensor | None,
+    scale: float | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """The same past the dispatcher; leaves: what is differentiated, in their order; arguments: the layout's."""
-    if torch.is_grad_enabled():
-        for leaf in leaves:
-            if leaf is not None and leaf.requires_grad:
-                return _apply_straight(arguments, dropout_seed, scale, dropout_p, *leaves)  # type: ignore[no-any-return]
-    return _FORWARD[STRAIGHT](*_inputs(leaves, arguments, dropout_seed), scale, dropout_p)  # type: ignore[no-any-return]
-
-
-def _inputs(
-    leaves: Sequence[Tensor | None], arguments: tuple[tuple[Tensor | None, ...], ...], dropout_seed: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """The tensors of `_INPUTS`."""
-    *operands, table0, table1, head_scale = leaves
-    first, second, fixed = arguments
-    return (*operands, table0, *first, table1, *second, head_scale, dropout_seed, *fixed)
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The same past the dispatcher, of a call that only the binding checks: None of one that it refuses."""
+    count = len(tables)
+    if type(layout) is not AttentionLayout or count != len(layout.terms) or (checked := layout.checked) is None:
+        return None
+    if dropout_p == 0.0:
+        dropout_seed = None
+    elif dropout_seed is None:
+        dropout_seed = draw_seed(layout.device)
+    table0, table1 = tables[0] if count else None, tables[1] if count > 1 else None
+    made = _attention_of(
+        *(q, k, v, q_pos, k_pos, table0, table1, head_scale, dropout_seed, dropout_p),
+        *(torch.get_num_threads(), scale, checked, torch.is_grad_enabled()),
+    )
+    if made is not True:
+        return made  # type: ignore[no-any-return]
+    leaves = (q, k, v, q_pos, k_pos, table0, table1, head_scale)
+    try:
+        return _apply_straight(layout, scale, dropout_p, dropout_seed, *leaves)  # type: ignore[no-any-return]
+    except OfakernError:
+        return None
 
 
 class _Straight(torch.autograd.Function):
@@ -80,24 +95,45 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        arguments: tuple[tuple[Tensor | None, ...], ...],
-        dropout_seed: Tensor | None,
-        scale: float,
+        layout: AttentionLayout,
+        scale: float | None,
         dropout_p: float,
+        dropout_seed: Tensor | None,
         *leaves: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _FORWARD[STRAIGHT](*_inputs(leaves, arguments, dropout_seed), scale, dropout_p)
+        threads = torch.get_num_threads()
+        made = _attention_of(*leaves, dropout_seed, dropout_p, threads, scale, layout.checked, False)
+        if made is None:
+            raise OfakernValueError("attention: every input must be what the kernel takes as it is, got others")
+        out, lse = made
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, lse, *leaves)
-        ctx.rest = arguments, dropout_seed, scale, dropout_p
+        ctx.rest = layout, scale, dropout_p, dropout_seed
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, *leaves = ctx.saved_tensors
-        arguments, dropout_seed, *numbers = ctx.rest
-        grads = _gradients("", dout, dlse, out, lse, _inputs(leaves, arguments, dropout_seed), numbers)
+        layout, scale, dropout_p, dropout_seed = ctx.rest
+        grads: Sequence[Tensor | None] | None = None
+        if dout is not None and not torch.is_grad_enabled() and straight("cpu"):
+            threads = torch.get_num_threads()
+            grads = native.kernels.attention_gradients_of(
+                out, lse, dout, dlse, *leaves, dropout_seed, dropout_p, threads, scale, layout.checked
+            )
+        if grads is None:  # create_graph, a mode of torch's, or what the kernel does not take as it is
+            numbers = leaves[0].shape[2] ** -0.5 if scale is None else scale, dropout_p
+            grads = _gradients("", dout, dlse, out, lse, _inputs(layout, leaves, dropout_seed), numbers)
         return None, None, None, None, *grads
+
+
+def _inputs(
+    layout: AttentionLayout, leaves: Sequence[Tensor | None], dropout_seed: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The tensors of `_INPUTS`."""
+    *operands, table0, table1, head_scale = leaves
+    first, second, fixed = layout.list_arguments()
+    return (*operands, table0, *first, table1, *second, head_scale, dropout_seed, *fixed)
 
 
 # What apply_function calls, found once.
