@@ -87,8 +87,8 @@ def straight(backend: str, *tensors: Any) -> bool:
     """Whether a call may go to the CPU kernel past Python's checks and the dispatcher, which take most of a small one.
 
     So it is where nothing of torch's stands between (compilation, transforms, modes, tracing, a profiler) and all are
-    plain tensors or None (attention's binding looks at their types itself). The binding checks a call as strictly; one that it refuses goes the other way, where Python
-    has words for what is wrong with it, or casts what can be cast.
+    plain tensors or None (attention's binding looks at their types itself). The binding checks a call as strictly; one
+    that it refuses goes the other way, where Python has words for what is wrong with it, or casts what can be cast.
     """
     if backend not in _CPU or torch.compiler.is_compiling():  # first: nothing below traces
         return False
