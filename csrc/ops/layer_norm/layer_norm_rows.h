@@ -20,7 +20,7 @@
 namespace ofakern::OFAKERN_ISA {
 namespace {
 
-constexpr i64 kRowBuffers = 3;  // per thread: z or xhat; the source's spare; the gradient of xhat
+constexpr i64 kRowBuffers = 2;  // per thread: z or xhat; the source's spare
 
 OFAKERN_HOT i64 padded_width(i64 width) { return round_up(width, 128); }  // whole groups of dropout factors
 OFAKERN_HOT i64 row_buffer_floats(i64 width, int threads) { return threads * kRowBuffers * padded_width(width); }
@@ -125,29 +125,30 @@ OFAKERN_LOCAL BackwardRows<T> backward_rows(const TensorView& dout, const Tensor
           buffers + row_buffer_floats(width, threads)};
 }
 
-// One row's gradient goes to the source; dweight and dbias grow by the row's part. xhat and spare, gradient: a row
-// each.
+// One row's gradient goes to the source; dweight and dbias grow by the row's part. normalised, spare: a row each. A
+// second product with the weight, not a third row of the cache, gives the gradient of xhat again.
 template <class T, class Source>
 OFAKERN_LOCAL void backward_row(const BackwardRows<T>& p, const Source& source, i64 row, float* normalised,
-                                float* spare, float* gradient, float* dweight, float* dbias) {
+                                float* spare, float* dweight, float* dbias) {
   const T* const dout = p.dout + row * p.width;
   const Vec mean = vset(p.stats[2 * row]), rstd = vset(p.stats[2 * row + 1]);
   Vec sum = vzero(), dot = vzero();
   for_lanes(p.width, [&](i64 x, i64 n) {
+    __builtin_prefetch(dout + p.width + x);
     const Vec incoming = vload_n(dout + x, n);
     const Vec xhat = vmul(vsub(source.template z<true>(row, x, n, spare), mean), rstd);
     const Vec g = vmul(incoming, vload_n(p.weight + x, n));  // 0 in pads, which silences xhat's pads
     sum = vadd(sum, g);
     dot = vfma(g, xhat, dot);
     vstore(normalised + x, xhat);
-    vstore(gradient + x, g);
     vstore(dweight + x, vfma(incoming, xhat, vload(dweight + x)));
     vstore(dbias + x, vadd(vload(dbias + x), incoming));
   });
   const float scale = 1.0f / static_cast<float>(p.width);
   const Vec mean_g = vset(hsum(sum) * scale), mean_dot = vset(hsum(dot) * scale);
   for_lanes(p.width, [&](i64 x, i64 n) {
-    const Vec centred = vsub(vsub(vload(gradient + x), mean_g), vmul(vload(normalised + x), mean_dot));
+    const Vec g = vmul(vload_n(dout + x, n), vload_n(p.weight + x, n));
+    const Vec centred = vsub(vsub(g, mean_g), vmul(vload(normalised + x), mean_dot));
     source.store(row, x, n, vmul(centred, rstd), spare);
   });
 }
@@ -161,13 +162,12 @@ OFAKERN_LOCAL void layer_norm_backward(const BackwardRows<T>& p, const Source& s
   parallel_for(chunks, threads, [&](i64 chunk, int thread) {
     float* const z = p.buffers + thread * kRowBuffers * padded;
     float* const spare = z + padded;
-    float* const gradient = spare + padded;
     float* const sums = p.partials + chunk * stride;
     std::memset(sums, 0, static_cast<std::size_t>(stride) * sizeof(float));
     const i64 end = min_of(p.rows, (chunk + 1) * chunk_rows);
     for (i64 row = chunk * chunk_rows; row < end; ++row) {
       source.begin(row, spare);
-      backward_row(p, source, row, z, spare, gradient, sums, sums + padded);
+      backward_row(p, source, row, z, spare, sums, sums + padded);
       source.end(row, spare, sums + 2 * padded);
     }
     stream_fence();
