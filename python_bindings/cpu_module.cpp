@@ -34,6 +34,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("kept_bytes", &ofakern::kept_bytes);
   m.def("kept_memory", &ofakern::kept_memory);
   m.def("keep_memory_for", &ofakern::keep_memory_for);
+  m.def("give_back_memory", &ofakern::give_back_memory, pybind11::call_guard<pybind11::gil_scoped_release>());
   ofakern::bind_attention(m);
   ofakern::bind_beam_step(m);
   ofakern::bind_cross_entropy(m);

@@ -1,6 +1,7 @@
 #include "core/kept_memory.h"
 
 #if defined(__linux__)
+#include <malloc.h>
 #include <sys/mman.h>
 
 #include <atomic>
@@ -120,6 +121,13 @@ std::int64_t kept_memory() {
   return use.granted ? waiting() : 0;
 }
 
+void give_back_memory() {
+  if (const Use use; use.granted) make_room(kMostKept, 0);
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
 double keep_memory_for(double seconds) {
   const double before = kept_seconds.exchange(seconds);
   if (const Use use; use.granted) make_room(seconds > 0.0 ? 0 : kMostKept, 0);
@@ -133,6 +141,7 @@ void give_memory(void*, std::int64_t) {}
 void* take_zeros(std::int64_t) { return nullptr; }
 void drop_zeros(void*, std::int64_t) {}
 std::int64_t kept_memory() { return 0; }
+void give_back_memory() {}
 double keep_memory_for(double) { return 0.0; }
 
 #endif

@@ -25,6 +25,8 @@ void drop_zeros(void* data, std::int64_t bytes);
 
 // Bytes that wait.
 std::int64_t kept_memory();
+// What waits goes back to the system, and with it what the C library holds of freed memory between blocks in use.
+void give_back_memory();
 // How long memory waits from now on; 0: not at all, and what waits goes back. Returns how long it was.
 double keep_memory_for(double seconds);
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ofakern.nn import recompute
 from ofakern.nn.layers import EncoderLayer, LayerConfig
-from ofakern.nn.recompute import recomputed
+from ofakern.nn.recompute import freed_behind, recomputed
 
 ROWS, DIM, FFN = 64, 32, 128
 
@@ -70,3 +70,31 @@ def test_the_second_call_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(enough.grad[:7], few.grad)
     assert torch.func.grad(lambda x: recomputed(part, x).sum())(torch.ones(8)).shape == (8,)
     assert calls[5:] == [True]
+
+
+class Given:
+    """In the compiled module's place: counts how often memory is given back."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def give_back_memory(self) -> None:
+        self.times += 1
+
+
+def test_what_is_freed_behind_large_features_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Given()
+    monkeypatch.setattr(recompute.native, "cpu", given)
+    leaf = torch.ones(2**20, requires_grad=True)
+    for x in (leaf, leaf[1:] * 2.0, (leaf * 2.0).detach()):  # a leaf keeps its hooks; few elements; nothing to come
+        assert freed_behind(x) is x
+        if x.requires_grad:
+            torch.autograd.grad(x.sum(), leaf)
+    assert given.times == 0
+    for turn in (1, 2):
+        x = freed_behind(leaf * 3.0)
+        (grad,) = torch.autograd.grad(x.sum(), leaf)
+        assert given.times == turn and bool((grad == 3.0).all())
+    compiled = torch.compile(lambda x: freed_behind(x * 2.0).sum(), fullgraph=True, backend="eager")
+    torch.autograd.grad(compiled(leaf), leaf)
+    assert given.times == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,6 +198,18 @@ def test_the_gradient_of_many_tokens_stands_in_kept_memory() -> None:
     waited = _cpu.kept_memory()
     del grad
     assert _cpu.kept_memory() == waited + LARGE
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_waits_and_what_the_c_library_holds_is_given_back() -> None:
+    held = [torch.ones(1 << 16) for _ in range(400)]  # 256 KiB each, so that half of them leave holes
+    waits = large()
+    before = resident()
+    del held[::2], waits
+    assert before - resident() < 10 << 20 and _cpu.kept_memory() == LARGE
+    _cpu.give_back_memory()
+    assert before - resident() > (30 << 20) + LARGE // 2 and _cpu.kept_memory() == 0
+    assert all(bool((x == 1.0).all()) for x in held)
 
 
 FORK = """

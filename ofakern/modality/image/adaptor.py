@@ -15,6 +15,7 @@ from ofakern.modality.image.preprocess import ImageTransform
 from ofakern.modality.image.resnet import STRIDE, WIDTH, ResNet
 from ofakern.modality.image.vit import VisionTransformer
 from ofakern.nn.adaptor import Adaptor, AdaptorConfig, SegmentValues, SideShape, relative_tables, table_weights
+from ofakern.nn.recompute import freed_behind
 from ofakern.nn.relative import RelativeBlock, grid_block, grid_coordinates
 from ofakern.ops.patch_embed import patch_embed
 
@@ -154,7 +155,7 @@ class ImageResnetAdaptor(_GridAdaptor):
         return -(-height // STRIDE), -(-width // STRIDE)
 
     def embed(self, values: SegmentValues, embed_tokens: nn.Embedding) -> Tensor:
-        features = self.embed_images(values.value).permute(0, 2, 3, 1).flatten(1, 2)
+        features = freed_behind(self.embed_images(values.value)).permute(0, 2, 3, 1).flatten(1, 2)
         projected: Tensor = self.image_proj(self.taken(features, values))
         return projected
 
