@@ -232,14 +232,21 @@ void forward(const py::args& values) {
   attention_forward_cpu(call.inputs, out, lse, workspace, call.threads);
 }
 
-// Of a checked call: q and v have 3 dimensions.
-py::object run_forward(const Call& call) {
+// Of a checked call: q and v have 3 dimensions. out and lse, or out alone; lse then goes into the scratch.
+py::object run_forward(const Call& call, bool want_lse) {
   const AttentionInputs& in = call.inputs;
   const std::int64_t bytes = checked_attention_forward_workspace(in, call.threads);
   Made made;
   const TensorView out = made.empty(in.q.dtype, {in.q.shape[0], in.q.shape[1], in.v.shape[2]});
-  const TensorView lse = made.empty(DType::f32, {in.q.shape[0], in.q.shape[1]});
-  const TensorView workspace = made.workspace(bytes);
+  TensorView lse, workspace;
+  if (want_lse) {
+    lse = made.empty(DType::f32, {in.q.shape[0], in.q.shape[1]});
+    workspace = made.workspace(bytes);
+  } else {
+    const std::int64_t lse_bytes = in.q.shape[0] * in.q.shape[1] * size_of(DType::f32);
+    workspace = made.workspace(bytes + lse_bytes);
+    lse = row_major_view(workspace.as<char>() + bytes, DType::f32, {in.q.shape[0], in.q.shape[1]});
+  }
   {
     const py::gil_scoped_release release;
     checked_attention_forward(in, out, lse, workspace, call.threads);
@@ -251,17 +258,18 @@ py::object make_forward(const py::args& values) {
   Arguments args(kWhere, values, kInputs, Unready::copied);
   const Call call = read_inputs(args);
   check_attention(call.inputs);
-  return run_forward(call);
+  return run_forward(call, true);
 }
 
-// Past torch's dispatcher; `gradients`, the last argument: True instead of results where a leaf asks for a gradient.
+// Past torch's dispatcher. The last two arguments are flags: True instead of results where a leaf asks for a gradient;
+// lse beside out.
 py::object make_forward_of(const py::args& values) {
-  Arguments args(kWhere, values, kLeaves + 1, Unready::copied);
+  Arguments args(kWhere, values, kLeaves + 2, Unready::copied);
   for (std::size_t n = 0; n < kLeafTensors; ++n) check_plain(item(values, n));
   if (item(values, kLeaves) == Py_True)
     for (std::size_t n = 0; n < kDifferentiable; ++n)
       if (needs_gradient(item(values, n))) return py::bool_(true);
-  return run_forward(read_leaves(args, values, 0));
+  return run_forward(read_leaves(args, values, 0), item(values, kLeaves + 1) == Py_True);
 }
 
 void backward(const py::args& values) {

@@ -296,6 +296,16 @@ def test_a_layout_of_loose_tensors_is_looked_at_whole() -> None:
         attention(q, k, v, loose, q_pos, k_pos, [table], scale)
 
 
+def test_results_are_the_same_with_and_without_the_log_sum_exp() -> None:
+    q, k, v, q_pos, k_pos, table, scale = OPS["attention"][1]
+    inputs = (q, k, v, LAYOUT, q_pos, k_pos, [table], scale)
+    out, lse = attention(*inputs, return_lse=True)
+    assert torch.equal(attention(*inputs), out)
+    with Seen():
+        dispatched = attention(*inputs, return_lse=True)
+    assert torch.equal(out, dispatched[0]) and torch.equal(lse, dispatched[1])
+
+
 def test_what_only_the_layout_knows_is_checked() -> None:
     q, k, v, q_pos, k_pos, table, scale = OPS["attention"][1]
     for wrong, words in (

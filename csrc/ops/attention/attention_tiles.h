@@ -191,9 +191,14 @@ OFAKERN_LOCAL void take_reversed_tables(Problem<T>& p, Arena& arena) {
   for (int t = 0; t < p.term_count; ++t) p.terms[t].reversed = arena.take<float>(p.heads * p.terms[t].rows);
 }
 
+// Opening a parallel region takes as long as this many entries.
+constexpr i64 kSerialEntries = 1 << 14;
+
 template <class T>
 OFAKERN_LOCAL void reverse_tables(const Problem<T>& p, int threads) {
-  parallel_for(p.heads * p.term_count, threads, [&](i64 task, int) {
+  i64 entries = 0;
+  for (int t = 0; t < p.term_count; ++t) entries += p.heads * p.terms[t].rows;
+  parallel_for(p.heads * p.term_count, entries < kSerialEntries ? 1 : threads, [&](i64 task, int) {
     const Term& term = p.terms[task / p.heads];
     const i64 first = task % p.heads * term.rows;
     const float* table = term.table + first;

@@ -115,9 +115,11 @@ def attention(
     FlashAttention (arXiv 2205.14135).
     """
     if straight(backend) and not torch._C._is_any_autocast_enabled():
-        made = op.run_straight(q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed)
+        made = op.run_straight(
+            q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed, bool(return_lse)
+        )
         if made is not None:
-            return made if return_lse else made[0]
+            return made
         # Refused: the checks below say why, or cast what can be cast.
     call = _check(q, k, v, layout, q_pos, k_pos, tables, head_scale, scale, dropout_p, dropout_seed)
     chosen = BACKENDS.select(backend, call.q, _limit(backend, call, return_lse))

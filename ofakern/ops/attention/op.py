@@ -37,7 +37,8 @@ _INPUTS = (
     "Tensor? shared_sets, Tensor? shared_members, "
     "float scale, float dropout_p"
 )
-# Past pybind11's dispatcher as well: None of a call that it refuses, True of one that needs a gradient.
+# Past pybind11's dispatcher as well: None of a call that it refuses, True of one that needs a gradient (where the first
+# flag asks for that); out, with the second flag out and lse.
 _attention_of: Any = getattr(native.cpu, "attention_of", None)
 _Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE = 0, 1, 2, 3, 4, 5, 9, 13
 _DIFFERENTIABLE = (_Q, _K, _V, _Q_POS, _K_POS, _TABLE0, _TABLE1, _HEAD_SCALE)
@@ -66,8 +67,12 @@ def run_straight(
     scale: float | None,
     dropout_p: float,
     dropout_seed: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """The same past the dispatcher, of a call that only the binding checks: None of one that it refuses."""
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The same past the dispatcher, of a call that only the binding checks: None of one that it refuses.
+
+    out, or with return_lse out and lse.
+    """
     count = len(tables)
     if type(layout) is not AttentionLayout or count != len(layout.terms) or (checked := layout.checked) is None:
         return None
@@ -78,13 +83,14 @@ def run_straight(
     table0, table1 = tables[0] if count else None, tables[1] if count > 1 else None
     made = _attention_of(
         *(q, k, v, q_pos, k_pos, table0, table1, head_scale, dropout_seed, dropout_p),
-        *(torch.get_num_threads(), scale, checked, torch.is_grad_enabled()),
+        *(torch.get_num_threads(), scale, checked, torch.is_grad_enabled(), return_lse),
     )
     if made is not True:
         return made  # type: ignore[no-any-return]
     leaves = (q, k, v, q_pos, k_pos, table0, table1, head_scale)
     try:
-        return _apply_straight(layout, scale, dropout_p, dropout_seed, *leaves)  # type: ignore[no-any-return]
+        out, lse = _apply_straight(layout, scale, dropout_p, dropout_seed, *leaves)
+        return (out, lse) if return_lse else out
     except OfakernError:
         return None
 
@@ -102,7 +108,7 @@ class _Straight(torch.autograd.Function):
         *leaves: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         threads = torch.get_num_threads()
-        made = _attention_of(*leaves, dropout_seed, dropout_p, threads, scale, layout.checked, False)
+        made = _attention_of(*leaves, dropout_seed, dropout_p, threads, scale, layout.checked, False, True)
         if made is None:
             raise OfakernValueError("attention: every input must be what the kernel takes as it is, got others")
         out, lse = made
