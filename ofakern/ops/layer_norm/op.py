@@ -133,7 +133,7 @@ def _add_gradients(
 
 
 class _StraightAdd(torch.autograd.Function):
-    """`_Add` where no transform runs: autograd is shown only what has a gradient, which saves an eighth of a small call."""
+    """`_Add` where no transform runs: showing autograd only what has a gradient saves an eighth of a small call."""
 
     @staticmethod
     def forward(
