@@ -3,10 +3,6 @@
 A step is forward, loss and the gradient of every parameter; the optimizer, the same for all, is left out. Phases:
 `step` the whole, `transformer` all but the ResNet (its features are given and get a gradient), `resnet` the rest.
 `python -m benchmarks.model.bench_train_step CASE DTYPE THREADS` prints where the time of a step goes, by op.
-
-How much faster it can be: in float32 the matrix products of the transformer part alone, at the rate of torch's GEMM,
-take 0.56 of the time of the model on SDPA (5.7 of 10.1 s on one thread, batch 2: the record's `roofline_pct`), so 1.79
-times as fast is the end, with nothing but products; ours take 0.71. In bfloat16 products are a tenth of its time.
 """
 
 from __future__ import annotations
