@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import threading
 from collections.abc import Iterator
@@ -153,6 +154,9 @@ def test_threads_take_and_give_at_once() -> None:
     assert wrong == []
 
 
+sees_memory = pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="a sanitizer has memory of its own for ours")
+
+
 def resident() -> int:
     """Bytes of this process that are memory."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -169,6 +173,7 @@ def table_gradient(tokens: Tensor, entries: int = ROWS, dtype: torch.dtype = tor
     return torch.autograd.grad(out, table, dout)[0]
 
 
+@sees_memory
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what memory a process has")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_vocabularys_gradient_is_the_memory_of_its_tokens_rows(dtype: torch.dtype) -> None:
@@ -200,6 +205,7 @@ def test_the_gradient_of_many_tokens_stands_in_kept_memory() -> None:
     assert _cpu.kept_memory() == waited + LARGE
 
 
+@sees_memory
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_what_waits_and_what_the_c_library_holds_is_given_back() -> None:
     held = [torch.ones(1 << 16) for _ in range(400)]  # 256 KiB each, so that half of them leave holes
