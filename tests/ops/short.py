@@ -11,7 +11,12 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+import pytest
+
 SHORT = "OFAKERN_TEST_SHORT" in os.environ
+
+#: Of tests that count resident memory.
+sees_memory = pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="a sanitizer has memory of its own for ours")
 
 
 def examples(count: int) -> int:

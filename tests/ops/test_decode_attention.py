@@ -11,7 +11,7 @@ import torch
 from decode_attention_cases import DTYPES, SOURCES, TABLES, WIDTHS, Case, check, draw, spoil
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from short import examples
+from short import examples, sees_memory
 from torch import Tensor
 
 import ofakern
@@ -356,6 +356,7 @@ def test_refused_caches(message: str, error: type[Exception], make: Callable[[],
         make()
 
 
+@sees_memory
 def test_large_memory_is_whole_and_given_back(cpu: Any) -> None:
     """Of the shape and dtype asked for, aligned to a large page, kept by its views and freed with the last of them."""
     waited = cpu.keep_memory_for(0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import threading
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from short import sees_memory
 from test_attention_process import run_python
 from torch import Tensor
 
@@ -152,9 +152,6 @@ def test_threads_take_and_give_at_once() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
-
-
-sees_memory = pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="a sanitizer has memory of its own for ours")
 
 
 def resident() -> int:
