@@ -48,11 +48,12 @@ _TENSORS = 22  # how many of the inputs are tensors; scale and dropout_p follow
 
 def run(backend: str, *inputs: Any) -> tuple[Tensor, Tensor]:
     """out and lse of `_INPUTS` in that order; differentiable in q, k, v, q_pos, k_pos, the tables and head_scale."""
-    if torch.is_grad_enabled():
-        for n in _DIFFERENTIABLE:
-            if inputs[n] is not None and inputs[n].requires_grad:
-                return apply_function(_Attention, backend, *inputs)  # type: ignore[no-any-return]
-    return _FORWARD[backend](*inputs)  # type: ignore[no-any-return]
+    made: tuple[Tensor, Tensor]
+    if torch.is_grad_enabled() and any(inputs[n] is not None and inputs[n].requires_grad for n in _DIFFERENTIABLE):
+        made = apply_function(_Attention, backend, *inputs)
+    else:
+        made = _FORWARD[backend](*inputs)
+    return made
 
 
 def run_straight(
@@ -81,12 +82,12 @@ def run_straight(
     elif dropout_seed is None:
         dropout_seed = draw_seed(layout.device)
     table0, table1 = tables[0] if count else None, tables[1] if count > 1 else None
-    made = _attention_of(
+    made: Tensor | tuple[Tensor, Tensor] | bool | None = _attention_of(
         *(q, k, v, q_pos, k_pos, table0, table1, head_scale, dropout_seed, dropout_p),
         *(torch.get_num_threads(), scale, checked, torch.is_grad_enabled(), return_lse),
     )
-    if made is not True:
-        return made  # type: ignore[no-any-return]
+    if not isinstance(made, bool):  # True: an input asks for a gradient
+        return made
     leaves = (q, k, v, q_pos, k_pos, table0, table1, head_scale)
     try:
         out, lse = _apply_straight(layout, scale, dropout_p, dropout_seed, *leaves)

@@ -55,7 +55,8 @@ def summed_loss(backend: str, best: bool, *inputs: Any) -> tuple[Tensor, Tensor,
     if backend == STRAIGHT:
         loss, others = _apply_straight(best, inputs[3:], *inputs[:3])
         return loss, *others
-    return apply_function(_SummedLoss, backend, best, *inputs)  # type: ignore[no-any-return]
+    loss, nll, tokens, ids = apply_function(_SummedLoss, backend, best, *inputs)
+    return loss, nll, tokens, ids
 
 
 def _wants_gradient(inputs: tuple[Any, ...]) -> bool:

@@ -45,34 +45,33 @@ def add_layer_norm(
         x.requires_grad or residual.requires_grad or weight.requires_grad or bias.requires_grad
     ):
         if backend == STRAIGHT:
-            return _apply_add((seed, eps, p), x, residual, weight, bias)  # type: ignore[no-any-return]
-        out, total, _ = apply_function(_Add, backend, *arguments)
+            out, total = _apply_add((seed, eps, p), x, residual, weight, bias)
+        else:
+            out, total, _ = apply_function(_Add, backend, *arguments)
     else:
         out, total, _ = _forward_alone("add_layer_norm", backend)(*arguments)
     return out, total
 
 
 def gelu_layer_norm(backend: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        if backend == STRAIGHT:
-            return _apply_normalised("gelu_layer_norm", eps, x, weight, bias)  # type: ignore[no-any-return]
-        out, _ = apply_function(_Normalised, "gelu_layer_norm", backend, x, weight, bias, eps)
-    else:
-        out, _ = _forward_alone("gelu_layer_norm", backend)(x, weight, bias, eps)
-    return out  # type: ignore[no-any-return]
+    return _normalise("gelu_layer_norm", backend, (x, weight, bias), eps)
 
 
 def head_scale_layer_norm(
     backend: str, x: Tensor, head_scale: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
-    differentiable = (x, head_scale, weight, bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
-        if backend == STRAIGHT:
-            return _apply_normalised("head_scale_layer_norm", eps, *differentiable)  # type: ignore[no-any-return]
-        out, _ = apply_function(_Normalised, "head_scale_layer_norm", backend, *differentiable, eps)
+    return _normalise("head_scale_layer_norm", backend, (x, head_scale, weight, bias), eps)
+
+
+def _normalise(name: str, backend: str, differentiable: tuple[Tensor, ...], eps: float) -> Tensor:
+    out: Tensor
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)):
+        out, _ = _forward_alone(name, backend)(*differentiable, eps)
+    elif backend == STRAIGHT:
+        out = _apply_normalised(name, eps, *differentiable)
     else:
-        out, _ = _forward_alone("head_scale_layer_norm", backend)(*differentiable, eps)
-    return out  # type: ignore[no-any-return]
+        out, _ = apply_function(_Normalised, name, backend, *differentiable, eps)
+    return out
 
 
 def embed_layer_norm(
@@ -88,11 +87,12 @@ def embed_layer_norm(
 ) -> Tensor:
     arguments = (tokens, table, types, type_table, weight, bias, scale, eps)
     differentiable = (table, weight, bias) if type_table is None else (table, type_table, weight, bias)
+    out: Tensor
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
         out, _ = apply_function(_Embed, backend, *arguments)
     else:
         out, _ = _forward_alone("embed_layer_norm", backend)(*arguments)
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------------
@@ -178,11 +178,12 @@ class _StraightNormalised(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: str, eps: float, *leaves: Tensor) -> Tensor:
+        out: Tensor
         out, stats = _FORWARD[op][STRAIGHT](*leaves, eps)
         *activations, weight, _ = leaves
         ctx.save_for_backward(*activations, stats, weight)
         ctx.op = op
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

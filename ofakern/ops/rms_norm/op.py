@@ -22,12 +22,13 @@ from ofakern.ops.library import (
 
 def rms_norm(backend: str, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`[..., D]` to `[..., D]`; weight arrives as float32."""
+    out: Tensor
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out, _ = apply_function(_RmsNorm, backend, x, weight, eps)
     else:
         forward = _forward_alone if backend == STRAIGHT else _FORWARD[backend]
         out, _ = forward(x, weight, eps)
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 class _RmsNorm(torch.autograd.Function):
