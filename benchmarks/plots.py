@@ -52,7 +52,10 @@ def _figure(op: str, phase: str, dtype: str, records: list[dict[str, Any]], resu
         axes.bar(places, list(heights.values()), width, label=label, color=_COLORS[n % len(_COLORS)])
     for height, label, style in _lines(results["roofline"], dtype, gemm):
         axes.axhline(height, color="black", linestyle=style, linewidth=1, label=label)
-    axes.set_yscale("log")
+    shown = [bar.get_height() for bar in axes.patches]
+    if max(shown) > 20 * min(shown):  # bars begin at 0 where that shows them all
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
     axes.set_ylabel("GFLOP/s (work of the case / p50)" if gemm else "% of the roofline (least time / p50)")
     machine = results["machine"]
