@@ -35,8 +35,9 @@ OFAKERN_HOT Vec vsub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 OFAKERN_HOT Vec vmul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 OFAKERN_HOT Vec vfma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 OFAKERN_HOT Vec vmax(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }  // b where either is NaN
+OFAKERN_HOT Vec vmin(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }  // b where either is NaN
 OFAKERN_HOT Vec vround(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-OFAKERN_HOT Vec vscale2(Vec a, Vec n) {  // a * 2^n for integral n in [-127, 127]
+OFAKERN_HOT Vec vscale2(Vec a, Vec n) {  // a * 2^n for integral n in [-127, 128], where 2^128 is inf
   const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(e))};
 }

@@ -17,8 +17,6 @@ struct Vec {
   __m512 v;
 };
 
-constexpr float kExp2Floor = -200.0f;  // vexp2 of this and of anything below is 0
-
 OFAKERN_HOT Vec vset(float x) { return {_mm512_set1_ps(x)}; }
 OFAKERN_HOT Vec vzero() { return {_mm512_setzero_ps()}; }
 OFAKERN_HOT Vec vload(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -36,8 +34,6 @@ OFAKERN_HOT Vec vsub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 OFAKERN_HOT Vec vmul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 OFAKERN_HOT Vec vfma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 OFAKERN_HOT Vec vmax(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
-OFAKERN_HOT Vec vround(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-OFAKERN_HOT Vec vscale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n
 OFAKERN_HOT Vec vselect(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 OFAKERN_HOT float hmax(Vec a) { return _mm512_reduce_max_ps(a.v); }
 OFAKERN_HOT float hsum(Vec a) { return _mm512_reduce_add_ps(a.v); }
