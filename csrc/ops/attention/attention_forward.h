@@ -13,14 +13,19 @@ constexpr i64 kForwardRows = 1024;
 // A row may hold probabilities of up to this much (a power of two) before its reference is moved.
 constexpr float kRowLimit = 4294967296.0f;
 
+// A row's first reference is the maximum of this many vectors of scores: nearly as good as that of the whole tile.
+constexpr int kGlance = 4;
+
 template <class T>
 struct ForwardMember : Member {
   using Elem = Packed<T>;
   KeySide<T> keys;
-  Elem* queries;     // [kQueries, depth]
-  float* output;     // [kQueries, columns]
-  float* reference;  // [kQueries]: what probabilities are relative to, in units of log2(e)
-  float* sum;        // [kQueries, kWidth]: lane by lane
+  Elem* queries;      // [kQueries, depth]
+  float* output;      // [kQueries, columns]
+  float* reference;   // [kQueries]: what probabilities are relative to, in units of log2(e)
+  float* sum;         // [kQueries, kWidth]: lane by lane
+  RowTables* tables;  // [kQueries]
+  bool* alike;        // [kQueries]: the row sees what the row before it sees, with the same terms
 };
 
 template <class T>
@@ -48,6 +53,8 @@ struct ForwardScratch {
       member.output = arena.take<float>(kQueries * p.columns);
       member.reference = arena.take<float>(kQueries);
       member.sum = arena.take<float>(kQueries * kWidth);
+      member.tables = arena.take<RowTables>(kQueries);
+      member.alike = arena.take<bool>(kQueries);
     }
     s.positions = PositionSide<T>::take(p, span, false, arena);
     s.scores = arena.take<float>(kStep * kKeys);
@@ -75,12 +82,12 @@ OFAKERN_HOT Vec visible_scores(const ForwardRow<T>& row, const float* products, 
   return row.plan.whole ? score : vselect(row.plan.lanes(v), score, vset(-kInfinity));
 }
 
+// The largest score of vectors up to `end`.
 template <int TERMS, class T>
-OFAKERN_LOCAL float row_maximum(const ForwardRow<T>& row, const float* products) {
+OFAKERN_LOCAL float row_maximum(const ForwardRow<T>& row, const float* products, int end) {
   const Vec scale = vset(row.p.scale * kLog2e);
   Vec top = vset(-kInfinity);
-  for (int v = row.plan.begin; v < row.plan.end; ++v)
-    top = vmax(top, visible_scores<TERMS>(row, products, scale, vzero(), v));
+  for (int v = row.plan.begin; v < end; ++v) top = vmax(top, visible_scores<TERMS>(row, products, scale, vzero(), v));
   return hmax(top);
 }
 
@@ -88,6 +95,7 @@ OFAKERN_LOCAL float row_maximum(const ForwardRow<T>& row, const float* products)
 template <bool DROPOUT, class T, class Score>
 OFAKERN_HOT Vec exponentiate_run(const ForwardRow<T>& row, int from, int to, Vec total, const Score& score) {
   Packed<T>* probabilities = row.probabilities;
+#pragma GCC unroll 4
   for (int v = from; v < to; ++v) {
     Vec probability = vexp2_for(score(v), probabilities);
     total = vadd(total, probability);
@@ -107,10 +115,11 @@ OFAKERN_HOT Vec exponentiate(const ForwardRow<T>& row, const float* products, fl
   const auto any_score = [&](int v) { return visible_scores<TERMS>(row, products, scale, shift, v); };
   if (row.dropout != nullptr) {
     total = exponentiate_run<true>(row, begin, end, total, any_score);
-  } else if (TERMS == 1 && row.plan.whole) {
+  } else if (TERMS <= 1 && row.plan.whole) {
     // The usual row, without a question per vector: before its segment, inside it, behind it.
     const auto& term = row.plan.terms[0];
-    const int from = term.begin < term.end ? term.begin : end, to = max_of(from, term.end);
+    const bool none = TERMS == 0 || term.begin >= term.end;
+    const int from = none ? end : term.begin, to = none ? end : term.end;
     const Vec less = vsub(vzero(), shift);
     const auto product = [&](int v) { return vfma(vload(products + v * kWidth), scale, less); };
     const auto biased = [&](int v) { return vadd(product(v), table_lanes(term, row.tables.table[0], v)); };
@@ -146,7 +155,7 @@ OFAKERN_HOT void multiply_queries(const Problem<T>& p, const ForwardScratch<T>& 
 
 // Row r of the step, row q of the block: dot products become probabilities, and their sum is added to the row's.
 //
-// Probabilities are relative to the maximum of the first tile that the row saw: any reference gives the same result,
+// Probabilities are relative to the maximum of the first scores that the row saw: any reference gives the same result,
 // and one that stays spares a pass over the scores. It moves, as in an online softmax, only when a sum grows beyond
 // kRowLimit; the dot products, gone by then, are computed again.
 template <int TERMS, class T>
@@ -154,9 +163,14 @@ OFAKERN_HOT void softmax_row(const ForwardRow<T>& row, ForwardScratch<T>& s, For
   constexpr i64 kRows = Gemm<Packed<T>>::kRows;
   const float* products = s.scores + r * s.kKeys;
   float* sum = member.sum + q * kWidth;
-  if (member.reference[q] != -kInfinity) {
-    const Vec total = exponentiate<TERMS>(row, products, member.reference[q]);
+  const float before = member.reference[q];
+  const bool fresh = before == -kInfinity;
+  const float reference =
+      fresh ? row_maximum<TERMS>(row, products, min_of(row.plan.begin + kGlance, row.plan.end)) : before;
+  if (reference != -kInfinity) {
+    const Vec total = exponentiate<TERMS>(row, products, reference);
     if (!vany_above(total, kRowLimit)) {
+      member.reference[q] = reference;
       vstore(sum, vadd(vload(sum), total));
       return;
     }
@@ -164,8 +178,8 @@ OFAKERN_HOT void softmax_row(const ForwardRow<T>& row, ForwardScratch<T>& s, For
     multiply_queries(row.p, s, member, row.plan.tile, first, kRows, s.again);
     products = s.again + (q - first) * s.kKeys;
   }
-  const float before = member.reference[q], top = max_of(before, row_maximum<TERMS>(row, products));
-  if (before != -kInfinity) rescale_row(row.p, member, q, before - top);
+  const float top = max_of(reference, row_maximum<TERMS>(row, products, row.plan.end));
+  if (!fresh) rescale_row(row.p, member, q, before - top);
   member.reference[q] = top;
   // Scores that are all -inf leave no reference; they count for nothing.
   const Vec total = exponentiate<TERMS>(row, products, top == -kInfinity ? 0.0f : top);
@@ -189,7 +203,7 @@ OFAKERN_LOCAL void finish_row(const Problem<T>& p, const ForwardMember<T>& membe
 }
 
 // Query rows [q, q + rows) of a member's block against one tile of keys. Behind the last one their results are written,
-// a row here and a row there: they are asked for while there is work.
+// a row here and a row there: they are asked for ahead.
 template <int TERMS, class T>
 OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, ForwardMember<T>& member, TilePlan<T>& plan,
                                 i64 tile, i64 head, i64 q, i64 rows, const T* out) {
@@ -198,10 +212,12 @@ OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, Forwa
   const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows);
   const i64 padded_keys = round_up(member.keys.tile_keys(tile), max_of<i64>(Gemm<Elem>::kDepth, kWidth));
   multiply_queries(p, s, member, tile, q, gemm_rows, s.scores);
+  const i64 first = member.block_first + q;
+  if (tile + 1 == member.tile_end)
+    for (i64 r = 0; r < rows; ++r) prefetch_row(out + ((first + r) * p.heads + head) * p.value_width, p.value_width);
   for (i64 r = 0; r < rows; ++r) {
-    const i64 i = member.block_first + q + r;
-    if (tile + 1 == member.tile_end) prefetch_row(out + (i * p.heads + head) * p.value_width, p.value_width);
-    plan.set(p, member.keys, tile, i);
+    const i64 i = first + r;
+    if (r == 0 || !member.alike[q + r]) plan.set(p, member.keys, tile, i);
     if (plan.empty()) {
       zero_row(s.probabilities(r), padded_keys);
       continue;
@@ -209,7 +225,7 @@ OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, Forwa
     if (p.dropout) dropout_factors(p, member.sample, head, i, member.keys.first + tile * kKeys, padded_keys, s.dropout);
     const ForwardRow<T> row = {p,
                                plan,
-                               row_tables(p, head, i),
+                               member.tables[q + r],
                                p.dropout ? s.dropout : nullptr,
                                s.probabilities(r),
                                static_cast<int>(padded_keys / kWidth)};
@@ -220,10 +236,23 @@ OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, Forwa
        member.keys.rows(member.keys.v_rows, tile, p.columns), member.output + q * p.columns, p.columns, true);
 }
 
+// Whether rows i - 1 and i see the same keys, with the same terms.
+template <class T>
+OFAKERN_HOT bool alike(const Problem<T>& p, i64 i) {
+  bool same = p.visible[i - 1] == p.visible[i];
+  for (int t = 0; t < p.term_count; ++t) same = same && p.terms[t].same[i - 1] == p.terms[t].same[i];
+  return same;
+}
+
 template <class T>
 OFAKERN_LOCAL void open_block(const Problem<T>& p, ForwardMember<T>& member, i64 head, i64 first, i64 count) {
   member.set_block(p, first, count, member.keys.first);
-  for (i64 r = 0; r < member.block_rows; ++r) member.reference[r] = -kInfinity;
+  for (i64 r = 0; r < member.block_rows; ++r) {
+    const i64 i = member.block_first + r;
+    member.reference[r] = -kInfinity;
+    member.tables[r] = row_tables(p, head, i);
+    member.alike[r] = r > 0 && alike(p, i);
+  }
   zero_row(member.sum, member.block_rows * kWidth);
   if (member.tile_begin == member.tile_end) return;
   pack_queries(p, head, member.block_first, member.block_rows, member.queries);

@@ -36,6 +36,7 @@ constexpr i64 kRowsAhead = 8;
 struct Interval {
   std::int32_t lo, hi;
   bool empty() const { return lo >= hi; }
+  bool operator==(Interval other) const { return lo == other.lo && hi == other.hi; }
 };
 
 OFAKERN_HOT Interval intersect(Interval a, Interval b) { return {max_of(a.lo, b.lo), min_of(a.hi, b.hi)}; }
@@ -378,11 +379,11 @@ struct TilePlan {
   Mask lanes(int v) const { return mask_range(lo - v * kWidth, hi - v * kWidth); }
 
   void set(const Problem<T>& p, const KeySide<T>& side, i64 new_tile, i64 i) {
-    const bool same_keys = new_tile == tile && p.visible[i].lo == visible.lo && p.visible[i].hi == visible.hi;
+    const bool same_keys = new_tile == tile && p.visible[i] == visible;
     if (!same_keys) set_keys(side, new_tile, p.visible[i]);
     for (int t = 0; t < p.term_count; ++t) {
       const Interval same = p.terms[t].same[i];
-      if (!same_keys || same.lo != terms[t].same.lo || same.hi != terms[t].same.hi)
+      if (!same_keys || !(same == terms[t].same))
         set_term(p.terms[t], side, terms[t], same, side.tile_groups(t, new_tile));
     }
   }
