@@ -51,6 +51,7 @@ class _Timing:
     backend: str
     seconds: dict[str, float]
     work: Work
+    rates: Mapping[str, float]  # of the machine, measured in turn
     peak_mib: float | None = None
     details: Mapping[str, float] = field(default_factory=dict)
 
@@ -226,16 +227,19 @@ def _run_case(session: _Session, spec: Any, dtype: str, bar: Any) -> Iterator[st
                 calls[name] = entry.call(phase)
             except Unavailable as reason:
                 _skip(session, spec, dtype, phase, name, str(reason))
-        samples, last = timing.in_turn(calls, timing.QUICK if session.quick else timing.FULL)
+        yardsticks = roofline.in_turn(work, dtype, session.whole.roof)
+        turn = calls | {name: stick.call for name, stick in yardsticks.items()}
+        samples, last = timing.in_turn(turn, timing.QUICK if session.quick else timing.FULL)
         if expected is not None and not torch.equal(ours.comparable(last[ours.name]), expected):
             raise OfakernRuntimeError(f"bench: {spec.name} {dtype} must give the same bits in every call, got others")
         del last
+        rates = {name: _rate(name, stick, samples[name]) for name, stick in yardsticks.items()}
         timings = []
         for name in calls:
             seconds = {key: t / contenders[name].share for key, t in timing.quantiles(samples[name]).items()}
             details = contenders[name].details
             numbers = {} if details is None else dict(details())
-            timings.append(_Timing(spec.name, phase, dtype, name, seconds, work, details=numbers))
+            timings.append(_Timing(spec.name, phase, dtype, name, seconds, work, rates, details=numbers))
         session.timings += timings
         session.save()
         for one in timings:
@@ -243,6 +247,11 @@ def _run_case(session: _Session, spec: Any, dtype: str, bar: Any) -> Iterator[st
         session.save()
         bar.update()
         yield _progress_line(session, spec.name, dtype, phase)
+
+
+def _rate(name: str, stick: roofline.Yardstick, samples: Sequence[float]) -> float:
+    """In the unit that the name ends with: TFLOP/s or GB/s."""
+    return stick.amount / timing.quantiles(samples)["p50"] / (1e12 if name.endswith("tflops") else 1e9)
 
 
 def band_of(work: Work) -> str:
@@ -311,7 +320,7 @@ def _records(session: _Session, roof: dict[str, Any]) -> list[dict[str, Any]]:
     records = []
     for t in session.timings:
         p50 = t.seconds["p50"]
-        bounds = roofline.bounds(t.work, t.dtype, roof, roof["bandwidth"][band_of(t.work)])
+        bounds = roofline.bounds(t.work, t.dtype, roof, {**roof["bandwidth"][band_of(t.work)], **t.rates})
         bound = max(bounds, key=lambda kind: bounds[kind])
         record: dict[str, Any] = {
             "op": session.op.name,
@@ -326,6 +335,7 @@ def _records(session: _Session, roof: dict[str, Any]) -> list[dict[str, Any]]:
             "gbps": t.work.bytes / p50 / 1e9,
             "bound": bound,
             "roofline_pct": 100 * bounds[bound] / p50,
+            "rates": dict(t.rates),
             **t.details,
         }
         if t.backend == session.op.ours:

@@ -45,7 +45,8 @@ def test_records_have_the_stated_form(results: dict[str, Any]) -> None:
     }
     for record in results["records"]:
         ours = record["backend"] == "cpu"
-        assert record.keys() == RECORD | ({"versus"} if ours else set())
+        assert record.keys() == RECORD | {"rates"} | ({"versus"} if ours else set())
+        assert record["rates"] == {}  # far too small for the machine's rates to be measured beside it
         assert 0 < record["ms"]["p20"] <= record["ms"]["p50"] <= record["ms"]["p80"]
         if ours:
             assert record["versus"].keys() == {"sdpa_plain", "sdpa_mask", "sdpa_concat", "ofasys"}
@@ -84,6 +85,22 @@ def test_the_floor_is_the_largest_part_of_the_work() -> None:
     band = {"copy_gbps": 10.0, "read_gbps": 8.0}
     job = Work(flops=2e12, bytes=30e9, other={"erf": 2e9})
     assert roofline.bounds(job, "bf16", roof, band) == {"gemm": 1.0, "bytes": 3.0, "erf": 0.5}
+
+
+def test_rates_of_a_large_case_are_measured_in_turn() -> None:
+    roof = {"gemm_tflops": {"f32": {"1024": 2.0, "2048": 1.0, "best": 2.0}}}
+    assert roofline.in_turn(Work(flops=9e8, bytes=2**24), "f32", roof) == {}
+    assert roofline.in_turn(Work(flops=0, bytes=2**26, cold=True), "f32", roof) == {}
+    sticks = roofline.in_turn(Work(flops=2e9, bytes=2**26), "f32", roof)
+    assert {name: stick.amount for name, stick in sticks.items()} == {
+        "gemm_tflops": 2 * 1024**3,
+        "copy_gbps": 2**26,
+        "read_gbps": 2**26,
+    }
+    samples, _ = timing.in_turn({name: stick.call for name, stick in sticks.items()}, timing.Budget(0.0, 3, 3))
+    assert all(len(times) == 3 for times in samples.values())
+    band = {"copy_gbps": 10.0, "read_gbps": 8.0, "gemm_tflops": 4.0}
+    assert roofline.bounds(Work(flops=2e12, bytes=30e9), "f32", roof, band) == {"gemm": 0.5, "bytes": 3.0}
 
 
 def test_rates_of_other_work() -> None:
