@@ -31,7 +31,7 @@ in turn in one process on the same random inputs. Shares are of p50 times.
   flops at torch's GEMM rate of that dtype; its bytes at the faster of copy and read, over arrays of the case's size;
   its other work (`vector`: float32 operations outside matrix products, `erf`, `exp`) at that kind's rate. All rates
   are measured in the same run. Those of a case of at least 1 GFLOP or 32 MiB run in turn with its contenders, and the
-  medians are compared (`rates` in the file; files from before 22 November 2026 have the run's rates only): on a shared
+  medians are compared (`rates` in the file; one without has the run's rates only): on a shared
   machine a rate of another moment says little.
 - *bound*: which of these it is.
 - Time is wall time; with one thread it is the process's CPU time, which other load on the machine hardly touches.
