@@ -289,14 +289,15 @@ OFAKERN_LOCAL void backward_step(const Problem<T>& p, BackwardScratch<T>& s, Bac
                                  TilePlan<T>& plan, i64 tile, i64 head, i64 q, i64 rows, const T* dq) {
   using Elem = Packed<T>;
   constexpr i64 kKeys = BackwardScratch<T>::kKeys;
-  const i64 keys = member.keys.tile_keys(tile), columns = round_up(keys, Gemm<Elem>::kColumns);
-  const i64 padded_keys = round_up(keys, max_of<i64>(Gemm<Elem>::kDepth, kWidth));
+  const i64 padded_keys = round_up(member.keys.tile_keys(tile), max_of<i64>(Gemm<Elem>::kDepth, kWidth));
   const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows), depth_rows = round_up(rows, Gemm<Elem>::kDepth);
-  gemm(gemm_rows, columns, p.depth, member.queries + q * p.depth, p.depth,
-       member.keys.transposed(member.keys.k_transposed, tile, p.depth), s.scores + q * kKeys, kKeys,
-       s.positions.onto(q));
-  gemm(gemm_rows, columns, p.columns, member.outputs + q * p.columns, p.columns,
-       member.keys.transposed(member.keys.v_transposed, tile, p.columns), s.dscores + q * kKeys, kKeys, false);
+  const Interval keys = step_keys(member.keys, tile, hull_of(p, member.block_first + q, rows));
+  const i64 count = keys.hi - keys.lo, start = q * kKeys + keys.lo;
+  gemm(gemm_rows, count, p.depth, member.queries + q * p.depth, p.depth,
+       member.keys.transposed(member.keys.k_transposed, tile, p.depth, keys.lo), s.scores + start, kKeys,
+       s.positions.onto(q).from(0, keys.lo));
+  gemm(gemm_rows, count, p.columns, member.outputs + q * p.columns, p.columns,
+       member.keys.transposed(member.keys.v_transposed, tile, p.columns, keys.lo), s.dscores + start, kKeys, false);
   const float head_scale = p.head_scale == nullptr ? 1.0f : p.head_scale[head];
   for (i64 r = q; r < q + rows; ++r) {
     const i64 i = member.block_first + r;

@@ -25,6 +25,7 @@ struct ForwardMember : Member {
   float* reference;   // [kQueries]: what probabilities are relative to, in units of log2(e)
   float* sum;         // [kQueries, kWidth]: lane by lane
   RowTables* tables;  // [kQueries]
+  Interval* seen;     // [kQueries / kStep]: keys that a step's rows see
   bool* alike;        // [kQueries]: the row sees what the row before it sees, with the same terms
 };
 
@@ -54,6 +55,7 @@ struct ForwardScratch {
       member.reference = arena.take<float>(kQueries);
       member.sum = arena.take<float>(kQueries * kWidth);
       member.tables = arena.take<RowTables>(kQueries);
+      member.seen = arena.take<Interval>(ceil_div(kQueries, kStep));
       member.alike = arena.take<bool>(kQueries);
     }
     s.positions = PositionSide<T>::take(p, span, false, arena);
@@ -72,7 +74,9 @@ struct ForwardRow {
   RowTables tables;
   const float* dropout;  // factors of the tile's keys, or null
   Packed<T>* probabilities;
-  int padded;  // vectors to be written
+  int from, to;  // vectors that the step takes
+
+  Interval keys() const { return {from * kWidth, to * kWidth}; }
 };
 
 // Scores minus `shift` of vector v, -inf where the row sees nothing.
@@ -129,8 +133,8 @@ OFAKERN_HOT Vec exponentiate(const ForwardRow<T>& row, const float* products, fl
   } else {
     total = exponentiate_run<false>(row, begin, end, total, any_score);
   }
-  for (int v = 0; v < begin; ++v) vstore_as(row.probabilities + v * kWidth, vzero());
-  for (int v = end; v < row.padded; ++v) vstore_as(row.probabilities + v * kWidth, vzero());
+  for (int v = row.from; v < begin; ++v) vstore_as(row.probabilities + v * kWidth, vzero());
+  for (int v = end; v < row.to; ++v) vstore_as(row.probabilities + v * kWidth, vzero());
   return total;
 }
 
@@ -143,14 +147,14 @@ OFAKERN_LOCAL void rescale_row(const Problem<T>& p, ForwardMember<T>& s, i64 q, 
   for (i64 x = 0; x < p.columns; x += kWidth) vstore(output + x, vmul(vload(output + x), factor));
 }
 
-// q.k of `rows` rows from row q of the member's block on, with one tile of keys; onto the positions' products where
-// they are made apart.
+// q.k of `rows` rows from row q of the member's block on, with some keys of one tile; onto the positions'
+// products where they are made apart.
 template <class T>
 OFAKERN_HOT void multiply_queries(const Problem<T>& p, const ForwardScratch<T>& s, const ForwardMember<T>& member,
-                                  i64 tile, i64 q, i64 rows, float* scores) {
-  using Elem = Packed<T>;
-  gemm(rows, round_up(member.keys.tile_keys(tile), Gemm<Elem>::kColumns), p.depth, member.queries + q * p.depth,
-       p.depth, member.keys.transposed(member.keys.k_transposed, tile, p.depth), scores, s.kKeys, s.positions.onto(q));
+                                  i64 tile, Interval keys, i64 q, i64 rows, float* scores) {
+  gemm(rows, keys.hi - keys.lo, p.depth, member.queries + q * p.depth, p.depth,
+       member.keys.transposed(member.keys.k_transposed, tile, p.depth, keys.lo), scores + keys.lo, s.kKeys,
+       s.positions.onto(q).from(0, keys.lo));
 }
 
 // Row r of the step, row q of the block: dot products become probabilities, and their sum is added to the row's.
@@ -175,7 +179,7 @@ OFAKERN_HOT void softmax_row(const ForwardRow<T>& row, ForwardScratch<T>& s, For
       return;
     }
     const i64 first = q / kRows * kRows;
-    multiply_queries(row.p, s, member, row.plan.tile, first, kRows, s.again);
+    multiply_queries(row.p, s, member, row.plan.tile, row.keys(), first, kRows, s.again);
     products = s.again + (q - first) * s.kKeys;
   }
   const float top = max_of(reference, row_maximum<TERMS>(row, products, row.plan.end));
@@ -209,31 +213,33 @@ OFAKERN_LOCAL void forward_step(const Problem<T>& p, ForwardScratch<T>& s, Forwa
                                 i64 tile, i64 head, i64 q, i64 rows, const T* out) {
   using Elem = Packed<T>;
   constexpr i64 kKeys = ForwardScratch<T>::kKeys, kRowStride = ForwardScratch<T>::kRowStride;
-  const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows);
-  const i64 padded_keys = round_up(member.keys.tile_keys(tile), max_of<i64>(Gemm<Elem>::kDepth, kWidth));
-  multiply_queries(p, s, member, tile, q, gemm_rows, s.scores);
-  const i64 first = member.block_first + q;
+  const i64 gemm_rows = round_up(rows, Gemm<Elem>::kRows), first = member.block_first + q;
+  const Interval keys = step_keys(member.keys, tile, member.seen[q / ForwardScratch<T>::kStep]);
   if (tile + 1 == member.tile_end)
     for (i64 r = 0; r < rows; ++r) prefetch_row(out + ((first + r) * p.heads + head) * p.value_width, p.value_width);
+  if (keys.empty()) return;
+  const i64 count = keys.hi - keys.lo;
+  multiply_queries(p, s, member, tile, keys, q, gemm_rows, s.scores);
   for (i64 r = 0; r < rows; ++r) {
     const i64 i = first + r;
     if (r == 0 || !member.alike[q + r]) plan.set(p, member.keys, tile, i);
     if (plan.empty()) {
-      zero_row(s.probabilities(r), padded_keys);
+      zero_row(s.probabilities(r) + keys.lo, count);
       continue;
     }
-    if (p.dropout) dropout_factors(p, member.sample, head, i, member.keys.first + tile * kKeys, padded_keys, s.dropout);
+    if (p.dropout) dropout_factors(p, member.sample, head, i, member.keys.first + tile * kKeys, keys.hi, s.dropout);
     const ForwardRow<T> row = {p,
                                plan,
                                member.tables[q + r],
                                p.dropout ? s.dropout : nullptr,
                                s.probabilities(r),
-                               static_cast<int>(padded_keys / kWidth)};
+                               static_cast<int>(keys.lo / kWidth),
+                               static_cast<int>(keys.hi / kWidth)};
     softmax_row<TERMS>(row, s, member, r, q + r);
   }
-  for (i64 r = rows; r < gemm_rows; ++r) zero_row(s.probabilities(r), padded_keys);
-  gemm(gemm_rows, p.columns, padded_keys, s.probabilities(0), kRowStride,
-       member.keys.rows(member.keys.v_rows, tile, p.columns), member.output + q * p.columns, p.columns, true);
+  for (i64 r = rows; r < gemm_rows; ++r) zero_row(s.probabilities(r) + keys.lo, count);
+  gemm(gemm_rows, p.columns, count, s.probabilities(0) + keys.lo, kRowStride,
+       member.keys.rows(member.keys.v_rows, tile, p.columns, keys.lo), member.output + q * p.columns, p.columns, true);
 }
 
 // Whether rows i - 1 and i see the same keys, with the same terms.
@@ -253,6 +259,9 @@ OFAKERN_LOCAL void open_block(const Problem<T>& p, ForwardMember<T>& member, i64
     member.tables[r] = row_tables(p, head, i);
     member.alike[r] = r > 0 && alike(p, i);
   }
+  constexpr i64 kStep = ForwardScratch<T>::kStep;
+  for (i64 r = 0; r < member.block_rows; r += kStep)
+    member.seen[r / kStep] = hull_of(p, member.block_first + r, min_of(kStep, member.block_rows - r));
   zero_row(member.sum, member.block_rows * kWidth);
   if (member.tile_begin == member.tile_end) return;
   pack_queries(p, head, member.block_first, member.block_rows, member.queries);

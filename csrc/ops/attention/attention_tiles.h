@@ -285,12 +285,19 @@ struct KeySide {
   i64 padded_tile_keys(i64 tile) const { return round_up(tile_keys(tile), kPanel); }
   const KeyGroup* tile_groups(int term, i64 tile) const { return groups[term] + tile * (kKeys / kWidth); }
 
-  // B operands of one tile.
-  static Panels<Elem> transposed(const Elem* data, i64 tile, i64 width) {
-    return {data + tile * kKeys * width, width * kPanel, kPanel * kPair};
+  // B operands of one tile from key `key` on, the first of a panel.
+  static Panels<Elem> transposed(const Elem* data, i64 tile, i64 width, i64 key = 0) {
+    return {data + (tile * kKeys + key) * width, width * kPanel, kPanel * kPair};
   }
-  static Panels<Elem> rows(const Elem* data, i64 tile, i64 width) {
-    return {data + tile * kKeys * panel_columns(width), kKeys * kPanel, kPanel * kPair};
+  static Panels<Elem> rows(const Elem* data, i64 tile, i64 width, i64 key = 0) {
+    return {data + tile * kKeys * panel_columns(width) + key * kPanel, kKeys * kPanel, kPanel * kPair};
+  }
+
+  // Counted from the tile's first key, clipped to the tile; {0, 0} when nothing is left.
+  Interval local(i64 tile, Interval interval) const {
+    const i64 start = first + tile * kKeys;
+    const i64 from = max_of<i64>(interval.lo - start, 0), to = min_of<i64>(interval.hi - start, tile_keys(tile));
+    return from < to ? Interval{static_cast<std::int32_t>(from), static_cast<std::int32_t>(to)} : Interval{0, 0};
   }
 
   void pack(const Problem<T>& p, i64 key_head, Interval range, bool backward) {
@@ -352,6 +359,16 @@ OFAKERN_LOCAL Interval hull_of(const Problem<T>& p, i64 first, i64 count) {
   return hull;
 }
 
+// What a step takes of a tile, keys counted from the tile's first: those in `seen`, from a panel's first key to a
+// multiple of what the products take.
+template <class T>
+OFAKERN_LOCAL Interval step_keys(const KeySide<T>& side, i64 tile, Interval seen) {
+  constexpr i64 kMultiple = max_of<i64>(Gemm<Packed<T>>::kDepth, kWidth);
+  const Interval keys = side.local(tile, seen);
+  return {static_cast<std::int32_t>(keys.lo / kPanel * kPanel),
+          static_cast<std::int32_t>(round_up(keys.hi, kMultiple))};
+}
+
 // How the rows that share their intervals go through one tile of keys: which lanes of which vectors they see, and where
 // the lanes' table entries stand. Made once, used by all such rows.
 template <class T>
@@ -392,7 +409,7 @@ struct TilePlan {
   void set_keys(const KeySide<T>& side, i64 new_tile, Interval new_visible) {
     visible = new_visible;
     tile = new_tile;
-    const Interval seen = local(side, visible);
+    const Interval seen = side.local(tile, visible);
     lo = seen.lo;
     hi = seen.hi;
     begin = lo / kWidth;
@@ -400,18 +417,11 @@ struct TilePlan {
     whole = lo % kWidth == 0 && hi % kWidth == 0;
   }
 
-  // Counted from the tile's first key, clipped to the tile; {0, 0} when nothing is left.
-  Interval local(const KeySide<T>& side, Interval interval) const {
-    const i64 first = side.first + tile * KeySide<T>::kKeys;
-    const i64 from = max_of<i64>(interval.lo - first, 0), to = min_of<i64>(interval.hi - first, side.tile_keys(tile));
-    return from < to ? Interval{static_cast<std::int32_t>(from), static_cast<std::int32_t>(to)} : Interval{0, 0};
-  }
-
   void set_term(const Term& term, const KeySide<T>& side, Entries& entries, Interval same, const KeyGroup* groups) {
     entries.same = same;
     entries.coords = term.k_coord + side.first + tile * KeySide<T>::kKeys;
     entries.scattered = false;
-    const Interval keys = intersect(local(side, same), Interval{lo, hi});
+    const Interval keys = intersect(side.local(tile, same), Interval{lo, hi});
     entries.begin = keys.empty() ? 0 : keys.lo / kWidth;
     entries.end = keys.empty() ? 0 : static_cast<int>(ceil_div(keys.hi, kWidth));
     for (int v = entries.begin; v < entries.end; ++v) {
