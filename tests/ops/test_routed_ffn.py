@@ -116,8 +116,9 @@ def test_several_blocks_and_slices(dtype: torch.dtype) -> None:
 
 
 def test_few_float32_tokens_and_long_rows_of_weight(isa: str) -> None:
-    """Rows in two slices that are not equal; outputs that are no multiple of what a tile takes."""
+    """Slices of rows that are not equal; outputs, columns and tokens that are no multiple of what a tile takes."""
     check(make_case(5, (5, 0, 70), 1552, 101))
+    check(make_case(5, (2, 7, 128, 3), 144, 200))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_what_auto_takes(dtype: torch.dtype, counts: tuple[int, ...], gradient: 
     assert torch.equal(chosen, ours)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_that_go_past_the_caches(dtype: torch.dtype) -> None:
     """From 16 MiB on, all experts' together."""
     check(make_case(4, (3, 33), 1024, 4160, dtype))

@@ -1,9 +1,8 @@
 // Compiled once per instruction set; see core/isa.h. Expert by expert: pack its tokens, then blocks of its products.
-#include "core/arena.h"
+#include "core/gemm_driver.h"
 #include "core/operand.h"
-#include "core/pack.h"
-#include "core/parallel.h"
 #include "core/vec_stream.h"
+#include "core/vec_sums.h"
 #include "core/with_type.h"
 #include "ops/routed_ffn/routed_ffn_call.h"
 
@@ -26,9 +25,9 @@ OFAKERN_HOT i64 block_side(i64 depth, i64 bytes = kBlockBytes) {
 // f32's panels go by in slices that stay in the first-level cache; AMX takes the depth at once.
 template <class Elem>
 OFAKERN_LOCAL void product(i64 m, i64 n, i64 k, const Elem* a, i64 lda, Panels<Elem> b, float* c, i64 ldc) {
-  constexpr i64 kSlice = sizeof(Elem) == 4 ? 256 : 1 << 30;
-  for (i64 k0 = 0; k0 < k; k0 += kSlice)
-    gemm(m, n, min_of(kSlice, k - k0), a + k0, lda, Panels<Elem>{b.data + k0 * kPanel, b.panel_stride, b.row_stride}, c,
+  constexpr i64 kStep = sizeof(Elem) == 4 ? 256 : 1 << 30;
+  for (i64 k0 = 0; k0 < k; k0 += kStep)
+    gemm(m, n, min_of(kStep, k - k0), a + k0, lda, Panels<Elem>{b.data + k0 * kPanel, b.panel_stride, b.row_stride}, c,
          ldc, k0 > 0);
 }
 
@@ -39,18 +38,17 @@ constexpr int kDotTokens = 4, kDotRows = 6;
 #else
 constexpr int kDotTokens = 2, kDotRows = 4;
 #endif
-constexpr i64 kDotBlock = 96;    // rows of weight of a task
-constexpr i64 kDotDepth = 1536;  // kDotRows so long stay in the first-level cache while the tokens go by
+constexpr i64 kDotBlock = 96;   // rows of weight of a task
+constexpr i64 kDotDepth = 768;  // kDotRows so long stay in the first-level cache while the tokens go by
 
-// sums[t * kDotRows + r] (+)= x[t] . weight[r] over `depth`, whole vectors. `next`: lines that come soon.
+// sums[t * ROWS + r] (+)= x[t] . weight[r] over `depth`, whole vectors. `next`: lines that come soon.
 template <int TOKENS, int ROWS>
 OFAKERN_LOCAL void dot_tile(i64 depth, const float* x, i64 ldx, const float* weight, i64 ldw, const float* next,
                             float* sums, bool add) {
-  Vec total[TOKENS][ROWS];
-#pragma GCC unroll 8
-  for (int t = 0; t < TOKENS; ++t)
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) total[t][r] = vzero();
+  constexpr int kSums = TOKENS * ROWS;
+  Vec total[(kSums + kWidth - 1) / kWidth * kWidth];
+#pragma GCC unroll 32
+  for (Vec& sum : total) sum = vzero();
   for (i64 k = 0; k < depth; k += kWidth) {
     Vec row[ROWS];
 #pragma GCC unroll 8
@@ -59,18 +57,30 @@ OFAKERN_LOCAL void dot_tile(i64 depth, const float* x, i64 ldx, const float* wei
     for (int t = 0; t < TOKENS; ++t) {
       const Vec value = vload(x + t * ldx + k);
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) total[t][r] = vfma(value, row[r], total[t][r]);
+      for (int r = 0; r < ROWS; ++r) total[t * ROWS + r] = vfma(value, row[r], total[t * ROWS + r]);
     }
     if (k % (2 * kWidth) == 0) __builtin_prefetch(next + k / 2, 0, 2);
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < TOKENS; ++t)
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      float* const sum = sums + t * kDotRows + r;
-      *sum = hsum(total[t][r]) + (add ? *sum : 0.0f);
-    }
+  for (int i = 0; i < kSums; i += kWidth) {
+    const Vec sum = vsums(total + i);
+    vstore_n(sums + i, add ? vadd(sum, vload_n(sums + i, kSums - i)) : sum, kSums - i);
+  }
 }
+
+// The same for `tokens` of at most TOKENS.
+template <int TOKENS, int ROWS>
+OFAKERN_LOCAL void dot_tokens(i64 tokens, i64 depth, const float* x, i64 ldx, const float* weight, i64 ldw,
+                              const float* next, float* sums, bool add) {
+  if constexpr (TOKENS > 1)
+    if (tokens < TOKENS) return dot_tokens<TOKENS - 1, ROWS>(tokens, depth, x, ldx, weight, ldw, next, sums, add);
+  dot_tile<TOKENS, ROWS>(depth, x, ldx, weight, ldw, next, sums, add);
+}
+
+// Their dx multiplies weights a slice at a time, whose panels the first-level cache holds while the tokens go by.
+constexpr i64 kSlice = 96;  // rows of weight: no longer than one running sum
+constexpr i64 kSliceColumns = 2 * kPanel;
+static_assert(kSlice <= kLastChain<float> && 2 * kGroup * kSliceColumns <= kSide * kSide);
 
 // Scratch. Arrays over an expert's tokens have `tokens` of them (the largest expert's, padded).
 template <class T>
@@ -79,9 +89,10 @@ struct Room {
   i64 in, out;       // padded widths
   i64 tokens;        // padded
   bool few;          // tokens: reading weights is most of the work
+  bool few_floats;   // f32's have ways of their own
   Elem* x_columns;   // B [in, tokens]: forward
   Elem* x_rows;      // B [tokens, in]: dweight
-  Elem* dy_rows;     // A [tokens, out]: dx
+  Elem* dy_rows;     // A [tokens, out]: dx; of few_floats in slices of kSlice columns, each [tokens, its columns]
   Elem* dy_columns;  // A [out, tokens]: dweight
   struct Bench {
     Elem* rows;     // a group of tokens, or a block of weight
@@ -97,6 +108,7 @@ struct Room {
     room.out = round_up(call.out, kMultiple);
     room.tokens = round_up(call.most, kGroup);
     room.few = room.tokens <= 2 * kGroup;
+    room.few_floats = room.few && sizeof(T) == sizeof(float);
     if (!backward) room.x_columns = arena.take<Elem>(room.in * room.tokens);
     if (backward && call.wants_dx) room.dy_rows = arena.take<Elem>(room.tokens * room.out);
     if (backward && call.wants_dweight) {
@@ -108,7 +120,8 @@ struct Room {
     for (int t = 0; t < threads; ++t) {
       Bench bench = {};
       bench.rows = arena.take<Elem>(max_of(kGroup * widest, room.row_block() * room.in));
-      if (backward) bench.panels = arena.take<Elem>(max_of(room.out * room.column_block(), kGroup * widest));
+      const i64 panels = max_of(room.out * room.column_block(), kSlice * kSliceColumns);
+      if (backward) bench.panels = arena.take<Elem>(max_of(panels, kGroup * widest));
       bench.tile = arena.take<float>(kSide * kSide);
       bench.turned = arena.take<float>(kSide * kGroup);
       if (room.benches != nullptr) room.benches[t] = bench;
@@ -228,15 +241,15 @@ struct Expert {
         const float* const next =
             after + t * ROWS / expert.count * call.in + t * ROWS % expert.count * depth / expert.count;
         const float* const x = reinterpret_cast<const float*>(room.x_columns) + t * room.in + k;
-        count = expert.count - t >= kDotTokens ? kDotTokens : 1;
-        const auto tile = count == 1 ? &dot_tile<1, ROWS> : &dot_tile<kDotTokens, ROWS>;
-        tile(depth, x, room.in, weight + k, call.in, next, bench.tile + t * kDotRows, k > 0);
+        count = min_of<i64>(kDotTokens, expert.count - t);
+        dot_tokens<kDotTokens, ROWS>(count, depth, x, room.in, weight + k, call.in, next, bench.tile + t * ROWS, k > 0);
       }
     }
     const float* const bias = static_cast<const float*>(expert.bias);
     for (i64 t = 0; t < expert.count; ++t) {
+      const Vec sum = vload_n(bench.tile + t * ROWS, ROWS);
       float* const y = static_cast<float*>(call.y) + row_of(call.target, 0, t) * call.out + row;
-      for (int r = 0; r < ROWS; ++r) y[r] = bench.tile[t * kDotRows + r] + (bias == nullptr ? 0.0f : bias[row + r]);
+      vstore_n(y, bias == nullptr ? sum : vadd(sum, vload_n(bias + row, ROWS)), ROWS);
     }
   }
 
@@ -254,8 +267,10 @@ struct Expert {
 
   void pack_backward(const Bench& bench, i64 group) const {
     const i64 first = expert.first + group * kGroup, count = group_tokens(group);
-    Elem* dy = room.dy_rows == nullptr ? bench.rows : room.dy_rows + group * kGroup * room.out;
+    const bool keeps = room.dy_rows != nullptr && !room.few_floats;
+    Elem* dy = keeps ? room.dy_rows + group * kGroup * room.out : bench.rows;
     stage_rows<T>(call.dy, call.out, room.out, call.target, first, count, dy);
+    if (room.dy_rows != nullptr && room.few_floats) slice_rows(dy, group);
     if (room.x_rows == nullptr) return;
     // Pairs of tokens as units, then units transposed: rows of outputs with tokens end to end.
     interleave(dy, room.out, kGroup, room.out, as_units(bench.panels), room.out);
@@ -265,6 +280,44 @@ struct Expert {
     for (i64 k = 0; k < room.in; k += kPanel)
       interleave(bench.rows + k, room.in, kGroup, min_of<i64>(kPanel, room.in - k),
                  as_units(room.x_rows + k * room.tokens + group * kGroup * kPanel), kPanel);
+  }
+
+  // A group's staged rows of dy into the slices of all tokens.
+  void slice_rows(const Elem* dy, i64 group) const {
+    for (i64 o = 0; o < call.out; o += kSlice) {
+      const i64 width = min_of(kSlice, call.out - o);
+      Elem* const slice = room.dy_rows + o * room.tokens + group * kGroup * width;
+      for (i64 t = 0; t < group_tokens(group); ++t) copy_row(dy + t * room.out + o, width, slice + t * width, width);
+    }
+  }
+
+  // Columns [block] of dx for few tokens of f32. Each tile of tokens asks for its share of the slice after.
+  void dx_slices(const Bench& bench, i64 block) const {
+    const i64 column = block * kSliceColumns, count = min_of(kSliceColumns, call.in - column);
+    float* const panels = reinterpret_cast<float*>(bench.panels);
+    const i64 tiles = ceil_div(count, kPanel) * ceil_div(expert.count, kTileRows);
+    for (i64 o = 0; o < call.out; o += kSlice) {
+      const i64 depth = min_of(kSlice, call.out - o), after = min_of(kSlice, call.out - o - depth);
+      const float* const weight = static_cast<const float*>(expert.weight) + o * call.in + column;
+      for (i64 r = 0; r < depth; ++r)
+        for (i64 k = 0; k < count; k += kPanel) {
+          const i64 width = min_of<i64>(kPanel, count - k);
+          copy_row(weight + r * call.in + k, width, panels + k * depth + r * kPanel, round_up(width, kWidth));
+        }
+      const float* const dy = reinterpret_cast<const float*>(room.dy_rows) + o * room.tokens;
+      i64 asked = 0, done = 0;
+      for (i64 k = 0; k < count; k += kPanel)
+        for (i64 t = 0; t < expert.count; t += kTileRows) {
+          for (const i64 share = ++done * after / tiles; asked < share; ++asked)
+            prefetch_row(weight + (depth + asked) * call.in, count);
+          slice_product(min_of<i64>(kTileRows, expert.count - t), min_of<i64>(kPanel, count - k), depth, dy + t * depth,
+                        depth, panels + k * depth, bench.tile + t * kSliceColumns + k, kSliceColumns, o > 0, false);
+        }
+    }
+    for (i64 t = 0; t < expert.count; ++t) {
+      float* const dx = static_cast<float*>(call.dx) + row_of(call.source, 0, t) * call.in + column;
+      copy_row(bench.tile + t * kSliceColumns, count, dx, count);
+    }
   }
 
   // Columns [column, column + whole panels) of weight straight from memory, where that holds operands; returns how many
@@ -328,7 +381,7 @@ struct Expert {
     for (i64 k = 0; k < call.in; k += kSide) {
       const Panels<Elem> x = {room.x_rows + k * room.tokens, room.tokens * kPanel, kPanel * kPair};
       const i64 width = min_of(kSide, call.in - k);
-      float* const direct = sum_in_place(static_cast<T*>(expert.dweight) + row * call.in + k, width);
+      float* const direct = stream ? nullptr : sum_in_place(static_cast<T*>(expert.dweight) + row * call.in + k, width);
       if (direct != nullptr) {
         product(count, width, tokens, dy, room.tokens, x, direct, call.in);
         continue;
@@ -375,7 +428,7 @@ OFAKERN_LOCAL void forward(const RoutedLinearCall& call, void* workspace, int th
     const Expert<T> expert = {call, call.experts[e], room};
     if (call.experts[e].count == 0) continue;
     if constexpr (sizeof(T) == sizeof(float))
-      if (room.few && call.in % kWidth == 0) {
+      if (room.few_floats && call.in % kWidth == 0) {
         parallel_for(expert.groups(), threads, [&](i64 group, int) { expert.gather_forward(group); });
         parallel_for(ceil_div(call.out, kDotBlock), threads,
                      [&](i64 block, int thread) { expert.forward_dots(room.benches[thread], block); });
@@ -402,11 +455,14 @@ OFAKERN_LOCAL void backward(const RoutedLinearCall& call, void* workspace, int t
     }
     parallel_for(expert.groups(), threads,
                  [&](i64 group, int thread) { expert.pack_backward(room.benches[thread], group); });
-    const i64 dx_tasks = call.wants_dx ? ceil_div(call.in, room.column_block()) : 0;
+    const i64 dx_columns = room.few_floats ? kSliceColumns : room.column_block();
+    const i64 dx_tasks = call.wants_dx ? ceil_div(call.in, dx_columns) : 0;
     const i64 dweight_tasks = call.wants_dweight ? ceil_div(call.out, kSide) : 0;
     parallel_for(dx_tasks + dweight_tasks, threads, [&](i64 task, int thread) {
       const AmxTiles tiles;
-      if (task < dx_tasks)
+      if (task < dx_tasks && room.few_floats)
+        expert.dx_slices(room.benches[thread], task);
+      else if (task < dx_tasks)
         expert.dx_block(room.benches[thread], task);
       else
         expert.dweight_block(room.benches[thread], task - dx_tasks);
