@@ -39,7 +39,7 @@ def routed_linear(
         counts: tokens of each expert; their places stand end to end and their sum is N.
         source, target: permutations int64 `[N]`, identity where None: grouping tokens by expert, and undoing it, is
             part of the products' packing and makes no copy of x or y.
-        backend: "auto" (on a CPU the kernel for bfloat16 and float16, for float32 where experts have 16 to 96 tokens;
+        backend: "auto" (on a CPU the kernel for bfloat16 and float16, for float32 where experts have 4 to 96 tokens;
             else torch's products), "cpu", "triton" or "reference".
 
     Under autocast x, weights and biases take its dtype. Raises OfakernTypeError, OfakernValueError for an argument of

@@ -11,7 +11,7 @@ from ofakern.ops.selection import Backends
 
 # Tokens of the largest expert up to which f32's kernel is faster than torch's products; below the fewest per expert its
 # backward pass is not.
-_MOST, _FEWEST = 96, 16
+_MOST, _FEWEST = 96, 4
 
 
 class _RoutedBackends(Backends):
