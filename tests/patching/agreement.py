@@ -40,8 +40,8 @@ def assert_patch_keeps(
 ) -> ofakern.patching.PatchReport:
     """Patches (and restores) the model in dtype: errors at most twice the unpatched model's own, beside float64.
 
-    Half precision is judged by the root mean square of all tensors' relative errors: one rounding more or less moves a
-    ReLU, and with it single tensors of a small model by more than a factor of two either way.
+    Half precision is judged by the root mean square of all tensors' relative errors: single tensors of a small model
+    differ by more than a factor of two either way.
     """
     exact = outcome(_cast(model, torch.float64), forward)
     mine = _cast(model, dtype)
