@@ -38,11 +38,30 @@ def outcome(model: nn.Module, forward: Forward) -> dict[str, Tensor]:
 def assert_patch_keeps(
     model: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32
 ) -> ofakern.patching.PatchReport:
-    """Patches (and restores) the model in dtype: errors at most twice the unpatched model's own, beside float64.
+    """Patches (and restores) the model in dtype: errors at most twice the unpatched model's own, beside float64."""
+    have, peer, exact, report = _patched(model, forward, dtype)
+    if dtype == torch.float32:
+        _assert_each_kept(have, peer, exact)
+    else:
+        found, bound = _relative_error(have, exact), 2 * _relative_error(peer, exact) + torch.finfo(dtype).eps
+        assert found <= bound, f"relative error {found:.3e} above {bound:.3e}"
+    return report
 
-    Half precision is judged by the root mean square of all tensors' relative errors: single tensors of a small model
-    differ by more than a factor of two either way.
-    """
+
+def relative_errors(model: nn.Module, forward: Forward, dtype: torch.dtype) -> tuple[float, float]:
+    """Of the patched and of the unpatched model: the root mean square of all tensors' relative errors, beside float64
+    (single tensors of a small model in half precision differ by more than a factor of two either way)."""
+    have, peer, exact, _ = _patched(model, forward, dtype)
+    return _relative_error(have, exact), _relative_error(peer, exact)
+
+
+Tensors = dict[str, Tensor]
+
+
+def _patched(
+    model: nn.Module, forward: Forward, dtype: torch.dtype
+) -> tuple[Tensors, Tensors, Tensors, ofakern.patching.PatchReport]:
+    """Outcomes of the patched model, of the unpatched one and of float64; undone, it gives the very same bits."""
     exact = outcome(_cast(model, torch.float64), forward)
     mine = _cast(model, dtype)
     peer = outcome(mine, forward)
@@ -50,14 +69,9 @@ def assert_patch_keeps(
         assert report.replaced, str(report)
         have = outcome(mine, forward)
     assert have.keys() == peer.keys() == exact.keys()
-    if dtype == torch.float32:
-        _assert_each_kept(have, peer, exact)
-    else:
-        found, bound = _relative_error(have, exact), 2 * _relative_error(peer, exact) + torch.finfo(dtype).eps
-        assert found <= bound, f"relative error {found:.3e} above {bound:.3e}"
     again = outcome(mine, forward)
     assert all(torch.equal(again[name], value) for name, value in peer.items()), "undo must restore the very same bits"
-    return report
+    return have, peer, exact, report
 
 
 def _assert_each_kept(have: dict[str, Tensor], peer: dict[str, Tensor], exact: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import ofakern
 from ofakern.errors import OfakernValueError
-from tests.patching.agreement import assert_patch_keeps, outcome, without_dropout
+from tests.patching.agreement import assert_patch_keeps, outcome, relative_errors, without_dropout
 
 transformers = pytest.importorskip("transformers")
 
@@ -196,16 +196,14 @@ def test_beits_bias_and_attention_go_together() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_rule(dtype: torch.dtype) -> None:
-    """Of seven models five: a rounding more or less moves a ReLU, of ours or of the unpatched one, and with it all of a
-    small model (its error of 1e-3 becomes 4e-3 to 4e-2). One model alone tells which of the two it happened to."""
-    failed = []
+    """The second best of seven models, of ours and of the unpatched: a rounding more or less moves a ReLU of either,
+    and with it all of a small model (its error of 1e-3 becomes 4e-3 to 4e-2), so that one model tells little."""
+    errors = []
     for number in range(7):
         torch.manual_seed(number)
-        try:
-            assert_patch_keeps(without_dropout(t5()).train(), translate, dtype)
-        except AssertionError as error:
-            failed.append(str(error))
-    assert len(failed) <= 2, failed
+        errors.append(relative_errors(without_dropout(t5()).train(), translate, dtype))
+    ours, theirs = (sorted(found)[1] for found in zip(*errors, strict=True))
+    assert ours <= 2 * theirs + torch.finfo(dtype).eps, errors
 
 
 @pytest.mark.parametrize(("build", "beams"), [(t5, 1), (t5, 3), (mt5, 1), (umt5, 3)])
