@@ -67,10 +67,13 @@ def parts() -> dict[tuple[str, int], dict[str, float]]:
 
 
 def _run(command: list[str]) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise OfakernRuntimeError(f"attention_floor: {command[0]} must succeed, got {result.stderr.strip()[-2000:]}")
-    return result.stdout
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        raise OfakernRuntimeError(
+            f"attention_floor: {command[0]} must succeed, got {str(said).strip()[-2000:]}"
+        ) from None
 
 
 def measure(budget: Budget) -> list[Floor]:
@@ -118,4 +121,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         print(__doc__)
         sys.exit(0 if sys.argv[1] in ("-h", "--help") else 2)
-    print(render(measure(Budget(4.0, 5, 200))))
+    try:
+        print(render(measure(Budget(4.0, 5, 200))))
+    except OfakernRuntimeError as error:
+        sys.exit(str(error))

@@ -68,8 +68,8 @@ OFAKERN_HOT Vec vround(Vec a) {
   OFAKERN_LANES a.v[l] = std::nearbyintf(a.v[l]);
   return a;
 }
-OFAKERN_HOT Vec vscale2(Vec a,
-                        Vec n) {  // a * 2^n for integral n in [-127, 128], where 2^128 is inf; NaN passes through a
+// a * 2^n for integral n in [-127, 128], where 2^128 is inf; NaN passes through a.
+OFAKERN_HOT Vec vscale2(Vec a, Vec n) {
   OFAKERN_LANES {
     const std::int32_t e = n.v[l] == n.v[l] ? static_cast<std::int32_t>(n.v[l]) : 0;
     a.v[l] *= bits_to_float(static_cast<std::uint32_t>(e + 127) << 23);

@@ -36,3 +36,6 @@ def test_a_program_that_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(attention_floor, "SOURCE", broken)
     with pytest.raises(OfakernRuntimeError, match="nothing"):
         attention_floor.parts()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(OfakernRuntimeError, match="no-such-compiler must succeed"):
+        attention_floor.parts()

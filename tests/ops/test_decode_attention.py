@@ -11,7 +11,7 @@ import torch
 from decode_attention_cases import DTYPES, SOURCES, TABLES, WIDTHS, Case, check, draw, spoil
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from short import examples, sees_memory
+from short import SANITIZED, examples
 from torch import Tensor
 
 import ofakern
@@ -356,7 +356,6 @@ def test_refused_caches(message: str, error: type[Exception], make: Callable[[],
         make()
 
 
-@sees_memory
 def test_large_memory_is_whole_and_given_back(cpu: Any) -> None:
     """Of the shape and dtype asked for, aligned to a large page, kept by its views and freed with the last of them."""
     waited = cpu.keep_memory_for(0.0)
@@ -367,10 +366,11 @@ def test_large_memory_is_whole_and_given_back(cpu: Any) -> None:
     before = resident()
     whole = large_empty((3, 5 << 20), torch.bfloat16)
     part = whole.fill_(2)[2:]
-    assert whole.shape == (3, 5 << 20) and whole.data_ptr() % (2 << 20) == 0 and resident() - before > 25
+    assert whole.shape == (3, 5 << 20) and whole.data_ptr() % (2 << 20) == 0
+    assert SANITIZED or resident() - before > 25
     del whole
-    assert (part == 2).all() and resident() - before > 25
+    assert (part == 2).all() and (SANITIZED or resident() - before > 25)
     del part
-    assert resident() - before < 5
+    assert SANITIZED or resident() - before < 5
     cpu.keep_memory_for(waited)
     assert large_empty((3, 0), torch.float32).shape == (3, 0)

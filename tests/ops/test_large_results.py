@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from short import sees_memory
+from short import SANITIZED
 from test_attention_process import run_python
 from torch import Tensor
 
@@ -170,7 +170,6 @@ def table_gradient(tokens: Tensor, entries: int = ROWS, dtype: torch.dtype = tor
     return torch.autograd.grad(out, table, dout)[0]
 
 
-@sees_memory
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what memory a process has")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_vocabularys_gradient_is_the_memory_of_its_tokens_rows(dtype: torch.dtype) -> None:
@@ -179,9 +178,9 @@ def test_a_vocabularys_gradient_is_the_memory_of_its_tokens_rows(dtype: torch.dt
     before = resident()
     first = table_gradient(tokens, entries, dtype)
     bytes_of = first.numel() * first.element_size()
-    assert resident() - before < bytes_of // 8
+    assert SANITIZED or resident() - before < bytes_of // 8
     assert first.is_contiguous() and not bool(first[3:].any())
-    assert resident() - before < bytes_of // 8  # reading it makes no memory of it
+    assert SANITIZED or resident() - before < bytes_of // 8  # reading it makes no memory of it
     torch.manual_seed(0)
     few = table_gradient(tokens, 64, dtype)  # so small that all of it is written
     torch.manual_seed(0)
@@ -202,7 +201,7 @@ def test_the_gradient_of_many_tokens_stands_in_kept_memory() -> None:
     assert _cpu.kept_memory() == waited + LARGE
 
 
-@sees_memory
+@pytest.mark.skipif(SANITIZED, reason="the sanitizer's allocator stands in for the C library's")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_what_waits_and_what_the_c_library_holds_is_given_back() -> None:
     held = [torch.ones(1 << 16) for _ in range(400)]  # 256 KiB each, so that half of them leave holes
