@@ -50,12 +50,18 @@ def _figure(op: str, phase: str, dtype: str, records: list[dict[str, Any]], resu
         places = [c + (n - (len(names) - 1) / 2) * width for c, case in enumerate(cases) if case in heights]
         label = f"ofakern ({name})" if n == 0 else name
         axes.bar(places, list(heights.values()), width, label=label, color=_COLORS[n % len(_COLORS)])
-    for height, label, style in _lines(results["roofline"], dtype, gemm):
+    turns = {r["case"]: r["rates"]["gemm_tflops"] * 1e3 for r in records if "gemm_tflops" in r.get("rates", {})}
+    in_turn = gemm and len(turns) == len(cases)
+    if in_turn:  # each case's own rate, the one that its share is of
+        ends = [c - 0.45 for c in range(len(cases))], [c + 0.45 for c in range(len(cases))]
+        axes.hlines([turns[case] for case in cases], *ends, color="black", linewidth=1, label="GEMM, in turn")
+    for height, label, style in _lines(results["roofline"], dtype, gemm)[in_turn:]:
         axes.axhline(height, color="black", linestyle=style, linewidth=1, label=label)
     shown = [bar.get_height() for bar in axes.patches]
     if max(shown) > 20 * min(shown):  # bars begin at 0 where that shows them all
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
     axes.set_ylabel("GFLOP/s (work of the case / p50)" if gemm else "% of the roofline (least time / p50)")
     machine = results["machine"]

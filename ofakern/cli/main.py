@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OfakernError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         if os.environ.get("OFAKERN_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"ofakern {args.command}: {error}", file=sys.stderr)
+        print(f"ofakern {args.command}: {str(error).removeprefix(f'{args.command}: ')}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         return 130

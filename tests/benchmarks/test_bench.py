@@ -206,6 +206,11 @@ def test_page_and_plots(results: dict[str, Any], tmp_path: Path) -> None:
     assert "## attention" in page and "(`small.json`)" in page and "| small_16 |" in page and "flex" in page
     assert page.index("GEMM f32:") < page.index("## attention")
     assert {p.suffix for p in plots.plot(results, tmp_path)} == {".svg", ".png"}
+    turned = json.loads(json.dumps(results))
+    for record in turned["records"]:
+        record |= {"bound": "gemm", "rates": {"gemm_tflops": 0.5}}
+    drawn = [path for path in plots.plot(turned, tmp_path / "in turn") if path.suffix == ".svg"]
+    assert drawn and all("GEMM, in turn" in path.read_text(encoding="utf-8") for path in drawn)
     for record in results["records"]:
         record["bound"] = "bytes"
     assert plots.plot(results, tmp_path / "other")
