@@ -11,6 +11,7 @@ namespace ofakern {
 void bind_attention(pybind11::module_& m);
 void bind_beam_step(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
+void bind_linear(pybind11::module_& m);
 void bind_log_mel(pybind11::module_& m);
 void bind_patch_embed(pybind11::module_& m);
 void bind_layer_norm(pybind11::module_& m);
@@ -38,6 +39,7 @@ PYBIND11_MODULE(_cpu, m) {
   ofakern::bind_attention(m);
   ofakern::bind_beam_step(m);
   ofakern::bind_cross_entropy(m);
+  ofakern::bind_linear(m);
   ofakern::bind_log_mel(m);
   ofakern::bind_patch_embed(m);
   ofakern::bind_layer_norm(m);

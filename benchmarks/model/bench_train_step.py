@@ -1,4 +1,4 @@
-"""A training step of OFA-base: our model, and the same model with its attention and loss done by dense torch code.
+"""A training step of OFA-base: our model, and the same model with attention, linear layers and loss done by torch code.
 
 A step is forward, loss and the gradient of every parameter; the optimizer, the same for all, is left out. Phases:
 `step` the whole, `transformer` all but the ResNet (its features are given and get a gradient), `resnet` the rest.
@@ -17,6 +17,7 @@ from unittest import mock
 
 import psutil
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,6 +29,7 @@ from ofakern.modality.image.adaptor import ImageResnetAdaptor, ImageResnetConfig
 from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import OFAConfig, OFAPlus
 from ofakern.nn import attention as nn_attention
+from ofakern.nn import linear as nn_linear
 from ofakern.nn import recompute
 from ofakern.nn.loss import label_smoothed_cross_entropy
 
@@ -36,9 +38,9 @@ OURS = "ofakern"
 PHASES: tuple[Phase, ...] = ("resnet", "transformer", "step")
 ABOUT = {
     "sdpa_mask": "the same model on SDPA: the bias of each layer as a dense mask, its position term shared by the "
-    "layers; all logits at once; nothing computed again",
-    "ofasys": "the same model by OFASys' formula: the bias cloned per layer, bmm, float32 softmax, einsum; all logits "
-    "at once; nothing computed again",
+    "layers; torch's linear layers; all logits at once; nothing computed again",
+    "ofasys": "the same model by OFASys' formula: the bias cloned per layer, bmm, float32 softmax, einsum; torch's "
+    "linear layers; all logits at once; nothing computed again",
 }
 _BACKBONE = "image_resnet.embed_images"
 _STRIDE = 16
@@ -161,11 +163,12 @@ def _image(problem: Problem) -> Tensor:
 
 @contextmanager
 def _attention(replacement: Any) -> Iterator[None]:
+    """`replacement` for attention, and torch's linear layers, unless it is None."""
     if replacement is None:
         yield
         return
     replacement.begin()
-    with mock.patch.object(nn_attention, "attention", replacement):
+    with mock.patch.object(nn_attention, "attention", replacement), mock.patch.object(nn_linear, "linear", F.linear):
         yield
 
 

@@ -15,6 +15,7 @@ from ofakern.model.config import OFAConfig
 from ofakern.model.side import SidePlan, find_adaptor, plan_side
 from ofakern.nn.adaptor import Adaptor, SideShape
 from ofakern.nn.attention import split_heads
+from ofakern.nn.linear import Linear
 from ofakern.nn.relative import RelativeBlock, unfold
 from ofakern.ops.library import readable
 
@@ -46,8 +47,8 @@ class AdaptorGroup(nn.Module):
             if isinstance(adaptor, VideoAdaptor):
                 adaptor.bind(self.adaptors)
         factored = not config.entangle_position_embedding
-        self.pos_q_linear = nn.Linear(config.dim, config.dim) if factored else None
-        self.pos_k_linear = nn.Linear(config.dim, config.dim) if factored else None
+        self.pos_q_linear = Linear(config.dim, config.dim) if factored else None
+        self.pos_k_linear = Linear(config.dim, config.dim) if factored else None
         extra = config.max_segments if source else config.target_slots
         self.order_embedding = nn.Embedding(extra, config.dim) if extra else None
 

@@ -19,6 +19,7 @@ from ofakern.nn.attention import Positions, split_heads
 from ofakern.nn.experts import Routing
 from ofakern.nn.layers import DecoderLayer, EncoderLayer, Samples
 from ofakern.nn.light import PromptEncoder
+from ofakern.nn.linear import Linear
 from ofakern.ops.attention import AttentionLayout
 
 
@@ -85,8 +86,8 @@ class Decoder(nn.Module):
         self.backend = backend
         self.adaptor = AdaptorGroup(config, source=False, embed_tokens=embed_tokens)
         factored = not config.entangle_position_embedding
-        self.cross_pos_q_linear = nn.Linear(config.dim, config.dim) if factored else None
-        self.cross_pos_k_linear = nn.Linear(config.dim, config.dim) if factored else None
+        self.cross_pos_q_linear = Linear(config.dim, config.dim) if factored else None
+        self.cross_pos_k_linear = Linear(config.dim, config.dim) if factored else None
         rates = _rates(config.decoder_drop_path, config.decoder_layers)
         self.decoder_prompt_encoder = _prompt(config, config.decoder_prefix, config.decoder_layers)
         self.layers = nn.ModuleList(DecoderLayer(config.layer(rate)) for rate in rates)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ofakern.errors import OfakernValueError
 from ofakern.nn.light import merge
+from ofakern.nn.linear import Linear
 from ofakern.ops.attention import AttentionLayout, attention
 
 
@@ -54,10 +55,10 @@ class MultiheadAttention(nn.Module):
         self.scale = (self.width * attn_scale_factor) ** -0.5
         self.dropout = dropout
         self.use_head_scale = scale_heads
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.q_proj = Linear(dim, dim)
+        self.k_proj = Linear(dim, dim)
+        self.v_proj = Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
         self.c_attn = nn.Parameter(torch.ones(heads)) if scale_heads else None
 
     def split(self, x: Tensor) -> Tensor:

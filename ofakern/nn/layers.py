@@ -16,6 +16,7 @@ from ofakern.errors import OfakernValueError
 from ofakern.nn.attention import MultiheadAttention, Positions, gelu_or_relu
 from ofakern.nn.experts import Routing
 from ofakern.nn.light import Bottleneck
+from ofakern.nn.linear import Linear
 from ofakern.nn.norm import add_norm, gelu_norm
 from ofakern.nn.recompute import recomputed
 
@@ -75,8 +76,8 @@ class _Layer(nn.Module):
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         self.config = config
-        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
+        self.fc1 = Linear(config.dim, config.ffn_dim)
+        self.fc2 = Linear(config.ffn_dim, config.dim)
         self.ffn_layernorm = config.norm(config.ffn_dim, config.scale_fc)
         self.final_layer_norm = nn.LayerNorm(config.dim)
         self.w_resid = nn.Parameter(torch.ones(config.dim)) if config.scale_resids else None
@@ -166,7 +167,7 @@ class _Layer(nn.Module):
 
 
 def _experts(count: int, width: int, out: int) -> nn.ModuleList | None:
-    return nn.ModuleList(nn.Linear(width, out) for _ in range(count)) if count else None
+    return nn.ModuleList(Linear(width, out) for _ in range(count)) if count else None
 
 
 class EncoderLayer(_Layer):

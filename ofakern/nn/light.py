@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ofakern.nn.linear import Linear
+
 # The published dropout of prefixes in training.
 PREFIX_DROPOUT = 0.2
 
@@ -15,8 +17,8 @@ class Bottleneck(nn.Module):
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        self.down_proj = nn.Linear(dim, width)
-        self.up_proj = nn.Linear(width, dim)
+        self.down_proj = Linear(dim, width)
+        self.up_proj = Linear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.up_proj(F.relu(self.down_proj(x)))

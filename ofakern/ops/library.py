@@ -161,6 +161,15 @@ class _Once(torch.autograd.Function):
         )
 
 
+def autocast(tensor: Tensor) -> Tensor:
+    """As torch's own products take an argument under autocast; float64 is left alone."""
+    kind = tensor.device.type
+    # Some devices (meta) know no autocast.
+    if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A dropout seed int64 `[2]` (seed, offset) from torch's default generator."""
     return torch.randint(0, 2**63 - 1, (2,), device=device)

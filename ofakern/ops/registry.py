@@ -21,6 +21,7 @@ from ofakern.ops.decode_linear import op as decode_linear_op
 from ofakern.ops.gathered_linear import api as gathered_linear_api
 from ofakern.ops.gathered_linear import op as gathered_linear_op
 from ofakern.ops.layer_norm import api as layer_norm_api
+from ofakern.ops.linear import api as linear_api
 from ofakern.ops.log_mel import api as log_mel_api
 from ofakern.ops.patch_embed import api as patch_embed_api
 from ofakern.ops.patch_embed import op as patch_embed_op
@@ -43,6 +44,7 @@ _OPS: dict[str, _Op] = {
     "decode_layers": _Op(decode_layers_op.BACKENDS.unavailable, decode_layers_api.refusals),
     "decode_linear": _Op(decode_linear_op.BACKENDS.unavailable, decode_linear_api.refusals),
     "gathered_linear": _Op(gathered_linear_op.BACKENDS.unavailable, gathered_linear_api.refusals),
+    "linear": _Op(linear_api.BACKENDS.unavailable, linear_api.refusals),
     "log_mel": _Op(log_mel_api.BACKENDS.unavailable, log_mel_api.refusals),
     "patch_embed": _Op(patch_embed_op.BACKENDS.unavailable, patch_embed_api.refusals),
     **{

@@ -15,6 +15,7 @@ from ofakern.modality.image.preprocess import ImageTransform
 from ofakern.modality.image.resnet import STRIDE, WIDTH, ResNet
 from ofakern.modality.image.vit import VisionTransformer
 from ofakern.nn.adaptor import Adaptor, AdaptorConfig, SegmentValues, SideShape, relative_tables, table_weights
+from ofakern.nn.linear import Linear
 from ofakern.nn.recompute import freed_behind
 from ofakern.nn.relative import RelativeBlock, grid_block, grid_coordinates
 from ofakern.ops.patch_embed import patch_embed
@@ -73,7 +74,7 @@ class _GridAdaptor(Adaptor):
         self.bucket_size = config.bucket_size
         self.position_grid = config.position_grid if isinstance(config, ImageResnetConfig) else None
         self.embed_image_positions = nn.Embedding(config.bucket_size**2 + 1, side.dim)
-        self.image_proj = nn.Linear(features, side.dim)
+        self.image_proj = Linear(features, side.dim)
         rows = (2 * config.bucket_size - 1) ** 2 + 3
         self.image_rel_pos_table_list = relative_tables(side.tables, rows, side.heads)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ofakern.errors import OfakernValueError
 from ofakern.nn.attention import split_heads
+from ofakern.nn.linear import Linear
 from ofakern.ops.attention import AttentionLayout, attention
 
 
@@ -45,7 +46,7 @@ class _Attention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         nn.init.normal_(self.in_proj_weight, std=0.02)
 
     def forward(self, x: Tensor, layout: AttentionLayout, backend: str) -> Tensor:
@@ -61,7 +62,7 @@ class _Block(nn.Module):
         self.attn = _Attention(shape.width, shape.heads)
         self.ln_1 = nn.LayerNorm(shape.width)
         self.mlp = nn.ModuleDict(
-            {"c_fc": nn.Linear(shape.width, 4 * shape.width), "c_proj": nn.Linear(4 * shape.width, shape.width)}
+            {"c_fc": Linear(shape.width, 4 * shape.width), "c_proj": Linear(4 * shape.width, shape.width)}
         )
         self.ln_2 = nn.LayerNorm(shape.width)
         self.gelu = QuickGELU()

@@ -17,7 +17,7 @@ from ofakern.ops.attention import flash, op
 from ofakern.ops.attention.backends import BACKENDS, cuda_limit, limit
 from ofakern.ops.attention.layout import AttentionLayout
 from ofakern.ops.attention.reference import attention_reference
-from ofakern.ops.library import draw_seed, straight
+from ofakern.ops.library import autocast, draw_seed, straight
 
 _WHERE = "attention"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -184,7 +184,7 @@ def _check(
         raise OfakernValueError(f"{_WHERE}: {missing} must be given together with {given}, got None")
     _check_float("q", q, 3)
     device = q.device
-    q, k, v = _autocast(q), _checked_like(q, "k", k), _checked_like(q, "v", v)
+    q, k, v = autocast(q), _checked_like(q, "k", k), _checked_like(q, "v", v)
     if q_pos is not None and k_pos is not None:
         q_pos, k_pos = _checked_like(q, "q_pos", q_pos), _checked_like(q, "k_pos", k_pos)
     for name, tensor in (("k", k), ("v", v), ("q_pos", q_pos), ("k_pos", k_pos)):
@@ -226,15 +226,7 @@ def _checked_like(q: Tensor, name: str, tensor: Tensor) -> Tensor:
     _check_float(name, tensor, 3)
     if tensor.device != q.device:
         raise OfakernValueError(f"{_WHERE}: {name} must be on q's device ({q.device}), got {tensor.device}")
-    return _autocast(tensor)
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    kind = tensor.device.type
-    # As for torch's own ops, float64 is left alone; some devices (meta) know no autocast.
-    if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return tensor.to(torch.get_autocast_dtype(kind))
-    return tensor
+    return autocast(tensor)
 
 
 def _check_shapes(

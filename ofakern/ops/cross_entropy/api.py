@@ -14,7 +14,7 @@ from ofakern.ops import log
 from ofakern.ops.cross_entropy import op
 from ofakern.ops.cross_entropy.backends import BACKENDS
 from ofakern.ops.cross_entropy.reference import IGNORED, cross_entropy_reference
-from ofakern.ops.library import STRAIGHT, straight
+from ofakern.ops.library import STRAIGHT, autocast, straight
 from ofakern.ops.selection import NAMES
 
 _WHERE = "cross_entropy"
@@ -213,7 +213,7 @@ def _check(
     reduction: str,
 ) -> _Call:
     _check_float("hidden", hidden, 2)
-    hidden = _autocast(hidden)
+    hidden = autocast(hidden)
     weight = _like(hidden, "weight", weight, (-1, hidden.shape[1]), "[V, D={}]")
     if weight.shape[0] < 1:
         raise OfakernValueError(f"{_WHERE}: V must be at least 1, got {weight.shape[0]}")
@@ -292,7 +292,7 @@ def _like(hidden: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...], tem
     _check_float(name, tensor, len(shape))
     if tensor.device != hidden.device:
         raise OfakernValueError(f"{_WHERE}: {name} must be on hidden's device ({hidden.device}), got {tensor.device}")
-    tensor = _autocast(tensor)
+    tensor = autocast(tensor)
     if tensor.dtype != hidden.dtype:
         raise OfakernTypeError(f"{_WHERE}: {name} must have hidden's dtype ({hidden.dtype}), got {tensor.dtype}")
     _check_shape(name, tensor, shape, template)
@@ -313,14 +313,6 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], template: st
     if not fits:
         known = [n for n in shape if n >= 0]
         raise OfakernValueError(f"{_WHERE}: {name} must be {template.format(*known)}, got {list(tensor.shape)}")
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    kind = tensor.device.type
-    # As for torch's own ops, float64 is left alone; some devices (meta) know no autocast.
-    if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return tensor.to(torch.get_autocast_dtype(kind))
-    return tensor
 
 
 def _describe(call: _Call, backend: str) -> str:

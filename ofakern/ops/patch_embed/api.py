@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
 from ofakern.ops import log
-from ofakern.ops.library import STRAIGHT, straight
+from ofakern.ops.library import STRAIGHT, autocast, straight
 from ofakern.ops.patch_embed import op
 from ofakern.ops.patch_embed.reference import patch_embed_reference
 
@@ -179,7 +179,7 @@ def _check(
             f"{_WHERE}: weight must be [D,C,ph,pw] or [D,C,kt,ph,pw] and not empty, got shape {list(weight.shape)}"
         )
     views = _views(images, weight, layout)
-    weight = _autocast(weight)
+    weight = autocast(weight)
     kernel = weight if weight.ndim == 5 else weight.unsqueeze(2)
     scale, shift = _normalisation(mean, std, kernel.shape[1], not views or views[0].dtype == torch.uint8)
     if (ln_weight is None) != (ln_bias is None):
@@ -309,14 +309,6 @@ def _check_float(name: str, x: Tensor) -> None:
         raise OfakernTypeError(f"{_WHERE}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATS:
         raise OfakernTypeError(f"{_WHERE}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
-
-
-def _autocast(x: Tensor) -> Tensor:
-    kind = x.device.type
-    # As for torch's own ops, float64 is left alone; some devices (meta) know no autocast.
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
 
 
 def _describe(call: _Call, backend: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ofakern.errors import OfakernError, OfakernTypeError, OfakernValueError
 from ofakern.ops.layer_norm import gelu_layer_norm
-from ofakern.ops.library import STRAIGHT, straight
+from ofakern.ops.library import STRAIGHT, autocast, straight
 from ofakern.ops.routed_ffn import op
 from ofakern.ops.routed_ffn.backends import BACKENDS
 from ofakern.ops.routed_ffn.reference import routed_linear_reference
@@ -140,7 +140,7 @@ def _check(
     target: Tensor | None,
 ) -> _Call:
     _check_float("x", x, 2)
-    x = _autocast(x)
+    x = autocast(x)
     experts = len(weights)
     if experts < 1:
         raise OfakernValueError(f"{_WHERE}: weights must name at least one expert, got none")
@@ -180,19 +180,11 @@ def _like(x: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tenso
     _check_float(name, tensor, len(shape))
     if tensor.device != x.device:
         raise OfakernValueError(f"{_WHERE}: {name} must be on x's device ({x.device}), got {tensor.device}")
-    tensor = _autocast(tensor)
+    tensor = autocast(tensor)
     if tensor.dtype != x.dtype:
         raise OfakernTypeError(f"{_WHERE}: {name} must have x's dtype ({x.dtype}), got {tensor.dtype}")
     if tuple(tensor.shape) != shape:
         raise OfakernValueError(f"{_WHERE}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
-    return tensor
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    kind = tensor.device.type
-    # As for torch's own ops, float64 is left alone; some devices (meta) know no autocast.
-    if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return tensor.to(torch.get_autocast_dtype(kind))
     return tensor
 
 
