@@ -65,6 +65,7 @@ class WeightGradient {
     const i64 column = block % across * columns_, columns = min_of(columns_, in_ - column);
     float* const bias = dbias != nullptr && column == 0 ? room.bias : nullptr;
     if (bias != nullptr) zero_row(bias, rows_);
+    if (tokens_ == 0) zero_row(room.sums, rows_ * columns_);
     const AmxTiles tiles;
     for (i64 t = 0; t < tokens_; t += depth_) {
       const i64 end = min_of(t + depth_, tokens_), depth = round_up(end - t, kGroup);

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from poison import poisoned
 from rule import assert_kept
 from short import examples
 from torch import Tensor
@@ -91,18 +92,10 @@ def test_bits_do_not_depend_on_threads(isa: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_every_element_is_written_and_nan_stays_in_its_row(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_element_is_written_and_nan_stays_in_its_row(isa: str) -> None:
     x, weight, dout = inputs(50, 63, torch.float32)
     want = run(rms_norm, x, weight, dout, backend="cpu")
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(255)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    got = run(rms_norm, x, weight, dout, backend="cpu")
-    monkeypatch.undo()
+    got = poisoned(lambda: run(rms_norm, x, weight, dout, backend="cpu"))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     x[4] = torch.nan
     out = rms_norm(x, weight, backend="cpu")
