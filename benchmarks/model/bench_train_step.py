@@ -17,7 +17,6 @@ from unittest import mock
 
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,9 +27,8 @@ from ofakern.instruction import Modality
 from ofakern.modality.image.adaptor import ImageResnetAdaptor, ImageResnetConfig
 from ofakern.modality.text.adaptor import TextAdaptorConfig
 from ofakern.model import OFAConfig, OFAPlus
+from ofakern.nn import Linear, recompute
 from ofakern.nn import attention as nn_attention
-from ofakern.nn import linear as nn_linear
-from ofakern.nn import recompute
 from ofakern.nn.loss import label_smoothed_cross_entropy
 
 OP = "train_step"
@@ -168,7 +166,7 @@ def _attention(replacement: Any) -> Iterator[None]:
         yield
         return
     replacement.begin()
-    with mock.patch.object(nn_attention, "attention", replacement), mock.patch.object(nn_linear, "linear", F.linear):
+    with mock.patch.object(nn_attention, "attention", replacement), mock.patch.object(Linear, "backend", "reference"):
         yield
 
 

@@ -3,8 +3,8 @@
 //   dW[o, i] = sum_t dy[t, o] x[t, i]        db[o] = sum_t dy[t, o]
 //
 // Both operands lie the wrong way round in memory: their rows are what is summed over. A task is a block of dW. Tokens
-// go by in chunks: x's columns are packed as panels, which the second-level cache holds; then, a strip of dW's rows at a
-// time, dy's columns are transposed into the first-level cache and multiplied by all panels. A block's sums lie as
+// go by in chunks: x's columns are packed as panels, which the second-level cache holds; then, a strip of dW's rows at
+// a time, dy's columns are transposed into the first-level cache and multiplied by all panels. A block's sums lie as
 // products read and write them, a strip's panels one behind the other, until the last chunk. Nothing but that block is
 // ever held, and what is packed is packed where it is read.
 #pragma once
@@ -122,7 +122,8 @@ class WeightGradient {
         ask_for(dy, t + u * kPair, column, valid);
         take_units<kStrip>(dy, t + u * kPair, end, column, valid, room.turned + u * kStrip);
       }
-      transpose_units(room.turned, kStrip, kUnits, round_up(valid, kStrip), as_units(room.strip + t - first), strip_row() / kPair);
+      transpose_units(room.turned, kStrip, kUnits, round_up(valid, kStrip), as_units(room.strip + t - first),
+                      strip_row() / kPair);
       if (bias == nullptr) continue;
       for (i64 row = t; row < min_of(t + kGroup, end); ++row)
         for (i64 v = 0; v < valid; v += kWidth)
@@ -140,8 +141,7 @@ class WeightGradient {
 
   // Columns [column, column + WIDTH), of which `valid` exist, of the tokens t to t + kPair as units; zeros elsewhere.
   template <i64 WIDTH>
-  OFAKERN_HOT void take_units(const TokenRows<T>& from, i64 t, i64 end, i64 column, i64 valid,
-                                     std::uint32_t* units) {
+  OFAKERN_HOT void take_units(const TokenRows<T>& from, i64 t, i64 end, i64 column, i64 valid, std::uint32_t* units) {
     const T* rows[kPair];
     for (i64 p = 0; p < kPair; ++p) rows[p] = t + p < end ? from(t + p) + column : nullptr;
     if constexpr (sizeof(T) == sizeof(Elem))

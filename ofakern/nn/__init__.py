@@ -23,6 +23,7 @@ from ofakern.nn.dropin.ofa import FairseqMultiheadAttention, OFAAttention
 from ofakern.nn.dropin.ofa_layers import OFADecoderLayer, OFAEncoderLayer, OFASysDecoderLayer, OFASysEncoderLayer
 from ofakern.nn.dropin.patches import PatchConv2d
 from ofakern.nn.dropin.positions import OFAPositions, PositionBias
+from ofakern.nn.linear import Linear
 
 __all__ = [
     "BeitAttention",
@@ -30,6 +31,7 @@ __all__ = [
     "BloomAttention",
     "CannotReplace",
     "FairseqMultiheadAttention",
+    "Linear",
     "MptAttention",
     "MultiheadAttention",
     "OFAAttention",

@@ -4,8 +4,8 @@
 //
 //   dW[o, i] = sum_n dy[n, o] x[n, i]           db[o] = sum_n dy[n, o]
 //
-// x [N, I] and dy [N, O] are f32, bf16 or f16 of one dtype, row-major; dW [O, I] and db [O] have that dtype, sums are f32
-// and rounded once. Their order is N's alone. Derivation, floor and measurements: README.md beside this file.
+// x [N, I] and dy [N, O] are f32, bf16 or f16 of one dtype, row-major; dW [O, I] and db [O] have that dtype, sums are
+// f32 and rounded once. Their order is N's alone. Derivation, floor and measurements: README.md beside this file.
 #pragma once
 
 #include <cstdint>

@@ -20,8 +20,7 @@ OFAKERN_LOCAL TokenRows<T> rows_of(const TensorView& x) {
 }  // namespace
 
 i64 linear_backward_workspace(const TensorView& dy, const TensorView& x, int threads) {
-  return with_type(
-      x.dtype, [&](auto type) { return threads * gradient_of<decltype(type)>(dy, x, threads).scratch(); });
+  return with_type(x.dtype, [&](auto type) { return threads * gradient_of<decltype(type)>(dy, x, threads).scratch(); });
 }
 
 void linear_backward(const TensorView& dy, const TensorView& x, const TensorView& dweight, const TensorView& dbias,

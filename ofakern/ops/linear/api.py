@@ -15,7 +15,7 @@ from ofakern.ops.selection import Backends
 _WHERE = "linear"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Rows from which the kernel is faster than torch's product for the weight's gradient, measured.
-_FEWEST = 256
+_FEWEST = 512
 
 
 class _LinearBackends(Backends):
@@ -53,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str =
     Args:
         x: `[..., I]`; float32, bfloat16, float16 (float64: reference).
         weight: `[O, I]`, bias: `[O]` or None, in x's dtype. Under autocast all take its dtype, as for torch's own.
-        backend: "auto" (the kernel for bfloat16 on a CPU with AMX, from 256 rows on and where weight needs a gradient;
+        backend: "auto" (the kernel for bfloat16 on a CPU with AMX, from 512 rows on and where weight needs a gradient;
             else torch's), "cpu" or "reference".
 
     Returns:
