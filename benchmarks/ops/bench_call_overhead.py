@@ -19,6 +19,7 @@ from ofakern.ops.attention import AttentionLayout, RelativeTerm, attention, inte
 from ofakern.ops.cross_entropy import cross_entropy
 from ofakern.ops.decode_linear import decode_linear, prepack_weight
 from ofakern.ops.layer_norm import add_layer_norm, embed_layer_norm, gelu_layer_norm, head_scale_layer_norm
+from ofakern.ops.linear import linear
 from ofakern.ops.log_mel import kaldi, log_mel
 from ofakern.ops.patch_embed import patch_embed
 from ofakern.ops.rms_norm import rms_norm
@@ -155,6 +156,13 @@ CASES: dict[str, Spec] = {
             "x, two experts' weights and biases",
             lambda _: lambda x, a, b, c, d: routed_linear(x, [a, b], [c, d], [0, 0], backend=OURS),
             (EMPTY, (WIDTH, WIDTH), (WIDTH, WIDTH), ROW, ROW),
+        ),
+        Spec(
+            "linear",
+            "x, weight, bias",
+            lambda _: lambda x, weight, bias: linear(x, weight, bias, backend=OURS),
+            (EMPTY, (WIDTH, WIDTH), ROW),
+            lambda _: F.linear,
         ),
         Spec(
             "patch_embed",
