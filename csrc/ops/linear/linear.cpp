@@ -1,6 +1,7 @@
 // Checks every argument against the contract in linear.h, then calls the active instruction set's kernel.
 #include "ops/linear/linear.h"
 
+#include <cstring>
 #include <string>
 
 #include "core/check.h"
@@ -26,10 +27,13 @@ void check_inputs(const TensorView& dy, const TensorView& x) {
   kCheck.that(dy.shape[1] >= 1, "O", "be at least 1", std::to_string(dy.shape[1]));
 }
 
+void clear(const TensorView& x) { std::memset(x.data, 0, static_cast<std::size_t>(x.numel() * size_of(x.dtype))); }
+
 }  // namespace
 
 std::int64_t linear_backward_workspace(const TensorView& dy, const TensorView& x, int threads) {
   check_inputs(dy, x);
+  if (x.shape[0] == 0) return 0;
   return OFAKERN_DISPATCH(linear_backward_workspace, dy, x, threads);
 }
 
@@ -38,6 +42,11 @@ void linear_backward_cpu(const TensorView& dy, const TensorView& x, const Tensor
   check_inputs(dy, x);
   kCheck.plain("dweight", dweight, "[O, I]", {dy.shape[1], x.shape[1]}, x.dtype);
   if (dbias.defined()) kCheck.plain("dbias", dbias, "[O]", {dy.shape[1]}, x.dtype);
+  if (x.shape[0] == 0) {
+    clear(dweight);
+    if (dbias.defined()) clear(dbias);
+    return;
+  }
   kCheck.workspace("workspace", workspace, OFAKERN_DISPATCH(linear_backward_workspace, dy, x, threads));
   prefer_huge_pages(dweight.data, dweight.numel() * size_of(dweight.dtype));
   OFAKERN_DISPATCH(linear_backward, dy, x, dweight, dbias, workspace.data, threads);

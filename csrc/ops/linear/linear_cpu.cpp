@@ -30,7 +30,7 @@ void linear_backward(const TensorView& dy, const TensorView& x, const TensorView
     const WeightGradient<T> gradient = gradient_of<T>(dy, x, threads);
     T* const bias = dbias.defined() ? dbias.as<T>() : nullptr;
     parallel_for(gradient.blocks(), threads, [&](i64 block, int thread) {
-      gradient.run(block, rows_of<T>(dy), rows_of<T>(x), dweight.as<T>(), bias,
+      gradient.run(block, rows_of<T>(dy), rows_of<T>(x), dweight.as<T>(), bias, false,
                    static_cast<char*>(workspace) + thread * gradient.scratch());
     });
   });

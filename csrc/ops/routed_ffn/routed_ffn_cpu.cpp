@@ -3,6 +3,7 @@
 #include "core/operand.h"
 #include "core/vec_stream.h"
 #include "core/vec_sums.h"
+#include "core/weight_gradient.h"
 #include "core/with_type.h"
 #include "ops/routed_ffn/routed_ffn_call.h"
 
@@ -14,6 +15,7 @@ constexpr i64 kMultiple = 32;         // what every product's own multiples divi
 constexpr i64 kBlockBytes = 3 << 19;  // of a block of weight, which stays in the second-level cache
 constexpr i64 kFewBytes = 3 << 18;    // the same where tokens are few: more tasks, which threads share evenly
 constexpr i64 kSide = 256;            // the most rows (columns) of such a block
+constexpr i64 kDweightTasks = 2;      // for each thread at least: an expert's tasks are done together
 
 // Rows or columns of a block of weight whose other side is `depth`.
 template <class Elem>
@@ -86,19 +88,18 @@ static_assert(kSlice <= kLastChain<float> && 2 * kGroup * kSliceColumns <= kSide
 template <class T>
 struct Room {
   using Elem = Operand<T>;
-  i64 in, out;       // padded widths
-  i64 tokens;        // padded
-  bool few;          // tokens: reading weights is most of the work
-  bool few_floats;   // f32's have ways of their own
-  Elem* x_columns;   // B [in, tokens]: forward
-  Elem* x_rows;      // B [tokens, in]: dweight
-  Elem* dy_rows;     // A [tokens, out]: dx; of few_floats in slices of kSlice columns, each [tokens, its columns]
-  Elem* dy_columns;  // A [out, tokens]: dweight
+  i64 in, out;      // padded widths
+  i64 tokens;       // padded
+  bool few;         // tokens: reading weights is most of the work
+  bool few_floats;  // f32's have ways of their own
+  Elem* x_columns;  // B [in, tokens]: forward
+  Elem* dy_rows;    // A [tokens, out]: dx; of few_floats in slices of kSlice columns, each [tokens, its columns]
   struct Bench {
     Elem* rows;     // a group of tokens, or a block of weight
     Elem* panels;   // a block of weight as a B operand
     float* tile;    // results
     float* turned;  // the same, transposed
+    char* dweight;  // a block of dweight at work
   };
   Bench* benches;
 
@@ -111,22 +112,28 @@ struct Room {
     room.few_floats = room.few && sizeof(T) == sizeof(float);
     if (!backward) room.x_columns = arena.take<Elem>(room.in * room.tokens);
     if (backward && call.wants_dx) room.dy_rows = arena.take<Elem>(room.tokens * room.out);
-    if (backward && call.wants_dweight) {
-      room.x_rows = arena.take<Elem>(room.tokens * round_up(room.in, kPanel));
-      room.dy_columns = arena.take<Elem>(room.out * room.tokens);
-    }
     room.benches = arena.take<Bench>(threads);
     const i64 widest = max_of(room.in, room.out);
     for (int t = 0; t < threads; ++t) {
       Bench bench = {};
       bench.rows = arena.take<Elem>(max_of(kGroup * widest, room.row_block() * room.in));
       const i64 panels = max_of(room.out * room.column_block(), kSlice * kSliceColumns);
-      if (backward) bench.panels = arena.take<Elem>(max_of(panels, kGroup * widest));
+      if (backward && call.wants_dx) bench.panels = arena.take<Elem>(panels);
       bench.tile = arena.take<float>(kSide * kSide);
       bench.turned = arena.take<float>(kSide * kGroup);
+      if (backward && call.wants_dweight) bench.dweight = arena.take<char>(dweight_bytes(call, threads));
       if (room.benches != nullptr) room.benches[t] = bench;
     }
     return room;
+  }
+  static WeightGradient<T> gradient(const RoutedLinearCall& call, const RoutedExpert& expert, int threads) {
+    return {expert.count, call.out, call.in, kDweightTasks * threads};
+  }
+  static i64 dweight_bytes(const RoutedLinearCall& call, int threads) {
+    i64 most = 0;
+    for (i64 e = 0; e < call.expert_count; ++e)
+      if (call.experts[e].count > 0) most = max_of(most, gradient(call, call.experts[e], threads).scratch());
+    return most;
   }
   // Rows of weight of a forward task.
   i64 row_block() const { return block_side<Elem>(in, few ? kFewBytes : kBlockBytes); }
@@ -166,13 +173,6 @@ OFAKERN_LOCAL const Operand<T>* weight_rows(const T* weight, i64 width, i64 padd
       zero_row(scratch + r * padded, padded);
   }
   return scratch;
-}
-
-// Where a gradient `width` wide can be written by the product itself.
-OFAKERN_HOT float* sum_in_place(float* out, i64 width) { return width % kWidth == 0 ? out : nullptr; }
-template <class T>
-OFAKERN_HOT float* sum_in_place(T*, i64) {
-  return nullptr;
 }
 
 template <class T>
@@ -266,20 +266,9 @@ struct Expert {
   }
 
   void pack_backward(const Bench& bench, i64 group) const {
-    const i64 first = expert.first + group * kGroup, count = group_tokens(group);
-    const bool keeps = room.dy_rows != nullptr && !room.few_floats;
-    Elem* dy = keeps ? room.dy_rows + group * kGroup * room.out : bench.rows;
-    stage_rows<T>(call.dy, call.out, room.out, call.target, first, count, dy);
-    if (room.dy_rows != nullptr && room.few_floats) slice_rows(dy, group);
-    if (room.x_rows == nullptr) return;
-    // Pairs of tokens as units, then units transposed: rows of outputs with tokens end to end.
-    interleave(dy, room.out, kGroup, room.out, as_units(bench.panels), room.out);
-    transpose_units(as_units(bench.panels), room.out, kGroup / kPair, room.out,
-                    as_units(room.dy_columns + group * kGroup), room.tokens / kPair);
-    stage_rows<T>(call.x, call.in, room.in, call.source, first, count, bench.rows);
-    for (i64 k = 0; k < room.in; k += kPanel)
-      interleave(bench.rows + k, room.in, kGroup, min_of<i64>(kPanel, room.in - k),
-                 as_units(room.x_rows + k * room.tokens + group * kGroup * kPanel), kPanel);
+    Elem* dy = room.few_floats ? bench.rows : room.dy_rows + group * kGroup * room.out;
+    stage_rows<T>(call.dy, call.out, room.out, call.target, expert.first + group * kGroup, group_tokens(group), dy);
+    if (room.few_floats) slice_rows(dy, group);
   }
 
   // A group's staged rows of dy into the slices of all tokens.
@@ -372,38 +361,27 @@ struct Expert {
     }
   }
 
-  void dweight_block(const Bench& bench, i64 block) const {
-    const i64 row = block * kSide, count = min_of(kSide, call.out - row);
-    const Elem* dy = room.dy_columns + row * room.tokens;
-    const i64 tokens = round_up(expert.count, Gemm<Elem>::kDepth);
+  // The expert's rows of a tensor `width` wide.
+  TokenRows<T> rows_of(const void* data, i64 width, const std::int64_t* index) const {
+    const T* rows = static_cast<const T*>(data);
+    return index == nullptr ? TokenRows<T>{rows + expert.first * width, width}
+                            : TokenRows<T>{rows, width, index + expert.first};
+  }
+
+  // The expert's rows of dy; as dx has staged them, where that is how they are stored.
+  TokenRows<T> dy_rows() const {
+    if (sizeof(T) == sizeof(Elem) && room.dy_rows != nullptr && !room.few_floats)
+      return {reinterpret_cast<const T*>(room.dy_rows), room.out};
+    return rows_of(call.dy, call.out, call.target);
+  }
+
+  void dweight_block(const Bench& bench, const WeightGradient<T>& gradient, i64 block) const {
+    T* const dweight = static_cast<T*>(expert.dweight);
     const i64 bytes = call.expert_count * call.out * call.in * static_cast<i64>(sizeof(T));
-    const bool stream = should_stream(static_cast<const T*>(expert.dweight), call.in, bytes);
-    for (i64 k = 0; k < call.in; k += kSide) {
-      const Panels<Elem> x = {room.x_rows + k * room.tokens, room.tokens * kPanel, kPanel * kPair};
-      const i64 width = min_of(kSide, call.in - k);
-      float* const direct = stream ? nullptr : sum_in_place(static_cast<T*>(expert.dweight) + row * call.in + k, width);
-      if (direct != nullptr) {
-        product(count, width, tokens, dy, room.tokens, x, direct, call.in);
-        continue;
-      }
-      for (i64 r0 = 0; r0 < count; r0 += kStrip) {
-        const i64 rows = min_of(kStrip, count - r0);
-        product(round_up(rows, kMultiple), round_up(width, kMultiple), tokens, dy + r0 * room.tokens, room.tokens, x,
-                bench.tile, kSide);
-        for (i64 r = 0; r < rows; ++r) {
-          T* out = static_cast<T*>(expert.dweight) + (row + r0 + r) * call.in + k;
-          for (i64 c = 0; c < width; c += kWidth)
-            vstore_out(out + c, vload(bench.tile + r * kSide + c), width - c, stream);
-        }
-      }
-    }
+    const bool stream = should_stream(static_cast<const T*>(dweight), call.in, bytes);
+    gradient.run(block, dy_rows(), rows_of(call.x, call.in, call.source), dweight, static_cast<T*>(expert.dbias),
+                 stream, bench.dweight);
     if (stream) stream_fence();
-    if (expert.dbias == nullptr) return;
-    for (i64 r = 0; r < count; ++r) {
-      Vec sum = vzero();
-      for (i64 t = 0; t < expert.count; t += kWidth) sum = vadd(sum, vload_as(dy + r * room.tokens + t));
-      from_float(hsum(sum), static_cast<T*>(expert.dbias) + row + r);
-    }
   }
 };
 
@@ -453,11 +431,13 @@ OFAKERN_LOCAL void backward(const RoutedLinearCall& call, void* workspace, int t
       clear_gradient<T>(call, call.experts[e]);
       continue;
     }
-    parallel_for(expert.groups(), threads,
-                 [&](i64 group, int thread) { expert.pack_backward(room.benches[thread], group); });
+    if (call.wants_dx)
+      parallel_for(expert.groups(), threads,
+                   [&](i64 group, int thread) { expert.pack_backward(room.benches[thread], group); });
+    const WeightGradient<T> gradient = Room<T>::gradient(call, call.experts[e], threads);
     const i64 dx_columns = room.few_floats ? kSliceColumns : room.column_block();
     const i64 dx_tasks = call.wants_dx ? ceil_div(call.in, dx_columns) : 0;
-    const i64 dweight_tasks = call.wants_dweight ? ceil_div(call.out, kSide) : 0;
+    const i64 dweight_tasks = call.wants_dweight ? gradient.blocks() : 0;
     parallel_for(dx_tasks + dweight_tasks, threads, [&](i64 task, int thread) {
       const AmxTiles tiles;
       if (task < dx_tasks && room.few_floats)
@@ -465,7 +445,7 @@ OFAKERN_LOCAL void backward(const RoutedLinearCall& call, void* workspace, int t
       else if (task < dx_tasks)
         expert.dx_block(room.benches[thread], task);
       else
-        expert.dweight_block(room.benches[thread], task - dx_tasks);
+        expert.dweight_block(room.benches[thread], gradient, task - dx_tasks);
     });
   }
 }
