@@ -96,7 +96,7 @@ def _absolute(part: Any) -> Any:
     case=st.fixed_dictionaries(
         {
             "seed": st.integers(0, 2**30),
-            "counts": st.lists(st.sampled_from((0, 1, 31, 63, 64, 65, 130)), min_size=1, max_size=4).map(tuple),
+            "counts": st.lists(st.sampled_from((0, 1, 31, 63, 64, 65, 130, 450)), min_size=1, max_size=4).map(tuple),
             "width": st.sampled_from((1, 7, 32, 64, 100, 300)),
             "out": st.sampled_from((1, 7, 32, 64, 100, 300)),
             "dtype": st.sampled_from(DTYPES),
