@@ -51,11 +51,13 @@ def _figure(op: str, phase: str, dtype: str, records: list[dict[str, Any]], resu
         label = f"ofakern ({name})" if n == 0 else name
         axes.bar(places, list(heights.values()), width, label=label, color=_COLORS[n % len(_COLORS)])
     turns = {r["case"]: r["rates"]["gemm_tflops"] * 1e3 for r in records if "gemm_tflops" in r.get("rates", {})}
-    in_turn = gemm and len(turns) == len(cases)
-    if in_turn:  # each case's own rate, the one that its share is of
+    lines = _lines(results["roofline"], dtype, gemm)
+    if gemm and turns:  # each case's own rate, the one that its share is of; small cases' is the run's
+        (whole, _, _), *lines = lines
         ends = [c - 0.45 for c in range(len(cases))], [c + 0.45 for c in range(len(cases))]
-        axes.hlines([turns[case] for case in cases], *ends, color="black", linewidth=1, label="GEMM, in turn")
-    for height, label, style in _lines(results["roofline"], dtype, gemm)[in_turn:]:
+        label = "GEMM, in turn" if len(turns) == len(cases) else "GEMM, in turn; of small cases the run's"
+        axes.hlines([turns.get(case, whole) for case in cases], *ends, color="black", linewidth=1, label=label)
+    for height, label, style in lines:
         axes.axhline(height, color="black", linestyle=style, linewidth=1, label=label)
     shown = [bar.get_height() for bar in axes.patches]
     if max(shown) > 20 * min(shown):  # bars begin at 0 where that shows them all
@@ -65,7 +67,8 @@ def _figure(op: str, phase: str, dtype: str, records: list[dict[str, Any]], resu
     axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
     axes.set_ylabel("GFLOP/s (work of the case / p50)" if gemm else "% of the roofline (least time / p50)")
     machine = results["machine"]
-    title = f"{op}, {phase}, {dtype}\n{machine['cpu']}, {machine['threads']} threads, {machine['date'][:10]}"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    title = f"{op}, {phase}, {dtype}\n{machine['cpu']}, {threads}, {machine['date'][:10]}"
     figure.suptitle(title, fontsize="small")
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure

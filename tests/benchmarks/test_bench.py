@@ -211,6 +211,9 @@ def test_page_and_plots(results: dict[str, Any], tmp_path: Path) -> None:
         record |= {"bound": "gemm", "rates": {"gemm_tflops": 0.5}}
     drawn = [path for path in plots.plot(turned, tmp_path / "in turn") if path.suffix == ".svg"]
     assert drawn and all("GEMM, in turn" in path.read_text(encoding="utf-8") for path in drawn)
+    turned["records"] += [record | {"case": "smaller", "rates": {}} for record in turned["records"]]
+    mixed = [path for path in plots.plot(turned, tmp_path / "mixed") if path.suffix == ".svg"]
+    assert any("of small cases the run's" in path.read_text(encoding="utf-8") for path in mixed)
     for record in results["records"]:
         record["bound"] = "bytes"
     assert plots.plot(results, tmp_path / "other")
