@@ -148,6 +148,17 @@ def test_only_what_is_wanted(wanted: tuple[bool, ...]) -> None:
             torch.testing.assert_close(leaf.grad, grad, rtol=2**-7, atol=1e-2)
 
 
+@pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 3, 24)])
+def test_one_gradient_of_all_that_are_asked_for(shape: tuple[int, ...]) -> None:
+    """autograd.grad by one leaf of a call whose other leaves learn too."""
+    leaves = [torch.randn(size).requires_grad_() for size in (shape, (40, 24), (40,))]
+    dy = torch.randn(*shape[:-1], 40)
+    for leaf in leaves:
+        (have,) = torch.autograd.grad(linear(*leaves, backend="cpu"), leaf, dy)
+        (want,) = torch.autograd.grad(F.linear(*leaves), leaf, dy)
+        torch.testing.assert_close(have, want)
+
+
 def test_auto_takes_the_kernel_where_it_is_faster() -> None:
     def chosen(rows: int, dtype: torch.dtype = torch.bfloat16, learns: bool = True) -> bool:
         x, weight, bias, _ = inputs(rows, 8, 16, dtype)

@@ -350,6 +350,7 @@ struct Expert {
   void dx_block(const Bench& bench, i64 block) const {
     const i64 column = block * room.column_block(), count = min_of(room.column_block(), call.in - column);
     pack_columns(bench, column, count);
+    const AmxTiles tiles;
     const Panels<Elem> weight = {bench.panels, room.out * kPanel, kPanel * kPair};
     for (i64 group = 0; group < groups(); ++group) {
       product(round_up(group_tokens(group), Gemm<Elem>::kRows), round_up(count, kMultiple), room.out,
@@ -439,7 +440,6 @@ OFAKERN_LOCAL void backward(const RoutedLinearCall& call, void* workspace, int t
     const i64 dx_tasks = call.wants_dx ? ceil_div(call.in, dx_columns) : 0;
     const i64 dweight_tasks = call.wants_dweight ? gradient.blocks() : 0;
     parallel_for(dx_tasks + dweight_tasks, threads, [&](i64 task, int thread) {
-      const AmxTiles tiles;
       if (task < dx_tasks && room.few_floats)
         expert.dx_slices(room.benches[thread], task);
       else if (task < dx_tasks)

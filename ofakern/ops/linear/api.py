@@ -37,7 +37,8 @@ class _LinearBackends(Backends):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _multiplies_bfloat16() -> bool:
-    """Whether the CPU's kernels multiply bfloat16 as it is stored."""
+    """Whether the CPU's kernels multiply bfloat16 as it is stored. torch.compile cannot trace the binding; a compiled
+    graph keeps the answer."""
     return bool(native.kernels.isa() == "avx512_amx")
 
 

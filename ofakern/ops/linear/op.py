@@ -33,10 +33,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        wants_x, _, wants_bias = ctx.needs_input_grad
         dx = dy.matmul(weight) if wants_x else None
-        if not wants_weight:
-            return dx, None, dy.flatten(0, -2).sum(0) if wants_bias else None
         rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         dweight, dbias = differentiate_once("linear_bwd", *rows, wants_bias)
         return dx, dweight, dbias if wants_bias else None
